@@ -1,0 +1,96 @@
+"""Options, as frozen dataclasses that refuse nonsense by field name (InvalidConfig). No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import InvalidConfig
+
+DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
+DEFAULT_MODEL = "smollm2-135m"
+MAX_NODES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the model is loaded and how requests share it.
+
+    model        "smollm2-135m" (from the package index), a hub id, or a local folder
+    heads        auto (what ships for the model, else none), none, medusa, sequential, or a file or folder of heads
+    device       auto, cpu, cuda, cuda:N
+    dtype        auto: float32 on a CPU; on a GPU bfloat16, or float16 where that is not native
+    slots        sequences that decode together; None: from memory (8 on a CPU, up to 64 on a GPU)
+    max_context  tokens of prompt and completion of one sequence; None: min(model's, 2048 on a CPU, 4096 on a GPU)
+    tree         auto, off (plain decoding), a number of nodes 2 … 64 with the root, or a JSON file of medusa_choices
+    lookup       also draft from n-gram matches in the sequence's own tokens
+    prefill_chunk  prompt tokens of one pass at most; smaller while others decode
+    max_queue    sequences that may wait for a slot; one more is refused (429)
+    """
+
+    model: str = DEFAULT_MODEL
+    heads: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    slots: int | None = None
+    max_context: int | None = None
+    tree: str = "auto"
+    lookup: bool = True
+    prefill_chunk: int = 512
+    max_queue: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("model", "heads", "device", "tree"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise InvalidConfig(f"{name} must be a non-empty string.", param=name)
+        kind, _, index = self.device.partition(":")
+        if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
+            raise InvalidConfig(f"device must be auto, cpu, cuda or cuda:N, not {self.device!r}.", param="device")
+        if self.dtype not in DTYPES:
+            raise InvalidConfig(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.", param="dtype")
+        check_int(self, "slots", 1, 1024, optional=True)
+        check_int(self, "max_context", 8, 2**22, optional=True)
+        check_int(self, "prefill_chunk", 1, 65536)
+        check_int(self, "max_queue", 0, 100_000)
+        if self.tree.lstrip("-").isdigit() and not 2 <= int(self.tree) <= MAX_NODES:
+            raise InvalidConfig(f"tree must have 2 to {MAX_NODES} nodes (the root counts), or be 'off'.", param="tree")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Where the server listens and what it refuses.
+
+    api_key         None: no key on loopback; the CLI makes one for any other host
+    max_body_bytes  a larger body is 413
+    merge_ms        a streamed event waits at most this long for a lagging socket before it is merged with later ones
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    max_body_bytes: int = 1 << 20
+    merge_ms: int = 20
+    drain_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.host, str) or not self.host.strip():
+            raise InvalidConfig("host must be a non-empty string.", param="host")
+        check_int(self, "port", 0, 65535)
+        check_int(self, "max_body_bytes", 1024, 1 << 30)
+        check_int(self, "merge_ms", 0, 1000)
+        if self.api_key is not None and (not isinstance(self.api_key, str) or not self.api_key.strip()):
+            raise InvalidConfig("api_key must be a non-empty string.", param="api_key")
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in ("127.0.0.1", "localhost", "::1")
+
+
+def check_int(config: Any, name: str, low: int, high: int, *, optional: bool = False) -> None:
+    """Raise InvalidConfig unless the field is an int in [low, high]."""
+    value = getattr(config, name)
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidConfig(f"{name} must be an integer from {low} to {high}, not {value!r}.", param=name)

@@ -1,0 +1,1 @@
+"""The batch manager: sequences in, token ids and text out. No torch, no HTTP."""

@@ -1,0 +1,79 @@
+"""Every error the package raises on purpose, with what HTTP says of it.
+
+MedusaServeError
+├── InvalidRequest        400  the request is wrong; `param` names the field
+│   ├── ContextTooLong    400  the prompt (and max_tokens) do not fit the context
+│   └── Unsupported       400  a field we know and do not offer
+├── InvalidConfig         400  a nonsense option of ours (the CLI's one-line error)
+├── QueueFull             429  too many sequences wait
+├── Unavailable           503  not now
+│   ├── ModelLoading      503
+│   ├── ShuttingDown      503
+│   └── EngineDead        503  the engine thread is gone; waiting does not help
+├── GenerationFailed      500  this one sequence made the model fail
+└── LoadError             500  a model, heads or tree file cannot be loaded; the text says what to do
+"""
+
+from __future__ import annotations
+
+
+class MedusaServeError(Exception):
+    """Base class. `message` is one or two sentences fit for a person; it never echoes the prompt."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+    retry_after: int | None = None  # seconds, for the Retry-After header
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def to_dict(self) -> dict[str, dict[str, str | None]]:
+        """The one error shape of every endpoint."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class InvalidRequest(MedusaServeError, ValueError):
+    status, type, code = 400, "invalid_request_error", "invalid_value"
+
+
+class ContextTooLong(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class Unsupported(InvalidRequest):
+    code = "unsupported_parameter"
+
+
+class InvalidConfig(MedusaServeError, ValueError):
+    status, type, code = 400, "invalid_request_error", "invalid_config"
+
+
+class QueueFull(MedusaServeError):
+    status, type, code, retry_after = 429, "rate_limit_error", "queue_full", 1
+
+
+class Unavailable(MedusaServeError):
+    status, type, code, retry_after = 503, "service_unavailable_error", "unavailable", 5
+
+
+class ModelLoading(Unavailable):
+    code = "model_loading"
+
+
+class ShuttingDown(Unavailable):
+    code = "shutting_down"
+
+
+class EngineDead(Unavailable):
+    code, retry_after = "engine_dead", None
+
+
+class GenerationFailed(MedusaServeError):
+    status, type, code = 500, "server_error", "generation_failed"
+
+
+class LoadError(MedusaServeError):
+    status, type, code = 500, "server_error", "load_failed"

@@ -1,0 +1,1 @@
+"""The FastAPI app: HTTP in, HTTP out. No torch."""

@@ -1,0 +1,258 @@
+"""Plain data that passes between the rooms, and the two protocols that join them. No torch, no HTTP.
+
+Letters: B rows of a batch, N nodes of a tree (the root counts), D depth, K heads, V vocabulary, S slots, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from .errors import InvalidRequest, MedusaServeError
+
+FinishReason = Literal["stop", "length"]
+MAX_SEED = 2**63 - 1
+MAX_STOPS, MAX_STOP_CHARS = 4, 64
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """What one sequence asks for. Raises InvalidRequest naming the field.
+
+    max_tokens   completion tokens at most; None: min(256, what fits into the context)
+    temperature  0 is greedy
+    top_p, top_k, min_p   in transformers' order after the temperature; top_k = 0 is off
+    seed         0 … 2**63-1; None: drawn at submission and reported in the Completion
+    stop         up to 4 strings of up to 64 characters
+    speculation  False: this sequence decodes one token per step, in the same batch
+    ignore_eos   for benchmarks that need a fixed number of tokens; not offered over HTTP
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    speculation: bool = True
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        elif isinstance(self.stop, list):
+            object.__setattr__(self, "stop", tuple(self.stop))
+        _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1, optional=True)
+        _check_float("temperature", self.temperature, 0.0, 100.0)
+        _check_float("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _check_int("top_k", self.top_k, 0, 2**31 - 1)
+        _check_float("min_p", self.min_p, 0.0, 1.0)
+        _check_int("seed", self.seed, 0, MAX_SEED, optional=True)
+        if not isinstance(self.stop, tuple) or len(self.stop) > MAX_STOPS:
+            raise InvalidRequest(f"stop must be a string or a list of at most {MAX_STOPS} strings.", param="stop")
+        for text in self.stop:
+            if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_CHARS:
+                raise InvalidRequest(f"Each stop string must have 1 to {MAX_STOP_CHARS} characters.", param="stop")
+        for name in ("speculation", "ignore_eos"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequest(f"{name} must be true or false.", param=name)
+
+
+def _check_int(name: str, value: Any, low: int, high: int, *, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidRequest(f"{name} must be an integer from {low} to {high}.", param=name)
+
+
+def _check_float(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value > high or value < low or (open_low and value == low):
+        bracket = "(" if open_low else "["
+        raise InvalidRequest(f"{name} must be a number in {bracket}{low:g}, {high:g}].", param=name)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one row of one pass gave: ids only. `token_ids` is empty only when `failed`.
+
+    num_drafted  draft nodes that were verified (the root not counted; empty nodes not counted)
+    finished     the device met EOS or the length limit
+    failed       the logits were not finite: the sequence must end with an error
+    draft_ready  draft tokens at hand for this row's next step (0: a tree would be empty)
+    """
+
+    slot: int
+    token_ids: tuple[int, ...]
+    num_drafted: int = 0
+    finished: bool = False
+    failed: bool = False
+    draft_ready: int = 0
+
+    @property
+    def num_accepted(self) -> int:
+        """Draft tokens only: a step emits num_accepted + 1."""
+        return max(0, len(self.token_ids) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """The next `count` prompt tokens of a slot go into its KV cache."""
+
+    slot: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The final answer; `to_dict` is the object of POST /generate."""
+
+    id: str
+    model: str
+    text: str
+    finish_reason: FinishReason
+    seed: int
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    completion_tokens: int
+    steps: int
+    drafted: int
+    accepted: int
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+
+    @property
+    def acceptance(self) -> float | None:
+        """Tokens per decode step; prefill emits the first token, so it is not counted. None without steps."""
+        return (self.completion_tokens - 1) / self.steps if self.steps else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decode speed: tokens after the first over the decode time. None without decode steps."""
+        return (self.completion_tokens - 1) / self.decode_ms * 1000 if self.steps and self.decode_ms > 0 else None
+
+    def to_dict(self, *, token_ids: bool = False) -> dict[str, Any]:
+        out: dict[str, Any] = {
+            "id": self.id,
+            "model": self.model,
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "seed": self.seed,
+        }
+        if token_ids:
+            out["token_ids"] = list(self.token_ids)
+        out["usage"] = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
+        out["medusa"] = {
+            "steps": self.steps,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "acceptance": _rounded(self.acceptance, 4),
+        }
+        out["timings"] = {
+            "queue_ms": round(self.queue_ms, 2),
+            "prefill_ms": round(self.prefill_ms, 2),
+            "decode_ms": round(self.decode_ms, 2),
+            "tokens_per_second": _rounded(self.tokens_per_second, 2),
+        }
+        return out
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step added to one sequence, as text.
+
+    tokens, accepted  one entry a step: tokens emitted, and how many of them were accepted draft tokens.
+                      The first entry is prefill's (1 token, 0 accepted). Merged deltas hold several entries.
+    completion/error  set on the last Delta of a sequence, exactly one of them; `text` is then the remaining text.
+    """
+
+    text: str
+    tokens: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    completion: Completion | None = None
+    error: MedusaServeError | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.completion is not None or self.error is not None
+
+    def merged(self, later: Delta) -> Delta:
+        """This delta followed by `later`, as one."""
+        return Delta(
+            self.text + later.text,
+            self.tokens + later.tokens,
+            self.accepted + later.accepted,
+            self.token_ids + later.token_ids,
+            later.completion,
+            later.error,
+        )
+
+
+# Called on the engine thread, once per step, with all new deltas of the sequences that were submitted with it.
+Sink = Callable[[list[tuple[str, Delta]]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """state: ok, stalled (a step far too old), dead (thread gone), draining, closed."""
+
+    state: Literal["ok", "stalled", "dead", "draining", "closed"]
+    running: int
+    waiting: int
+    heartbeat_age_s: float
+    message: str | None = None
+
+
+class Runner(Protocol):
+    """The model runner as the engine sees it: slots and ids. All calls come from the engine thread.
+
+    A call that raises leaves every sequence as it was: it may be repeated, with fewer rows.
+    """
+
+    num_slots: int
+    max_context: int
+    vocab_size: int
+    eos_ids: frozenset[int]
+    node_choices: tuple[int, ...]  # the N this runner can verify, ascending, beginning with 1 (plain decoding)
+    can_reuse: bool  # a prefix left in a slot's KV cache can be kept
+    activity: str | None  # "compiling …" while a call may take long; None otherwise
+
+    def admit(self, slot: int, prompt_ids: Seq[int], params: SamplingParams, limit: int, num_reused: int) -> None:
+        """Put a sequence into a free slot. `limit`: total tokens (prompt and completion) at most; `num_reused`: leading
+        prompt ids whose KV rows are already there (< len(prompt_ids)). `params.seed` is set."""
+
+    def prefill(self, chunks: Seq[PrefillChunk]) -> list[StepOutput | None]:
+        """Advance prompts; where a prompt is complete, the output holds the first emitted token, else None."""
+
+    def decode(self, slots: Seq[int], nodes: int) -> list[StepOutput]:
+        """One step of these rows with a tree of `nodes` nodes (one of node_choices), in the order of `slots`."""
+
+    def free(self, slot: int) -> None:
+        """Give the slot back. Its committed KV rows stay for reuse unless it ever failed (then they are zeroed)."""
+
+    def close(self) -> None:
+        """Free all device memory."""
+
+
+class TextCodec(Protocol):
+    """The tokenizer as the engine and the server see it."""
+
+    has_chat_template: bool
+
+    def encode(self, text: str) -> list[int]:
+        """Raw text to ids, with the model's own special tokens (BOS)."""
+
+    def encode_chat(self, messages: Seq[dict[str, str]]) -> list[int]:
+        """Chat template with the generation prompt. Raises InvalidRequest when there is none or it refuses."""
+
+    def decode(self, ids: Seq[int]) -> str:
+        """Ids to text without special tokens and without clean-up of spaces."""
