@@ -1,0 +1,155 @@
+"""The composition root: loader → runner → batch manager. The command line, the server, notebooks and benchmarks all start here."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from .config import EngineConfig
+from .engine.batch_manager import BatchManager
+from .errors import InvalidConfig, InvalidRequest
+from .types import Completion, Delta, SamplingParams
+
+Messages = Sequence[dict[str, str]]
+Prompt = str | Messages
+
+
+class LLM:
+    """A model with its batch manager running. A context manager: closing ends every sequence and frees the device memory.
+
+    LLM("smollm2-135m"), LLM(EngineConfig(...)) or LLM("folder", slots=4): options are EngineConfig's fields, unknown ones are
+    errors. Raises InvalidConfig, LoadError.
+
+    model_name, codec, manager, notes (the automatic choices with their reasons) are plain attributes.
+    """
+
+    def __init__(self, model: str | EngineConfig | None = None, **options: Any) -> None:
+        self.config = _config(model, options)
+        from .model.build import build_runner
+        from .model.loader import load_model
+
+        loaded = load_model(self.config)
+        drafter, ranks, self.heads_name, heads_notes = _drafter(self.config, loaded)
+        built = build_runner(
+            loaded.model,
+            self.config,
+            eos_ids=sorted(loaded.eos_ids),
+            max_positions=loaded.max_positions,
+            drafter=drafter,
+            ranks=ranks,
+        )
+        self.model_name, self.codec = loaded.name, loaded.codec
+        self.device, self.dtype = str(loaded.device), str(loaded.dtype).removeprefix("torch.")
+        self.notes = [*loaded.notes, *heads_notes, *built.notes]
+        self.tree_error = built.tree_error
+        self.manager = BatchManager(built.runner, self.codec, self.config, model_name=self.model_name)
+        self.manager.start()
+        runner = built.runner
+        self._facts = {
+            "slots": runner.num_slots,
+            "max_context": runner.max_context,
+            "nodes": list(runner.node_choices),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Plain facts for /health and start-up lines."""
+        drafts = [name for name, on in ((self.heads_name, self.heads_name != "none"), ("lookup", self.config.lookup)) if on]
+        return {
+            "model": self.model_name,
+            "heads": self.heads_name,
+            "drafts": drafts if len(self._facts["nodes"]) > 1 else [],
+            "device": self.device,
+            "dtype": self.dtype,
+            **self._facts,
+        }
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
+        """Completions in input order; all prompts share passes. A prompt is a string (raw text) or a list of messages (chat
+        template). Raises InvalidRequest for a prompt that cannot be served, before any of them starts."""
+        encoded = [self._encode(prompt) for prompt in _as_list(prompts)]
+        inbox: queue.SimpleQueue[list[tuple[str, Delta]]] = queue.SimpleQueue()
+        done: dict[str, Completion] = {}
+        room = self.manager.capacity
+        waiting, ids = list(reversed(encoded)), []
+        open_ids: set[str] = set()
+        try:
+            while waiting or open_ids:
+                while waiting and len(open_ids) < room:
+                    ids.append(self.manager.submit(waiting.pop(), params or SamplingParams(), inbox.put))
+                    open_ids.add(ids[-1])
+                for sequence_id, delta in inbox.get():
+                    if delta.error is not None:
+                        raise delta.error
+                    if delta.completion is not None:
+                        done[sequence_id] = delta.completion
+                        open_ids.discard(sequence_id)
+        finally:
+            for sequence_id in open_ids:
+                self.manager.cancel(sequence_id)
+        return [done[sequence_id] for sequence_id in ids]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """The Deltas of one prompt as steps finish; the last one carries the Completion. Leaving the loop early cancels."""
+        inbox: queue.SimpleQueue[list[tuple[str, Delta]]] = queue.SimpleQueue()
+        sequence_id = self.manager.submit(self._encode(prompt), params or SamplingParams(), inbox.put)
+        ended = False
+        try:
+            while not ended:
+                for _, delta in inbox.get():
+                    ended = delta.is_last
+                    if delta.error is not None:
+                        raise delta.error
+                    yield delta
+        finally:
+            if not ended:
+                self.manager.cancel(sequence_id)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.codec.encode(prompt)
+        if isinstance(prompt, Sequence) and all(isinstance(message, dict) for message in prompt):
+            return self.codec.encode_chat(prompt)
+        raise InvalidRequest("A prompt is a string or a list of messages.", param="prompt")
+
+    def close(self) -> None:
+        self.manager.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _config(model: str | EngineConfig | None, options: dict[str, Any]) -> EngineConfig:
+    base = model if isinstance(model, EngineConfig) else EngineConfig(**({} if model is None else {"model": model}))
+    unknown = set(options) - set(EngineConfig.__dataclass_fields__)
+    if unknown:
+        raise InvalidConfig(f"Unknown option {sorted(unknown)[0]!r}.", param=sorted(unknown)[0])
+    return replace(base, **options)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many: a list of dicts is one conversation."""
+    if isinstance(prompts, str) or (prompts and all(isinstance(item, dict) for item in prompts)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _drafter(config: EngineConfig, loaded: Any) -> tuple[Any, Any, str, list[str]]:
+    """The heads in use: (drafter, calibrated ranks, name, notes)."""
+    if config.heads in ("auto", "none") or config.tree == "off":
+        why = "as asked" if config.heads == "none" else "none ship for this model yet" if config.heads == "auto" else "tree off"
+        return None, None, "none", [f"no heads ({why})"]
+    from .model.checkpoints import load_heads
+    from .model.draft import MedusaDrafter
+
+    model = loaded.model
+    hidden, vocab = model.config.get_text_config().hidden_size, model.get_input_embeddings().num_embeddings
+    heads, info = load_heads(config.heads, hidden_size=hidden, vocab_size=vocab, dtype=model.dtype, device=model.device, base_model=model)
+    drafter = MedusaDrafter(heads, info.num_heads, 10)
+    return drafter, info.ranks, info.family, [f"{info.family} heads from {config.heads}", *info.warnings]
+
+

@@ -1,0 +1,156 @@
+"""Attention over slots: each row sees its sequence's history and, among the new tokens, itself and its ancestors.
+
+Registered with transformers' AttentionInterface, so that models run unmodified. No mask function is registered under the name, hence
+transformers builds no mask. Keys and values arrive as the slab's layer (from SlotCache.write through the model's cache object), the rest as
+a `View`. GQA groups are packed into the query length (q: kv_heads, group × N), so keys and values are read once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+
+@dataclass
+class View:
+    """What one pass sees: B rows of N new tokens each. Built anew for each pass; masks are made on first use and shared by all layers.
+
+    slots, length: (B) on the device, and the same as Python ints
+    columns (B, N): where the new tokens' keys stand · depths (N): distance from the row's first new token
+    mask (N, N): new token i sees new token j
+    """
+
+    slots: torch.Tensor
+    length: torch.Tensor
+    host_slots: list[int]
+    host_length: list[int]
+    depths: torch.Tensor
+    mask: torch.Tensor
+    _visible: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    _bias: dict[tuple[int | None, int | None, int], torch.Tensor | None] = field(default_factory=dict)
+
+    @property
+    def num_new(self) -> int:
+        return self.depths.shape[0]
+
+    @property
+    def columns(self) -> torch.Tensor:
+        return self.length[:, None] + torch.arange(self.num_new, device=self.length.device)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """(B, N): length + depth."""
+        return self.length[:, None] + self.depths
+
+    def visible(self, window: int | None) -> torch.Tensor:
+        """(B, N, T) bool, T = the longest row's length + N. Windows compare positions, never columns."""
+        if window not in self._visible:
+            width = max(self.host_length) + self.num_new
+            column = torch.arange(width, device=self.length.device)
+            node = column - self.length[:, None]  # (B, T): index among the new tokens, negative in the history
+            inside = (node >= 0) & (node < self.num_new)
+            index = node.clamp(0, self.num_new - 1)
+            seen = torch.where(inside[:, None, :], self.mask[:, index].transpose(0, 1), (node < 0)[:, None, :])
+            if window is not None:
+                key_position = torch.where(inside, self.length[:, None] + self.depths[index], column)
+                seen = seen & (self.positions[:, :, None] - key_position[:, None, :] < window)
+            self._visible[window] = seen
+        return self._visible[window]
+
+    def bias(self, window: int | None, row: int | None, group: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Additive mask packed for `group` query heads a key head: (1, 1, group × N, T of that row), or of all rows (B, 1, …).
+
+        None where everything is visible (plain decoding).
+        """
+        key = (window, row, group)
+        if key not in self._bias:
+            width = max(self.host_length) + self.num_new if row is None else self.host_length[row] + self.num_new
+            lone = self.num_new == 1 and row is not None and (window is None or width <= window)
+            if lone:
+                self._bias[key] = None
+            else:
+                seen = self.visible(window) if row is None else self.visible(window)[row : row + 1, :, :width]
+                bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+                self._bias[key] = bias.repeat(1, group, 1)[:, None]
+        return self._bias[key]
+
+
+def make_view(host_slots: list[int], host_length: list[int], depths: torch.Tensor, mask: torch.Tensor) -> View:
+    device = depths.device
+    return View(torch.tensor(host_slots, device=device), torch.tensor(host_length, device=device), host_slots, host_length, depths, mask)
+
+
+def chain_view(host_slots: list[int], host_length: list[int], new: int, device: torch.device) -> View:
+    """A causal run of `new` tokens a row: prefill, and plain decoding with new = 1."""
+    return make_view(host_slots, host_length, torch.arange(new, device=device),
+                     torch.ones(new, new, dtype=torch.bool, device=device).tril())
+
+
+def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, view: View, scaling: float,
+           window: int | None = None, softcap: float | None = None, sinks: torch.Tensor | None = None) -> torch.Tensor:
+    """query (B, heads, N, dim) · keys, values: the slab's layer (S, C, kv_heads, dim) → (B, N, heads, value dim)"""
+    if softcap is not None or sinks is not None:
+        return reference_attention(query, keys, values, view, scaling, window, softcap, sinks)
+    if query.device.type == "cpu":
+        return _by_row(query, keys, values, view, scaling, window)
+    return _by_batch(query, keys, values, view, scaling, window)
+
+
+def _by_row(query, keys, values, view, scaling, window):
+    """Each row over its own length: nothing is padded, and no row's sums depend on its batch-mates."""
+    rows, heads, new, dim = query.shape
+    kv_heads = keys.shape[2]
+    group = heads // kv_heads
+    out = query.new_empty(rows, heads, new, values.shape[-1])
+    for row, (slot, length) in enumerate(zip(view.host_slots, view.host_length, strict=True)):
+        k = keys[slot : slot + 1, : length + new].transpose(1, 2)
+        v = values[slot : slot + 1, : length + new].transpose(1, 2)
+        packed = query[row].reshape(1, kv_heads, group * new, dim)
+        bias = view.bias(window, row, group, query.dtype)
+        got = scaled_dot_product_attention(packed, k, v, attn_mask=bias, scale=scaling)
+        out[row] = got.reshape(heads, new, -1)
+    return out.transpose(1, 2)
+
+
+def _by_batch(query, keys, values, view, scaling, window):
+    """All rows at once over the longest row's length (GPU; `enable_gqa` would fall to the slow path on a T4)."""
+    rows, heads, new, dim = query.shape
+    kv_heads = keys.shape[2]
+    group = heads // kv_heads
+    k, v = _gathered(keys, values, view)
+    packed = query.reshape(rows, kv_heads, group * new, dim)
+    bias = view.bias(window, None, group, query.dtype)
+    got = scaled_dot_product_attention(packed, k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias, scale=scaling)
+    return got.reshape(rows, heads, new, -1).transpose(1, 2)
+
+
+def _gathered(keys: torch.Tensor, values: torch.Tensor, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows' part of the slab, (B, T, kv_heads, dim): a view when the slots are neighbours, else a copy."""
+    width = max(view.host_length) + view.num_new
+    first, rows = view.host_slots[0], len(view.host_slots)
+    if view.host_slots == list(range(first, first + rows)):
+        return keys[first : first + rows, :width], values[first : first + rows, :width]
+    return keys[view.slots, :width], values[view.slots, :width]
+
+
+def reference_attention(query, keys, values, view, scaling, window=None, softcap=None, sinks=None):
+    """The slow, plain form: matrix products in at least float32 over everything. What every fast path is compared with,
+    and the path of models with a soft cap (Gemma 2) or attention sinks (gpt-oss)."""
+    rows, heads, new, _ = query.shape
+    k, v = _gathered(keys, values, view)
+    group = heads // k.shape[2]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    k = k.permute(0, 2, 1, 3).repeat_interleave(group, dim=1).to(wide)
+    v = v.permute(0, 2, 1, 3).repeat_interleave(group, dim=1).to(wide)
+    scores = query.to(wide) @ k.transpose(-1, -2) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~view.visible(window)[:, None], -torch.inf)
+    if sinks is not None:
+        sink = sinks.to(wide).reshape(1, -1, 1, 1).expand(rows, heads, new, 1)
+        probs = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        probs = scores.softmax(dim=-1)
+    return (probs @ v).to(query.dtype).transpose(1, 2)

@@ -1,0 +1,58 @@
+"""The KV slab: one tensor each for keys and values of all layers, addressed by slot.
+
+Invariant: between steps, columns 0 … length-1 of a slot hold the tokens of its sequence but the pending one. A pass over N tree nodes
+writes columns length … length+N-1, and only `commit` keeps some of them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class SlotCache:
+    """keys, values: (L, S, C + slack, kv_heads, dim), zero-filled. `slack` columns take the tree behind a full slot."""
+
+    def __init__(self, layers: list[tuple[int, int, int]], slots: int, columns: int, slack: int, dtype: torch.dtype,
+                 device: torch.device) -> None:
+        """layers: (kv_heads, key dim, value dim) of each layer; all must agree (LoadError is the caller's)."""
+        kv_heads, key_dim, value_dim = layers[0]
+        shape = (len(layers), slots, columns + slack, kv_heads)
+        self.keys = torch.zeros(*shape, key_dim, dtype=dtype, device=device)
+        self.values = torch.zeros(*shape, value_dim, dtype=dtype, device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def write(self, layer: int, slots: torch.Tensor, columns: torch.Tensor, keys: torch.Tensor,
+              values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put new rows into the slab and return the layer's part of it, (S, C + slack, kv_heads, dim) each.
+
+        slots (B) · columns (B, N) · keys, values (B, kv_heads, N, dim)
+        """
+        key_slab, value_slab = self.keys[layer], self.values[layer]
+        key_slab[slots[:, None], columns] = keys.transpose(1, 2)
+        value_slab[slots[:, None], columns] = values.transpose(1, 2)
+        return key_slab, value_slab
+
+    def commit(self, slots: torch.Tensor, length: torch.Tensor, nodes: torch.Tensor) -> None:
+        """Move the accepted nodes' rows to the end of their sequences, for all layers at once.
+
+        slots (B) · length (B) · nodes (B, A): the path, the root first; entries behind its end may be anything, since what lies
+        behind a sequence's new length is never read.
+
+        Example, length 7, nodes 0 1 3 of a tree of 6:   columns  7 8 9 10 11 12      7 8 9
+                                                         hold     r a b  c  d  e  →   r a c
+        """
+        steps = torch.arange(nodes.shape[1], device=nodes.device)
+        if nodes.shape[1] == 1:
+            return  # the root is in place
+        source, target = length[:, None] + nodes, length[:, None] + steps
+        at = slots[:, None]
+        self.keys[:, at, target] = self.keys[:, at, source]
+        self.values[:, at, target] = self.values[:, at, source]
+
+    def zero(self, slot: int) -> None:
+        """Wipe a slot whose numbers went bad: masked NaN rows of V would still give NaN."""
+        self.keys[:, slot].zero_()
+        self.values[:, slot].zero_()

@@ -1,0 +1,73 @@
+"""The load-time self-test: on the actual model, the plugged pass must give what the plain forward gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .attention import chain_view, make_view
+from .forward import PlugInError, TreeForward
+from .tree import Tree
+
+# Relative error ‖got - want‖ / ‖want‖ of one node's logits. A wrong mask bit or position gives errors near 1; models that
+# compute their softmax in float32 whatever their dtype are 1e-7 off.
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
+TREE = Tree(paths=((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))
+PATH = (0, 1, 3, 6)  # the nodes that the test commits: the root and (0,) (0,0) (0,0,0)
+
+
+@torch.no_grad()
+def references(model: Any, device: torch.device) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+    """Prompts and, for each, the plain forward's last logits along every path of TREE and one step past PATH.
+
+    Must run before the attention is replaced.
+    """
+    vocab = model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(1)
+    count = TREE.num_nodes + 1
+    prompts = [torch.randint(vocab, (length + count,), generator=generator).to(device) for length in (3, 6)]
+    wanted = []
+    for ids in prompts:
+        prompt, nodes = ids[:-count], ids[-count:]
+        rows = [torch.cat([prompt, nodes[torch.tensor(_ancestors(node))]]) for node in range(TREE.num_nodes)]
+        rows.append(torch.cat([prompt, nodes[torch.tensor(PATH)], nodes[-1:]]))
+        wanted.append([model(input_ids=row[None], use_cache=False).logits[0, -1] for row in rows])
+    return prompts, wanted
+
+
+def check(forward: TreeForward, prompts: list[torch.Tensor], wanted: list[list[torch.Tensor]], slots: int) -> float:
+    """The largest relative error of prefill in two chunks, a tree pass, a commit and the pass after it. Raises PlugInError above the
+    dtype's tolerance. Uses the first slots and wipes them."""
+    prompts, wanted = prompts[:slots], wanted[:slots]
+    count = TREE.num_nodes + 1
+    device = prompts[0].device
+    host_length = [len(ids) - count for ids in prompts]
+    host_slots = list(range(len(prompts)))[::-1]  # not in order: a pass must not depend on it
+    for slot, ids, length in zip(host_slots, prompts, host_length, strict=True):
+        for start, end in ((0, 2), (2, length)):
+            forward.run(ids[None, start:end], chain_view([slot], [start], end - start, device), last_only=True)
+    tensors = TREE.tensors(TREE.num_heads, TREE.num_ranks, device)
+    view = make_view(host_slots, host_length, tensors.depths, tensors.mask)
+    nodes = torch.stack([ids[-count:] for ids in prompts])
+    logits, _ = forward.run(nodes[:, :-1], view)
+    forward.commit(view, torch.tensor([PATH] * len(prompts), device=device))
+    after = chain_view(host_slots, [length + len(PATH) for length in host_length], 1, device)
+    final, _ = forward.run(nodes[:, -1:], after)
+    error = 0.0
+    for row, want in enumerate(wanted):
+        got = [*logits[row], final[row, 0]]
+        for one, other in zip(got, want, strict=True):
+            error = max(error, float((one - other).double().norm() / other.double().norm().clamp(min=1e-30)))
+    for slot in host_slots:
+        forward.zero(slot)
+    if not error <= TOLERANCE.get(forward.model.dtype, 0.1):
+        raise PlugInError(f"its logits differ from a plain forward (relative error {error:.1g})")
+    return error
+
+
+def _ancestors(node: int) -> list[int]:
+    path = [node]
+    while path[0]:
+        path.insert(0, TREE.parents[path[0]])
+    return path

@@ -1,0 +1,72 @@
+"""What a step must know of each sequence, in per-slot tables on the device. Static shapes: the step can be captured as it is.
+
+Invariant: everything that survives a step on the device is indexed by slot; the host never supplies draft tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..types import SamplingParams
+from .accept import Limits, Walk
+from .filters import Sampling
+
+
+class SlotTables:
+    """S slots of C columns. The pending token of a slot stands in history[slot, length[slot]]."""
+
+    def __init__(self, slots: int, columns: int, eos_ids: Sequence[int], num_heads: int, num_ranks: int, num_lookup: int,
+                 device: torch.device) -> None:
+        def ints(*shape: int, fill: int = 0) -> torch.Tensor:
+            return torch.full(shape, fill, dtype=torch.int64, device=device)
+
+        self.length, self.total, self.node_limit = ints(slots), ints(slots), ints(slots)
+        self.history = ints(slots, columns)
+        self.eos = ints(slots, max(1, len(eos_ids)), fill=-1)
+        self.candidates = ints(slots, num_heads, num_ranks, fill=-1)
+        self.lookup = ints(slots, num_lookup, fill=-1)
+        self.top_k, self.seed = ints(slots), ints(slots)
+        self.temperature, self.top_p, self.min_p = (torch.zeros(slots, device=device) for _ in range(3))
+        self._eos_ids = tuple(eos_ids)
+        self._params: list[SamplingParams | None] = [None] * slots
+
+    def admit(self, slot: int, prompt: Sequence[int], params: SamplingParams, total: int, num_cached: int) -> None:
+        """Fill a slot's row for a new sequence of which `num_cached` tokens are in the KV cache already."""
+        device = self.history.device
+        self.history[slot, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64, device=device)
+        self.length[slot], self.total[slot] = num_cached, total
+        self.node_limit[slot] = torch.iinfo(torch.int64).max if params.speculation else 1
+        self.eos[slot] = -1
+        if self._eos_ids and not params.ignore_eos:
+            self.eos[slot] = torch.tensor(self._eos_ids, device=device)
+        self.candidates[slot], self.lookup[slot] = -1, -1
+        self.temperature[slot], self.top_p[slot], self.min_p[slot] = params.temperature, params.top_p, params.min_p
+        self.top_k[slot], self.seed[slot] = params.top_k, params.seed or 0
+        self._params[slot] = params
+
+    def sampling(self, slots: torch.Tensor, host_slots: Sequence[int]) -> Sampling:
+        """The rows' sampling parameters, (B) each."""
+        params = [self._params[slot] for slot in host_slots]
+        hot = [p for p in params if p is not None and p.temperature > 0]
+        filtered = any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0 for p in hot)
+        return Sampling(self.temperature[slots], self.top_k[slots], self.top_p[slots], self.min_p[slots], self.seed[slots],
+                        bool(hot), filtered)
+
+    def limits(self, slots: torch.Tensor) -> Limits:
+        return Limits(self.length[slots], self.total[slots], self.eos[slots])
+
+    def pending(self, slots: torch.Tensor) -> torch.Tensor:
+        """(B): emitted, not yet in the KV cache."""
+        return self.history[slots, self.length[slots]]
+
+    def advance(self, slots: torch.Tensor, walk: Walk) -> None:
+        """Append what the walk emitted; rows whose logits were not finite stay as they were."""
+        count = torch.where(walk.finite, walk.count, 0)
+        length = self.length[slots]
+        steps = torch.arange(walk.tokens.shape[1], device=slots.device)
+        columns = (length[:, None] + 1 + steps).clamp(max=self.history.shape[1] - 1)
+        old = self.history[slots[:, None], columns]
+        self.history[slots[:, None], columns] = torch.where(steps < count[:, None], walk.tokens, old)
+        self.length[slots] = length + count
