@@ -1,6 +1,6 @@
 """Tensor files of unknown origin → checked tensors by name. No code in them is ever run, no number is believed.
 
-safetensors first; pickles (.pt, .bin) only with torch.load(weights_only=True). What a key means is checkpoints.py's matter.
+safetensors first; pickles (.pt, .bin) only with torch.load(weights_only=True). What a key means: checkpoints.py.
 """
 
 from __future__ import annotations

@@ -32,9 +32,11 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 def hash32(seed: torch.Tensor, position: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
     """32 pseudo-random bits (int32) of each (seed int64, position int64, token int64); shapes broadcast."""
     low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
-    key = _mix(_mix(low + _GOLDEN) ^ high)
-    key = _mix(key + position.to(torch.int32) * _GOLDEN)
-    return _mix(_mix(token.to(torch.int32) * _GOLDEN + key) ^ _mix(key ^ high))
+    position = position.to(torch.int32)
+    # Two words of key: with one, some pair among 100,000 (seed, position) would share all of its noise.
+    first = _mix(_mix(_mix(low + _GOLDEN) ^ high) + position * _GOLDEN)
+    second = _mix(_mix(_mix(high + _M1) ^ low) ^ (position * _M2))
+    return _mix(_mix(token.to(torch.int32) * _GOLDEN + first) ^ second)
 
 
 def gumbel(seed: torch.Tensor, position: torch.Tensor, token: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,307 @@
+"""From a name to a model on its device, its tokenizer and the facts the engine needs, with a reason for each choice made."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import DEFAULT_MODEL, EngineConfig
+from ..errors import InvalidRequest, LoadError
+
+# Tokens that end a chat turn. Some models' templates use one that their generation config does not list as an end.
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|endofturn|>", "<|eom_id|>")
+TEMPLATE_LIMIT = 1 << 20  # characters that a chat template may make of one short message
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode without gradients, on `device`, and how to talk to it.
+
+    name           short: "smollm2-135m", the folder's name, or the last part of a hub id
+    eos_ids        ids that end a text; model.generation_config has the same
+    max_positions  the model's own context; None where its config names none
+    notes          "(what) because (why)" for each automatic choice
+    """
+
+    model: Any
+    tokenizer: Any
+    codec: Codec
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    eos_ids: frozenset[int]
+    max_positions: int | None
+    notes: list[str] = field(default_factory=list)
+
+
+def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
+    """Load `config.model` on `config.device` in `config.dtype`. Raises LoadError in a sentence or two.
+
+    The default model comes from the package index (see default_model); everything else is a local folder or a hub id, and
+    code that comes with a model is never run.
+    """
+    notes: list[str] = []
+    device = _choose_device(config.device, notes)
+    dtype = _choose_dtype(config.dtype, device, notes)
+    source, name = _source(config.model, progress)
+    with _quiet(), _as_load_error(config.model):
+        hf_config = _checked_config(source, config.model)
+        tokenizer = _load_tokenizer(source)
+        model = _load_weights(source, hf_config, device, dtype)
+    codec = Codec(tokenizer)
+    notes += codec.notes
+    eos_ids = _end_ids(model, tokenizer, notes)
+    _settle_generation_config(model, eos_ids)
+    return LoadedModel(model, tokenizer, codec, name, device, dtype, eos_ids, _max_positions(model.config), notes)
+
+
+class Codec:
+    """A TextCodec over a Hugging Face tokenizer. May be called from several threads."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.notes: list[str] = []
+        if tokenizer.is_fast:
+            # With both off, encoding changes nothing in the Rust tokenizer, so threads need no lock ("Already borrowed").
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
+        self._lock: Any = contextlib.nullcontext() if tokenizer.is_fast else threading.Lock()
+        self.has_chat_template = bool(tokenizer.chat_template) and self._template_works()
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            with self._lock:
+                ids = self._tokenizer(text, add_special_tokens=True, truncation=False, verbose=False).input_ids
+        except UnicodeEncodeError as error:
+            raise InvalidRequest("The text holds a lone surrogate, which is not valid Unicode.", param="prompt") from error
+        return list(ids)
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        if not self.has_chat_template:
+            raise InvalidRequest("This model has no chat template: send `prompt` instead of `messages`.", param="messages")
+        try:
+            return self.encode_templated(messages)
+        except InvalidRequest:
+            raise
+        except UnicodeEncodeError as error:
+            raise InvalidRequest("The messages hold a lone surrogate, which is not valid Unicode.", param="messages") from error
+        except Exception as error:  # a template is a program of its own: whatever it raises, these messages are refused
+            raise InvalidRequest(_refusal(error), param="messages") from error
+
+    def encode_templated(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """As encode_chat, with the template's own exceptions."""
+        with self._lock:
+            ids = self._tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False, tokenizer_kwargs={"verbose": False}
+            )
+        return list(ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        with self._lock:
+            return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _template_works(self) -> bool:
+        """A dry run, so that a broken or hostile template costs a note at load and not an error for every request."""
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": "Hello"}], add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # see encode_chat
+            self.notes.append(f"no chat because the model's chat template fails on a plain message ({_reason(error)})")
+            return False
+        if len(text) > TEMPLATE_LIMIT:
+            self.notes.append(f"no chat because the model's chat template makes {len(text)} characters of one short message")
+            return False
+        return True
+
+
+def _refusal(error: Exception) -> str:
+    return f"The model's chat template refuses these messages ({_reason(error)})."
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")
+
+
+# ---- choices -----------------------------------------------------------------------------------------------------------------
+
+
+def _choose_device(wanted: str, notes: list[str]) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "auto":
+        notes.append("device cuda because one is there" if count else "device cpu because no CUDA device is there")
+        return torch.device("cuda", 0) if count else torch.device("cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        if not count:
+            raise LoadError("There is no CUDA device here (or this PyTorch is built without CUDA); use device cpu or auto.")
+        if (device.index or 0) >= count:
+            raise LoadError(f"There is no device {device}; this machine has cuda:0 to cuda:{count - 1}.")
+    return device
+
+
+def _choose_dtype(wanted: str, device: torch.device, notes: list[str]) -> torch.dtype:
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if device.type == "cpu":
+        notes.append("dtype float32 because the text is then exact token for token, and the device is a CPU")
+        return torch.float32
+    with torch.cuda.device(device):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)  # by default a T4 says yes to emulation
+    if native:
+        notes.append("dtype bfloat16 because the GPU computes in it")
+        return torch.bfloat16
+    notes.append("dtype float16 because the GPU has no bfloat16 of its own")
+    return torch.float16
+
+
+def _source(model: str, progress: bool) -> tuple[str, str]:
+    """(what from_pretrained gets, short name)."""
+    if model == DEFAULT_MODEL:
+        from .default_model import ensure_default_model
+
+        return str(ensure_default_model(progress=progress)), DEFAULT_MODEL
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise LoadError(f"The folder {model} holds no model: there is no config.json in it.")
+        return str(path), path.resolve().name
+    if path.is_file():
+        raise LoadError(f"{model} is a file; a model is a folder with config.json, weights and tokenizer, or a hub id.")
+    if path.is_absolute() or model.startswith(("./", "../", "~")) or model.count("/") > 1:
+        raise LoadError(f"There is no folder {model}.")
+    return model, model.split("/")[-1]
+
+
+# ---- loading -----------------------------------------------------------------------------------------------------------------
+
+
+def _checked_config(source: str, asked: str) -> Any:
+    """The model's config, refused where it could name code to run (CVE-2026-4372) or is no causal language model's."""
+    from transformers import AutoConfig, PretrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    raw, _ = PretrainedConfig.get_config_dict(source)
+    if not raw:
+        raise LoadError(f"{asked} is not a model on the hub or has no config.json.")
+    _refuse_hidden_code(raw, asked)
+    kind = raw.get("model_type")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if "auto_map" in raw:
+            raise LoadError(
+                f"{asked} needs Python code that comes with it, which is never run here; choose a model that transformers knows."
+            )
+        what = f"of type {kind!r}" if kind else "without a model_type"
+        raise LoadError(f"{asked} is a model {what}, which this transformers does not know as a causal language model.")
+    return AutoConfig.from_pretrained(source, trust_remote_code=False)
+
+
+def _refuse_hidden_code(raw: Any, asked: str) -> None:
+    if isinstance(raw, dict):
+        for key, value in raw.items():
+            if key.endswith("_implementation_internal") or (key.endswith("attn_implementation") and "/" in str(value)):
+                raise LoadError(f"The config.json of {asked} sets {key}, which can make code run that came with it; not loaded.")
+            _refuse_hidden_code(value, asked)
+
+
+def _load_tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+
+
+def _load_weights(source: str, hf_config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    # No device_map: it needs accelerate. Weights are read once, in the wanted dtype, then moved.
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source, config=hf_config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+    )
+    # transformers fills what is missing with random numbers and only warns
+    wrong = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if wrong:
+        raise LoadError(f"{len(wrong)} weights of {source} are missing or of another shape, the first of them {wrong[0]}.")
+    if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+        raise LoadError(f"{source} is not a decoder-only language model with an output layer.")
+    return model.to(device).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _as_load_error(asked: str) -> Iterator[None]:
+    """What transformers and torch raise while loading, as one or two sentences."""
+    try:
+        yield
+    except LoadError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise LoadError(f"{asked} does not fit into the memory; choose a smaller model or a dtype of half the size.") from error
+    except OSError as error:
+        if Path(asked).expanduser().is_dir():
+            raise LoadError(f"The model in {asked} cannot be read: {_reason(error)}.") from error
+        raise LoadError(
+            f"{asked!r} is neither a local folder nor a model that could be had from the hub ({_reason(error)}). "
+            f"Check the name and the network; {DEFAULT_MODEL!r} needs no hub."
+        ) from error
+    except Exception as error:  # safetensors, tokenizers and transformers raise types of their own for damaged files
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            raise LoadError(f"{asked} does not fit into the memory; choose a smaller model or a smaller dtype.") from error
+        raise LoadError(f"The model {asked} cannot be loaded: {type(error).__name__}: {_reason(error)}.") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' bars and advice off while loading (what matters of them is checked here); as it was afterwards."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# ---- facts -------------------------------------------------------------------------------------------------------------------
+
+
+def _end_ids(model: Any, tokenizer: Any, notes: list[str]) -> frozenset[int]:
+    """Ids that end a text: the generation config's, the tokenizer's, and the end of turn that the chat template writes."""
+    listed = model.generation_config.eos_token_id
+    ids = set(listed if isinstance(listed, (list, tuple)) else [] if listed is None else [listed])
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+    extra = {token: added[token] for token in END_OF_TURN if token in template and token in added}
+    if tokenizer.eos_token_id is not None:
+        extra[tokenizer.eos_token] = tokenizer.eos_token_id
+    for token, index in extra.items():
+        if index not in ids:
+            ids.add(index)
+            notes.append(f"{token} also ends a text because the tokenizer says so and the generation config does not")
+    return frozenset(ids)
+
+
+def _settle_generation_config(model: Any, eos_ids: frozenset[int]) -> None:
+    """`generate` ends where the engine ends, and a checkpoint's sampling advice cannot warn or change comparisons."""
+    from transformers import GenerationConfig
+
+    old = model.generation_config
+    pad = old.pad_token_id if old.pad_token_id is not None else min(eos_ids, default=None)
+    model.generation_config = GenerationConfig(
+        bos_token_id=old.bos_token_id, eos_token_id=sorted(eos_ids) or None, pad_token_id=pad
+    )
+
+
+def _max_positions(config: Any) -> int | None:
+    value = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return value if isinstance(value, int) and value > 0 else None
