@@ -9,7 +9,7 @@ from typing import Any
 
 from .config import EngineConfig
 from .engine.batch_manager import BatchManager
-from .errors import InvalidConfig, InvalidRequest
+from .errors import InvalidConfig, InvalidRequest, QueueFull
 from .types import Completion, Delta, SamplingParams
 
 Messages = Sequence[dict[str, str]]
@@ -67,17 +67,22 @@ class LLM:
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
         """Completions in input order; all prompts share passes. A prompt is a string (raw text) or a list of messages (chat
-        template). Raises InvalidRequest for a prompt that cannot be served, before any of them starts."""
+        template). Raises InvalidRequest for a prompt that cannot be served; the others are then cancelled."""
         encoded = [self._encode(prompt) for prompt in _as_list(prompts)]
         inbox: queue.SimpleQueue[list[tuple[str, Delta]]] = queue.SimpleQueue()
         done: dict[str, Completion] = {}
-        room = self.manager.capacity
         waiting, ids = list(reversed(encoded)), []
         open_ids: set[str] = set()
         try:
             while waiting or open_ids:
-                while waiting and len(open_ids) < room:
-                    ids.append(self.manager.submit(waiting.pop(), params or SamplingParams(), inbox.put))
+                while waiting:
+                    try:
+                        ids.append(self.manager.submit(waiting[-1], params or SamplingParams(), inbox.put))
+                    except QueueFull:
+                        if not open_ids:
+                            raise
+                        break  # the rest follows as ours finish
+                    waiting.pop()
                     open_ids.add(ids[-1])
                 for sequence_id, delta in inbox.get():
                     if delta.error is not None:
