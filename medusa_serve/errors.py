@@ -56,7 +56,8 @@ class QueueFull(MedusaServeError):
 
 
 class Unavailable(MedusaServeError):
-    status, type, code, retry_after = 503, "service_unavailable_error", "unavailable", 5
+    status, type, code = 503, "service_unavailable_error", "unavailable"
+    retry_after: int | None = 5
 
 
 class ModelLoading(Unavailable):
@@ -68,7 +69,8 @@ class ShuttingDown(Unavailable):
 
 
 class EngineDead(Unavailable):
-    code, retry_after = "engine_dead", None
+    code = "engine_dead"
+    retry_after = None
 
 
 class GenerationFailed(MedusaServeError):

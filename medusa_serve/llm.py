@@ -1,4 +1,5 @@
-"""The composition root: loader → runner → batch manager. The command line, the server, notebooks and benchmarks all start here."""
+"""The composition root: loader → runner → batch manager. The command line, the server, notebooks and benchmarks all
+start here."""
 
 from __future__ import annotations
 
@@ -17,9 +18,11 @@ Prompt = str | Messages
 
 
 class LLM:
-    """A model with its batch manager running. A context manager: closing ends every sequence and frees the device memory.
+    """A model with its batch manager running. A context manager: closing ends every sequence and frees the device
+    memory.
 
-    LLM("smollm2-135m"), LLM(EngineConfig(...)) or LLM("folder", slots=4): options are EngineConfig's fields, unknown ones are
+    LLM("smollm2-135m"), LLM(EngineConfig(...)) or LLM("folder", slots=4): options are EngineConfig's fields, unknown
+    ones are
     errors. Raises InvalidConfig, LoadError.
 
     model_name, codec, manager, notes (the automatic choices with their reasons) are plain attributes.
@@ -47,7 +50,7 @@ class LLM:
         self.manager = BatchManager(built.runner, self.codec, self.config, model_name=self.model_name)
         self.manager.start()
         runner = built.runner
-        self._facts = {
+        self._facts: dict[str, Any] = {
             "slots": runner.num_slots,
             "max_context": runner.max_context,
             "nodes": list(runner.node_choices),
@@ -55,7 +58,9 @@ class LLM:
 
     def describe(self) -> dict[str, Any]:
         """Plain facts for /health and start-up lines."""
-        drafts = [name for name, on in ((self.heads_name, self.heads_name != "none"), ("lookup", self.config.lookup)) if on]
+        drafts = [
+            name for name, on in ((self.heads_name, self.heads_name != "none"), ("lookup", self.config.lookup)) if on
+        ]
         return {
             "model": self.model_name,
             "heads": self.heads_name,
@@ -66,7 +71,8 @@ class LLM:
         }
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
-        """Completions in input order; all prompts share passes. A prompt is a string (raw text) or a list of messages (chat
+        """Completions in input order; all prompts share passes. A prompt is a string (raw text) or a list of messages
+        (chat
         template). Raises InvalidRequest for a prompt that cannot be served; the others are then cancelled."""
         encoded = [self._encode(prompt) for prompt in _as_list(prompts)]
         inbox: queue.SimpleQueue[list[tuple[str, Delta]]] = queue.SimpleQueue()
@@ -96,7 +102,8 @@ class LLM:
         return [done[sequence_id] for sequence_id in ids]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
-        """The Deltas of one prompt as steps finish; the last one carries the Completion. Leaving the loop early cancels."""
+        """The Deltas of one prompt as steps finish; the last one carries the Completion. Leaving the loop early
+        cancels."""
         inbox: queue.SimpleQueue[list[tuple[str, Delta]]] = queue.SimpleQueue()
         sequence_id = self.manager.submit(self._encode(prompt), params or SamplingParams(), inbox.put)
         ended = False
@@ -115,7 +122,7 @@ class LLM:
         if isinstance(prompt, str):
             return self.codec.encode(prompt)
         if isinstance(prompt, Sequence) and all(isinstance(message, dict) for message in prompt):
-            return self.codec.encode_chat(prompt)
+            return self.codec.encode_chat(list(prompt))  # type: ignore[arg-type]
         raise InvalidRequest("A prompt is a string or a list of messages.", param="prompt")
 
     def close(self) -> None:
@@ -129,7 +136,7 @@ class LLM:
 
 
 def _config(model: str | EngineConfig | None, options: dict[str, Any]) -> EngineConfig:
-    base = model if isinstance(model, EngineConfig) else EngineConfig(**({} if model is None else {"model": model}))
+    base = model if isinstance(model, EngineConfig) else EngineConfig() if model is None else EngineConfig(model=model)
     unknown = set(options) - set(EngineConfig.__dataclass_fields__)
     if unknown:
         raise InvalidConfig(f"Unknown option {sorted(unknown)[0]!r}.", param=sorted(unknown)[0])
@@ -146,15 +153,21 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def _drafter(config: EngineConfig, loaded: Any) -> tuple[Any, Any, str, list[str]]:
     """The heads in use: (drafter, calibrated ranks, name, notes)."""
     if config.heads in ("auto", "none") or config.tree == "off":
-        why = "as asked" if config.heads == "none" else "none ship for this model yet" if config.heads == "auto" else "tree off"
+        why = (
+            "as asked"
+            if config.heads == "none"
+            else "none ship for this model yet"
+            if config.heads == "auto"
+            else "tree off"
+        )
         return None, None, "none", [f"no heads ({why})"]
     from .model.checkpoints import load_heads
     from .model.draft import MedusaDrafter
 
     model = loaded.model
     hidden, vocab = model.config.get_text_config().hidden_size, model.get_input_embeddings().num_embeddings
-    heads, info = load_heads(config.heads, hidden_size=hidden, vocab_size=vocab, dtype=model.dtype, device=model.device, base_model=model)
+    heads, info = load_heads(
+        config.heads, hidden_size=hidden, vocab_size=vocab, dtype=model.dtype, device=model.device, base_model=model
+    )
     drafter = MedusaDrafter(heads, info.num_heads, 10)
     return drafter, info.ranks, info.family, [f"{info.family} heads from {config.heads}", *info.warnings]
-
-

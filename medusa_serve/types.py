@@ -6,7 +6,8 @@ Letters: B rows of a batch, N nodes of a tree (the root counts), D depth, K head
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 

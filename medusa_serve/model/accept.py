@@ -1,7 +1,9 @@
 """Accept by walking: at each depth the request picks its own next token, and the walk goes on where a node holds it.
 
-The emitted tokens never look at the tree: each is drawn from the model's distribution after the tokens emitted before it. The tree
-only decides how many of them one pass yields. That is the whole proof of exactness (token matching; for deterministic drafts no lossless
+The emitted tokens never look at the tree: each is drawn from the model's distribution after the tokens emitted before
+it. The tree
+only decides how many of them one pass yields. That is the whole proof of exactness (token matching; for deterministic
+drafts no lossless
 rule accepts more).
 """
 
@@ -15,7 +17,8 @@ from .filters import Sampling, pick
 
 
 class Limits(NamedTuple):
-    """Where the walk of B rows must stop: total (B) tokens of prompt and completion at most, eos (B, E) ids (-1 unused)."""
+    """Where the walk of B rows must stop: total (B) tokens of prompt and completion at most, eos (B, E) ids (-1
+    unused)."""
 
     length: torch.Tensor  # (B) tokens in the KV cache; the pending token is not among them
     total: torch.Tensor
@@ -23,24 +26,27 @@ class Limits(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """tokens (B, D+1) emitted, -1 behind the end · nodes (B, D+1) the path, the root first · count (B) emitted tokens
+    """tokens (B, D+1) emitted, -1 behind the end · nodes (B, D+1) the path, the root first · num_emitted (B) tokens
     finished (B) EOS or the limit was met · finite (B) False: the row's logits were not usable and nothing counts"""
 
     tokens: torch.Tensor
     nodes: torch.Tensor
-    count: torch.Tensor
+    num_emitted: torch.Tensor
     finished: torch.Tensor
     finite: torch.Tensor
 
 
-def accept(logits: torch.Tensor, draft: torch.Tensor, parents: torch.Tensor, max_depth: int, sampling: Sampling,
-           limits: Limits) -> Walk:
+def accept(
+    logits: torch.Tensor, draft: torch.Tensor, parents: torch.Tensor, max_depth: int, sampling: Sampling, limits: Limits
+) -> Walk:
     """Walk the verified tree of each row.
 
     logits (B, N, V) · draft (B, N) tokens, -1 empty · parents (N)
 
-    Example (greedy), tree of Tree's docstring, length 7: node 1 holds 52, node 3 holds 9, argmax at the root is 52, at node 1
-    it is 9, at node 3 it is 30: tokens 52 9 30, nodes 0 1 3, count 3. Two draft tokens are accepted, 30 is the new pending token.
+    Example (greedy), tree of Tree's docstring, length 7: node 1 holds 52, node 3 holds 9, argmax at the root is 52, at
+    node 1
+    it is 9, at node 3 it is 30: tokens 52 9 30, nodes 0 1 3, count 3. Two draft tokens are accepted, 30 is the new
+    pending token.
     """
     rows, num_nodes = draft.shape
     device = draft.device
@@ -62,7 +68,7 @@ def accept(logits: torch.Tensor, draft: torch.Tensor, parents: torch.Tensor, max
         finished |= active & stop
         alive = alive[:, parents] & (draft == picked[:, None]) & not_root
         active = active & ~stop & alive.any(dim=1) & finite
-        if not device.type == "cuda" and not bool(active.any()):
+        if device.type != "cuda" and not bool(active.any()):
             break  # asking costs nothing on a CPU; on a GPU every depth runs
     emitted = torch.stack(tokens, dim=1)
     return Walk(emitted, torch.stack(nodes, dim=1), (emitted >= 0).sum(dim=1), finished, finite)

@@ -1,7 +1,9 @@
 """Attention over slots: each row sees its sequence's history and, among the new tokens, itself and its ancestors.
 
-Registered with transformers' AttentionInterface, so that models run unmodified. No mask function is registered under the name, hence
-transformers builds no mask. Keys and values arrive as the slab's layer (from SlotCache.write through the model's cache object), the rest as
+Registered with transformers' AttentionInterface, so that models run unmodified. No mask function is registered under
+the name, hence
+transformers builds no mask. Keys and values arrive as the slab's layer (from SlotCache.write through the model's cache
+object), the rest as
 a `View`. GQA groups are packed into the query length (q: kv_heads, group × N), so keys and values are read once.
 """
 
@@ -15,7 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 @dataclass
 class View:
-    """What one pass sees: B rows of N new tokens each. Built anew for each pass; masks are made on first use and shared by all layers.
+    """What one pass sees: B rows of N new tokens each. Built anew for each pass; masks are made on first use and
+    shared by all layers.
 
     slots, length: (B) on the device, and the same as Python ints
     columns (B, N): where the new tokens' keys stand · depths (N): distance from the row's first new token
@@ -60,7 +63,8 @@ class View:
         return self._visible[window]
 
     def bias(self, window: int | None, row: int | None, group: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Additive mask packed for `group` query heads a key head: (1, 1, group × N, T of that row), or of all rows (B, 1, …).
+        """Additive mask packed for `group` query heads a key head: (1, 1, group × N, T of that row), or of all rows
+        (B, 1, …).
 
         None where everything is visible (plain decoding).
         """
@@ -79,17 +83,36 @@ class View:
 
 def make_view(host_slots: list[int], host_length: list[int], depths: torch.Tensor, mask: torch.Tensor) -> View:
     device = depths.device
-    return View(torch.tensor(host_slots, device=device), torch.tensor(host_length, device=device), host_slots, host_length, depths, mask)
+    return View(
+        torch.tensor(host_slots, device=device),
+        torch.tensor(host_length, device=device),
+        host_slots,
+        host_length,
+        depths,
+        mask,
+    )
 
 
 def chain_view(host_slots: list[int], host_length: list[int], new: int, device: torch.device) -> View:
     """A causal run of `new` tokens a row: prefill, and plain decoding with new = 1."""
-    return make_view(host_slots, host_length, torch.arange(new, device=device),
-                     torch.ones(new, new, dtype=torch.bool, device=device).tril())
+    return make_view(
+        host_slots,
+        host_length,
+        torch.arange(new, device=device),
+        torch.ones(new, new, dtype=torch.bool, device=device).tril(),
+    )
 
 
-def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, view: View, scaling: float,
-           window: int | None = None, softcap: float | None = None, sinks: torch.Tensor | None = None) -> torch.Tensor:
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    view: View,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """query (B, heads, N, dim) · keys, values: the slab's layer (S, C, kv_heads, dim) → (B, N, heads, value dim)"""
     if softcap is not None or sinks is not None:
         return reference_attention(query, keys, values, view, scaling, window, softcap, sinks)

@@ -27,8 +27,15 @@ class Built:
 
 
 @torch.no_grad()
-def build_runner(model: Any, config: EngineConfig, *, eos_ids: list[int], max_positions: int | None, drafter: Drafter | None = None,
-                 ranks: Any = None) -> Built:
+def build_runner(
+    model: Any,
+    config: EngineConfig,
+    *,
+    eos_ids: list[int],
+    max_positions: int | None,
+    drafter: Drafter | None = None,
+    ranks: Any = None,
+) -> Built:
     """Plan, plug in, check. Raises LoadError when the plan cannot be met."""
     device = model.device
     context, context_why = plan_context(config, max_positions, device)
@@ -47,21 +54,23 @@ def build_runner(model: Any, config: EngineConfig, *, eos_ids: list[int], max_po
     except PlugInError as reason:
         plain_because, error = str(reason), None
         slots, slots_why = config.slots or 8, "as asked" if config.slots else "the default for plain decoding"
-    tables = _tables(trees if plain_because is None else {}, drafter, slots, context + SLACK, eos_ids, device)
+    trees = trees if plain_because is None else {}
+    drafter = drafter if trees else None
+    tables = _tables(trees, drafter, slots, context + SLACK, eos_ids, device)
     notes = [f"{slots} slots ({slots_why}) of {context} tokens ({context_why})"]
     if plain_because is not None:
         forward = PlainForward(model, slots, lambda slot, length: tables.history[slot, :length])
         notes.append(f"this model decodes plainly, one row at a time, because {plain_because}")
     vocab_size = model.get_input_embeddings().num_embeddings
-    runner = ModelRunner(forward, tables, trees=trees, drafter=drafter if plain_because is None else None, eos_ids=eos_ids,
-                         vocab_size=vocab_size, max_context=context)
+    runner = ModelRunner(
+        forward, tables, trees=trees, drafter=drafter, eos_ids=eos_ids, vocab_size=vocab_size, max_context=context
+    )
     return Built(runner, notes, error)
 
 
-def _tables(trees: dict[int, Tree], drafter: Drafter | None, slots: int, columns: int, eos_ids: list[int],
-            device: torch.device) -> SlotTables:
+def _tables(
+    trees: dict[int, Tree], drafter: Drafter | None, slots: int, columns: int, eos_ids: list[int], device: torch.device
+) -> SlotTables:
     chain = max((tree.num_lookup for tree in trees.values()), default=0)
     heads, ranks = (drafter.num_heads, drafter.num_ranks) if drafter and trees else (0, 0)
     return SlotTables(slots, columns, eos_ids, heads, ranks, chain, device)
-
-

@@ -1,6 +1,7 @@
 """The KV slab: one tensor each for keys and values of all layers, addressed by slot.
 
-Invariant: between steps, columns 0 … length-1 of a slot hold the tokens of its sequence but the pending one. A pass over N tree nodes
+Invariant: between steps, columns 0 … length-1 of a slot hold the tokens of its sequence but the pending one. A pass
+over N tree nodes
 writes columns length … length+N-1, and only `commit` keeps some of them.
 """
 
@@ -12,8 +13,15 @@ import torch
 class SlotCache:
     """keys, values: (L, S, C + slack, kv_heads, dim), zero-filled. `slack` columns take the tree behind a full slot."""
 
-    def __init__(self, layers: list[tuple[int, int, int]], slots: int, columns: int, slack: int, dtype: torch.dtype,
-                 device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: list[tuple[int, int, int]],
+        slots: int,
+        columns: int,
+        slack: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         """layers: (kv_heads, key dim, value dim) of each layer; all must agree (LoadError is the caller's)."""
         kv_heads, key_dim, value_dim = layers[0]
         shape = (len(layers), slots, columns + slack, kv_heads)
@@ -24,8 +32,9 @@ class SlotCache:
     def num_bytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
-    def write(self, layer: int, slots: torch.Tensor, columns: torch.Tensor, keys: torch.Tensor,
-              values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def write(
+        self, layer: int, slots: torch.Tensor, columns: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Put new rows into the slab and return the layer's part of it, (S, C + slack, kv_heads, dim) each.
 
         slots (B) · columns (B, N) · keys, values (B, kv_heads, N, dim)
@@ -38,7 +47,8 @@ class SlotCache:
     def commit(self, slots: torch.Tensor, length: torch.Tensor, nodes: torch.Tensor) -> None:
         """Move the accepted nodes' rows to the end of their sequences, for all layers at once.
 
-        slots (B) · length (B) · nodes (B, A): the path, the root first; entries behind its end may be anything, since what lies
+        slots (B) · length (B) · nodes (B, A): the path, the root first; entries behind its end may be anything, since
+        what lies
         behind a sequence's new length is never read.
 
         Example, length 7, nodes 0 1 3 of a tree of 6:   columns  7 8 9 10 11 12      7 8 9

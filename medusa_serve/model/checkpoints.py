@@ -1,60 +1,29 @@
-"""Files of draft heads: one reader for the published layouts (evidence/medusa.md §1), and writers.
+"""Heads in files: load (any published layout), inspect (without a base model), save.
 
-Every layout becomes the state_dict of one of our modules ("state" below), whose sizes are read from its tensors; one
-function builds the module from them. The config is only compared: where it disagrees, a warning names both numbers.
-
-A, B  {h}.{l}.linear.weight/.bias, {h}.{L}.weight (reference .pt; TGI safetensors)   C  the same without {h}.{L}: tied
-D     medusa_head. + base model      F  medusa_heads. + base model (ModelOpt)        G  medusa_head_{h}.   H  medusa_head.
-E     blocks.{h}.layers.{l}.weight, lm_heads.{h}.weight or one lm_head.weight, token_map (vLLM)
-hydra hydra_mlp.{h}.…, hydra_lm_head.{h}.…   native  our state_dicts under medusa. / sequential. / hydra.
+Each layout becomes the state_dict of one of our modules (checkpoint_layouts.py); here its sizes are read from the
+tensors, the module is built and fitted to the base. The config is only compared: a warning names both numbers.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from dataclasses import dataclass, field, replace
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import LoadError
-from .checkpoint_files import NATIVE_FILE, TensorFiles, checked, checked_ids, read_tensors
-from .heads import Family, Heads, HeadsInfo, HydraHeads, MedusaHeads, SequentialHeads, num_parameters
+from .checkpoint_files import HEAD_FILES, NATIVE_FILE, read_tensors
+from .checkpoint_layouts import Config, Parsed, is_head, parse, split_names, to_layout
+from .heads import Heads, HeadsInfo, HydraHeads, MedusaHeads, SequentialHeads, num_parameters
 
-State = dict[str, Tensor]
 PADDING = 1024  # an output layer may have this many more rows than the base: padding, not another vocabulary
-
-_WRAP = r"(?:(?:module|model|base_model|_orig_mod)\.)*"
-_PARALLEL = re.compile(
-    _WRAP + r"(?P<kind>medusa_heads?[._])?(?P<head>\d+)\.(?P<layer>\d+)\.(?P<linear>linear\.)?(?P<leaf>weight|bias)$"
-)
-_BLOCK = re.compile(_WRAP + r"(?:medusa_heads\.)?blocks\.(?P<head>\d+)\.layers\.(?P<layer>\d+)\.(?P<leaf>weight|bias)$")
-_LM_HEAD = re.compile(_WRAP + r"(?:medusa_heads\.)?(?:lm_heads\.(?P<head>\d+)|lm_head)\.weight$")
-_TOKEN_MAP = re.compile(_WRAP + r"(?:medusa_heads\.)?token_map$")
-_HYDRA = re.compile(
-    r"(?:module\.)?(?:hydra_head\.)?(?:hydra_mlp\.(?P<head>\d+)\.(?P<layer>\d+)\.(?P<part>linear|res_connection)"
-    r"|hydra_lm_head\.(?P<out>\d+)(?P<dropout>\.1)?)\.(?P<leaf>weight|bias)$"
-)
-_HYDRA_PREFIX = re.compile(r"(?:module\.)?(?:hydra_head\.)?prefix_embed+ing_layer\.")
-_NATIVE = re.compile(r"(medusa|sequential|hydra)\.(?=[a-z])(.+)$")
-_BASE = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in)\.weight$|(?:^|\.)(?:layers|h)\.\d+\.\w*(?:attn|mlp|att)")
-_BORROWED = re.compile(r"(?:^|\.)input_embed_fn\.|(?:input|output|weight)_(?:scale|scale_inv)$")
-
-
-@dataclass
-class Parsed:
-    """A layout read: `state` is the state_dict of our module of that family, still in the file's dtypes."""
-
-    family: Family
-    layout: str
-    state: State
-    warnings: list[str] = field(default_factory=list)
-    hidden_inputs: tuple[int, ...] = (-1,)
+DEFAULT_DEPTH = 5
 
 
 def load_heads(
@@ -69,137 +38,266 @@ def load_heads(
 ) -> tuple[Heads, HeadsInfo]:
     """Heads of any layout, fitted to a base of this hidden size and vocabulary; attached to `base_model` if given.
 
-    base_name: what the base was loaded from. Heads inside a full model (D, F) are given only to that very model.
+    base_name: what the base was loaded from. Heads inside a whole model (D, F) are given only to that very model.
     """
-    found, parsed, config = _open(path)
-    if full_model := split_names(found.names)[1]:
-        same = base_name is not None and Path(base_name).expanduser().resolve() == found.path.resolve()
-        if not same:
-            raise LoadError(
-                f"{path} is a whole model with its own heads ({len(full_model)} tensors of a base model beside them); they "
-                "were trained with these base weights and do not fit another base. Load the model from the same folder."
-            )
-    _fit(parsed, found, hidden_size, vocab_size)
-    named = config.get("base_model_name_or_path")
+    found = read_tensors(path, is_head)
+    base = split_names(found.names)[1]
+    if base and (base_name is None or Path(base_name).expanduser().resolve() != found.path.resolve()):
+        raise LoadError(
+            f"{path} is a whole model with heads of its own ({len(base)} tensors of a base model): they were trained "
+            "with that base and are not attached to another one. Load the model itself from that folder."
+        )
+    parsed = parse(found)
+    heads = build(parsed, path, found.config)
+    info = _info(heads, parsed, path, found.config)
+    notes = _fit(heads, path, hidden_size, vocab_size)
+    named = found.config.get("base_model_name_or_path")
     if base_name and isinstance(named, str) and named not in ("", "N/A") and _stem(named) != _stem(base_name):
-        parsed.warnings.append(f"The heads name {named} as their base, the base in use is {base_name}.")
-    parsed.state = {name: t.to(device, t.dtype if name.endswith("token_map") else dtype) for name, t in parsed.state.items()}
-    for name, tensor in parsed.state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise LoadError(f"{name} in {path} does not fit into {str(dtype).removeprefix('torch.')}: values overflow.")
-    heads = build(parsed, path, config)
-    info = replace(_info(heads, parsed, found, config), vocab_size=vocab_size)
+        notes.append(f"The heads name {named} as their base; the base in use is {base_name}.")
+    heads.to(device=device, dtype=dtype)
+    for name, tensor in heads.named_parameters():
+        if not bool(torch.isfinite(tensor).all()):
+            raise LoadError(f"{name} of {path} does not fit into {str(dtype).removeprefix('torch.')}: values overflow.")
     if base_model is not None:
         heads.attach(base_model.get_output_embeddings(), base_model.get_input_embeddings())
-    return heads, info
+    size = num_parameters(heads)
+    return heads, replace(info, vocab_size=vocab_size, num_parameters=size, warnings=(*info.warnings, *notes))
 
 
 def inspect_heads(path: str | Path) -> HeadsInfo:
-    """What a file holds, without a base model; wrong or partial files raise LoadError as in `load_heads`."""
-    found, parsed, config = _open(path)
-    return _info(build(parsed, path, config), parsed, found, config)
+    """What a file holds, without a base model; wrong and partial files raise LoadError as in `load_heads`."""
+    found = read_tensors(path, is_head)
+    parsed = parse(found)
+    return _info(build(parsed, path, found.config), parsed, path, found.config)
 
 
 def split_full_model(path: str | Path) -> tuple[list[str], list[str]]:
-    """Names of the tensors that are heads, and of those that are the base model's (none: the file holds heads only)."""
+    """Names of the tensors that are heads, and of those that are a base model's (none: the file holds heads only)."""
     return split_names(read_tensors(path, lambda name: False).names)
 
 
-def split_names(names: list[str]) -> tuple[list[str], list[str]]:
-    """(heads, base) of a full model with embedded heads (D, F); base is empty where no base tensor stands beside heads."""
-    heads = [name for name in names if (match := _PARALLEL.match(name)) and match["kind"]]
-    if not heads or not any(_BASE.search(name) for name in names):
-        return [name for name in names if _is_head(name)], []
-    embedded = set(heads)
-    return heads, [name for name in names if name not in embedded and not _BORROWED.search(name)]
+def build(parsed: Parsed, path: str | Path, config: Config) -> Heads:
+    """The module whose sizes are those of the state's tensors, holding them (frozen); no memory is copied."""
+    state = parsed.state
+
+    def size(name: str, dim: int) -> int:
+        if name not in state:
+            raise LoadError(f"{path} is incomplete: the tensor {parsed.family}.{name} is missing.")
+        if state[name].dim() <= dim:
+            raise LoadError(
+                f"{parsed.family}.{name} in {path} has shape {list(state[name].shape)}: too few dimensions."
+            )
+        return state[name].shape[dim]
+
+    own = state.get("output.weight")
+    shared: Config = {"vocab_size": None if own is None else own.shape[-2], "token_map": state.get("output.token_map")}
+    heads: Heads
+    with torch.device("meta"):  # sizes only; the tensors come from the file
+        if parsed.family == "medusa":
+            sizes = size("weight", 3), size("weight", 1), size("weight", 0)
+            shared |= {"bias": "bias" in state, "output_bias": "output.bias" in state}
+            heads = MedusaHeads(*sizes, shared_output=own is not None and own.dim() == 2, **shared)
+        elif parsed.family == "hydra":
+            size("output.weight", 2)
+            heads = HydraHeads(
+                size("weight", 3), size("weight", 1), size("weight", 0) + 1, vocab_size=shared["vocab_size"]
+            )
+        else:
+            hidden, width = size("norm", 0), size("cell.0.w_out.weight", 0)
+            heads = SequentialHeads(
+                hidden,
+                width=width,
+                inner=size("cell.0.w_out.weight", 1),
+                readout=size("readout.w_out.weight", 1),
+                layers=sum(name.startswith("cell.") and name.endswith(".norm") for name in state),
+                hidden_inputs=max(1, size("start_proj.weight", 1) // max(hidden, 1)),
+                embed_size=size("cell.0.w_in.weight", 1) - width,
+                max_depth=_depth(config),
+                **shared,
+            )
+    _check_state(heads, parsed, path)
+    heads.load_state_dict(state, assign=True)
+    return heads.requires_grad_(False).eval()
 
 
-def _is_head(name: str) -> bool:
-    name = name.removesuffix("_scale")
-    patterns = (_PARALLEL, _BLOCK, _LM_HEAD, _TOKEN_MAP, _HYDRA, _NATIVE)
-    return any(pattern.match(name) for pattern in patterns)
+def _check_state(heads: nn.Module, parsed: Parsed, path: str | Path) -> None:
+    """Names and shapes of the module and the state agree; only native files can fail here."""
+    expected = {name: tensor.shape for name, tensor in heads.state_dict().items()}
+    for name, shape in expected.items():
+        if name not in parsed.state:
+            raise LoadError(f"{path} is incomplete: the tensor {parsed.family}.{name} is missing.")
+        have = parsed.state[name].shape
+        if have != shape:
+            raise LoadError(f"{parsed.family}.{name} in {path} has shape {list(have)}, expected {list(shape)}.")
+    for name in sorted(parsed.state.keys() - expected.keys()):
+        parsed.warnings.append(f"{parsed.family}.{name} is no part of the heads and was ignored.")
+        del parsed.state[name]
 
 
-def _open(path: str | Path) -> tuple[TensorFiles, Parsed, dict[str, Any]]:
-    """Read, recognise the layout by tensor names, convert, compare with the config."""
-    found = read_tensors(path, _is_head)
-    names = list(found.tensors)
-    if any(_HYDRA_PREFIX.match(name) for name in found.names):
-        raise LoadError(
-            f"{path} holds Hydra heads of the kind prefix-mlp: they need an attention layer over all earlier hidden states "
-            "with a KV cache of its own (prefix_embeding_layer), which is not offered. Heads of the kind mlp can be read."
-        )
-    arch = found.config.get("hydra_head_arch", "mlp")
-    if any(_NATIVE.match(name) for name in names):
-        parsed = _native(found)
-    elif any(_HYDRA.match(name) for name in names):
-        parsed = _hydra(found)
-    elif any(_BLOCK.match(name) or ".lm_heads." in f".{name}" for name in names):
-        parsed = _vllm(found)
-    elif any(_PARALLEL.match(name) for name in names):
-        parsed = _parallel(found)
-    elif arch != "mlp":
-        raise LoadError(f"{path} holds Hydra heads of the kind {arch}; only mlp can be read.")
+def _fit(heads: Heads, path: str | Path, hidden_size: int, vocab_size: int) -> list[str]:
+    """Compare with the base; cut the padding rows of an own output layer. Returns what is worth a warning."""
+    if heads.hidden_size != hidden_size:
+        raise LoadError(f"The heads in {path} have hidden size {heads.hidden_size}, the base model {hidden_size}.")
+    output, rows = heads.output, heads.output.vocab_size
+    limit, what = vocab_size, "the base vocabulary"
+    if output.token_map is not None:
+        top, limit, what = int(output.token_map.max()), output.token_map.numel(), "token_map"
+        if top >= vocab_size:
+            raise LoadError(f"token_map in {path} names token {top}, the base vocabulary ends at {vocab_size - 1}.")
+        if rows and rows < limit:
+            raise LoadError(f"The output layer in {path} has {rows} rows, its token_map {limit} entries.")
+    if rows > limit + PADDING:
+        raise LoadError(f"The heads in {path} have a vocabulary of {rows}, {what} has {limit}.")
+    if output.tied or rows == limit:
+        return []
+    if rows < limit:
+        return [f"The output layer has {rows} rows, {what} {limit}: tokens from {rows} on are never drafted."]
+    assert output.weight is not None
+    output.weight = nn.Parameter(output.weight[..., :limit, :].contiguous(), requires_grad=False)
+    if output.bias is not None:
+        output.bias = nn.Parameter(output.bias[..., :limit].contiguous(), requires_grad=False)
+    return [f"The output layer has {rows} rows, {what} {limit}: the last {rows - limit} are cut off."]
+
+
+def _info(heads: Heads, parsed: Parsed, path: str | Path, config: Config) -> HeadsInfo:
+    if isinstance(heads, SequentialHeads):
+        num_layers = len(heads.cell)
     else:
-        some = ", ".join(found.names[:3]) or "none"
-        raise LoadError(f"{path} holds no draft heads of a known layout (its first tensors: {some}).")
-    parsed.warnings[:0] = found.warnings
-    if not split_names(found.names)[1]:
-        extra = [name for name in found.names if not _is_head(name) and not _BORROWED.search(name)]
-        if extra:
-            parsed.warnings.append(f"{len(extra)} tensors are no part of the heads and were ignored, first {extra[0]}.")
-    return found, parsed, found.config
+        num_layers = heads.weight.shape[0] + isinstance(heads, HydraHeads)
+    rows, mapped = heads.output.vocab_size, heads.output.token_map
+    vocab = rows if rows and mapped is None else _number(config.get("vocab_size")) or 0
+    bias = not isinstance(heads, MedusaHeads) or heads.bias is not None
+    ranks, tau = _calibration(config, parsed.warnings)
+    inputs = config.get("hidden_inputs") if parsed.layout == "native" else None
+    if isinstance(inputs, list) and all(isinstance(index, int) for index in inputs):
+        parsed.hidden_inputs = tuple(inputs)
+    if isinstance(heads, SequentialHeads) and len(parsed.hidden_inputs) != heads.hidden_inputs:
+        have = len(parsed.hidden_inputs)
+        raise LoadError(f"The heads in {path} read {heads.hidden_inputs} hidden states, the config names {have}.")
+    provenance = config.get("provenance")
+    info = HeadsInfo(
+        family=heads.family,
+        num_heads=heads.max_depth,
+        num_layers=num_layers,
+        hidden_size=heads.hidden_size,
+        vocab_size=vocab,
+        tied=heads.output.tied,
+        bias=bias,
+        token_map=0 if mapped is None else mapped.numel(),
+        path=str(path),
+        layout=parsed.layout,
+        num_parameters=num_parameters(heads),
+        hidden_inputs=parsed.hidden_inputs,
+        ranks=ranks,
+        tau=tau,
+        provenance=provenance if isinstance(provenance, dict) else {},
+    )
+    return replace(info, warnings=(*parsed.warnings, *_disagreements(info, config)))
 
 
-# --- layouts → state ---------------------------------------------------------------------------------------------------
+def _disagreements(info: HeadsInfo, config: Config) -> list[str]:
+    """One sentence for each number that the config gives otherwise than the tensors."""
+    nested = config.get("medusa") if isinstance(config.get("medusa"), dict) else {}
+    vllm, full = info.layout == "E", info.layout in ("D", "F")
+    claims = [("heads", key, info.num_heads) for key in ("medusa_num_heads", "num_medusa_heads", "hydra_num_heads")]
+    claims += [
+        ("layers", key, info.num_layers) for key in ("medusa_num_layers", "num_medusa_layers", "hydra_num_layers")
+    ]
+    claims += [("hidden size", "hidden_size", info.hidden_size)]
+    if vllm or info.layout == "native":
+        claims += [("heads", "num_heads", info.num_heads)]
+        claims += [("layers", "num_hidden_layers" if vllm else "num_layers", info.num_layers)]
+        claims += [("draft vocabulary", "truncated_vocab_size", info.token_map or info.vocab_size)]
+    if info.vocab_size and not full and config.get("truncated_vocab_size") is None:
+        claims += [("vocabulary", "vocab_size", info.vocab_size)]
+    out = []
+    for what, key, have in claims:
+        for place in (config, nested or {}):
+            claim = _number(place.get(key))
+            if claim is not None and claim != have:
+                out.append(f"The config says {what} {claim} ({key}), the tensors say {have}; the tensors are right.")
+    version = str(config.get("version", ""))
+    if info.layout in "ABC" and version == "2" and not info.tied:
+        out.append("The config says version 2 (tied), the file brings its own output layers; they are used.")
+    if info.layout == "C" and config and version != "2":
+        out.append("The file has no output layers and the config no version 2; the heads are read as tied.")
+    fc_bias = bool(config.get("medusa_fc_bias", False))  # vLLM's default, with which it drops a bias without a word
+    if vllm and config and info.num_layers and fc_bias != info.bias:
+        out.append(f"The config says medusa_fc_bias {fc_bias}, the blocks have {'a' if info.bias else 'no'} bias.")
+    return out
 
 
-@dataclass
-class _Table:
-    """Tensor names of parallel heads: `block` and `out` make the name for (head, layer, leaf) and (head, leaf)."""
+def _calibration(config: Config, warnings: list[str]) -> tuple[list[list[float]] | None, list[float] | None]:
+    """(ranks, tau) of the config; what is not lists of numbers in range is left out with a warning."""
+    stored = config.get("calibration")
+    if stored is None:
+        return None, None
+    fields: Config = stored if isinstance(stored, dict) else {"ranks": 0, "tau": 0}
+    ranks, tau = fields.get("ranks"), fields.get("tau")
+    rows = ranks if isinstance(ranks, list) else []
+    if ranks is not None and not (rows and all(_numbers(row, 0.0, 1.0) for row in rows)):
+        warnings.append("The calibration's ranks are not lists of probabilities and were ignored.")
+        ranks = None
+    if tau is not None and not _numbers(tau, 1e-3, 1e3):
+        warnings.append("The calibration's tau is not a list of positive numbers and was ignored.")
+        tau = None
+    return ranks, tau
 
-    blocks: dict[tuple[int, int, str], str] = field(default_factory=dict)
-    outs: dict[tuple[int, str], str] = field(default_factory=dict)
-    shared_out: str | None = None
 
-    def put(self, where: dict[Any, str], key: Any, name: str, found: TensorFiles) -> None:
-        if key in where:
-            raise LoadError(f"{found.path} holds the same tensor twice, as {where[key]} and as {name}.")
-        where[key] = name
+def _numbers(values: Any, low: float, high: float) -> bool:
+    if not isinstance(values, list) or not values:
+        return False
+    return all(type(x) in (int, float) and math.isfinite(x) and low <= x <= high for x in values)
 
 
-def _stack(table: _Table, found: TensorFiles, block_name: Any, out_name: Any, warnings: list[str], layers: int) -> State:
-    """Stack the tensors of K heads: weight [L, K, H, H], bias [L, K, H], output.weight [K, V', H] or [V', H]."""
-    heads = 1 + max([head for head, _, _ in table.blocks] + [head for head, _ in table.outs])
-    rows = range(heads)
-    has_bias = any(leaf == "bias" for _, _, leaf in table.blocks)
-    for layer in range(1, layers):
-        # [ResBlock] * L registers one block L times (the reference does); writers that drop repeated tensors keep the first
-        if not any(key[1] == layer for key in table.blocks) and any(key[1] == 0 for key in table.blocks):
-            warnings.append(f"Layer {layer} is not in the file; layer 0 is used again, as [block] * L shares it.")
-            table.blocks |= {(h, layer, leaf): name for (h, l, leaf), name in table.blocks.items() if l == 0}
-    first = found.tensors[next(iter(table.blocks.values() if table.blocks else [*table.outs.values(), table.shared_out]))]
-    hidden = first.shape[-1] if first.dim() else 0
+def _number(value: Any) -> int | None:
+    return value if type(value) is int else None
 
-    def get(where: dict[Any, str], key: Any, name: str, *shape: int | None) -> Tensor:
-        why = f" (the file has {heads} heads of {layers} layers, hidden size {hidden})"
-        return checked(found, where.get(key, name), shape, why)
 
-    def grid(leaf: str, *shape: int) -> Tensor:
-        blocks = [[get(table.blocks, (h, l, leaf), block_name(h, l, leaf), *shape) for h in rows] for l in range(layers)]
-        return torch.stack([torch.stack(of_layer) for of_layer in blocks]) if layers else torch.empty(0, heads, *shape)
+def _depth(config: Config) -> int:
+    """For how many depths a sequential head was trained: nothing in its tensors says it."""
+    depth = _number(config.get("max_depth"))
+    return depth if depth is not None and 1 <= depth <= 64 else DEFAULT_DEPTH
 
-    state = {"weight": grid("weight", hidden, hidden)}
-    if has_bias:
-        state["bias"] = grid("bias", hidden)
-    if table.shared_out:
-        state["output.weight"] = checked(found, table.shared_out, (None, hidden))
-    elif table.outs:
-        outs = [get(table.outs, (h, "weight"), out_name(h, "weight"), None, hidden) for h in rows]
-        for h in rows:
-            checked(found, table.outs[h, "weight"], tuple(outs[0].shape), " like the first head")
-        state["output.weight"] = torch.stack(outs)
-        if any(leaf == "bias" for _, leaf in table.outs):
-            vocab = outs[0].shape[0]
-            state["output.bias"] = torch.stack([get(table.outs, (h, "bias"), out_name(h, "bias"), vocab) for h in rows])
-    return state
+
+def _stem(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1].lower()
+
+
+def save_heads(
+    heads: Heads,
+    info: HeadsInfo,
+    path: str | Path,
+    *,
+    layout: str = "native",
+    dtype: torch.dtype = torch.bfloat16,
+    overwrite: bool = False,
+) -> Path:
+    """Write heads and config.json into the folder `path`; returns the tensor file, which is never half written.
+
+    layout  native (every family), or for the Medusa family A (.pt), B (safetensors), C (tied), E (vLLM)
+    A, B and E need output layers: tied heads must be attached, and then bring a copy of the base's.
+    """
+    state, config = to_layout(heads, info, layout)
+    files = {"native": NATIVE_FILE, "A": "medusa_lm_head.pt", "E": "model.safetensors"}
+    folder = Path(path)
+    target = folder / files.get(layout, "medusa_lm_head.safetensors")
+    if not overwrite and any((folder / name).exists() for name in (*HEAD_FILES, target.name, "config.json")):
+        raise LoadError(f"{folder} already holds a model or heads; choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    # cloned: stacked heads are views of one storage, which safetensors refuses and torch.save would write whole
+    state = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else torch.int64, copy=True).contiguous()
+        for name, tensor in state.items()
+    }
+    part = target.with_name(target.name + ".part")
+    if layout == "A":
+        torch.save(state, part)
+    else:
+        save_file(state, part, metadata={"format": "pt"})
+    calibration = {"ranks": info.ranks, "tau": info.tau} if info.ranks or info.tau else None
+    extras = {"calibration": calibration, "provenance": info.provenance or None}
+    config |= {name: value for name, value in extras.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(part, target)
+    return target

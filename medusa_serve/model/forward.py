@@ -1,7 +1,8 @@
 """The forward pass of an unmodified Hugging Face model over slots, in two forms with one interface.
 
 TreeForward   registered attention + SlotCache: many rows, many nodes, one pass
-PlainForward  the model's own cache, one row at a time: for models whose attention cannot be plugged (recurrent, ALiBi, …)
+PlainForward  the model's own cache, one row at a time: for models whose attention cannot be plugged (recurrent, ALiBi,
+…)
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from .cache import SlotCache
 
 
 class HiddenTap:
-    """Keeps the input of the output layer: the last hidden state that the heads need, while the model still applies its own
+    """Keeps the input of the output layer: the last hidden state that the heads need, while the model still applies
+    its own
     post-processing of the logits (soft caps, scales)."""
 
     def __init__(self, model: Any) -> None:
@@ -40,15 +42,16 @@ class HiddenTap:
 
 
 class SlabCache(Cache):
-    """What the model believes to be its cache: `update` writes into the slab and hands the layer's slab to the attention."""
+    """What the model believes to be its cache: `update` writes into the slab and hands the layer's slab to the
+    attention."""
 
     def __init__(self, slab: SlotCache) -> None:
         super().__init__(layers=[])
         self.slab = slab
-        self.view: View | None = None
-        self.columns: torch.Tensor | None = None
+        self.view: Any = None  # a View and its columns during a pass
+        self.columns: Any = None
 
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # type: ignore[override]
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         return self.slab.write(layer_idx, self.view.slots, self.columns, key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -65,7 +68,8 @@ class SlabCache(Cache):
 
 
 class TreeForward:
-    """Rows of slots, each with a tree of new tokens. Raises PlugInError where the model's attention cannot be replaced."""
+    """Rows of slots, each with a tree of new tokens. Raises PlugInError where the model's attention cannot be
+    replaced."""
 
     supports_trees = True
 
@@ -83,27 +87,47 @@ class TreeForward:
             raise PlugInError("its attention cannot be replaced")
         self._tap = HiddenTap(model)
 
-    def _attention(self, module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, s_aux=None,
-                   position_bias=None, **kwargs):
+    def _attention(
+        self,
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling=None,
+        sliding_window=None,
+        softcap=None,
+        s_aux=None,
+        position_bias=None,
+        **kwargs,
+    ):
         if position_bias is not None:
             raise PlugInError("its attention adds a position bias")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return attend(query, key, value, self._slab_cache.view, scaling, sliding_window, softcap, s_aux), None
 
-    def run(self, tokens: torch.Tensor, view: View, last_only: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def run(
+        self, tokens: torch.Tensor, view: View, last_only: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """tokens (B, N), -1 empty → logits (B, N, V), hidden (B, N, H); with last_only of the last token alone."""
         positions = view.positions
-        if self.max_positions is not None:  # nodes behind the context are never accepted, but learned positions must exist
+        if (
+            self.max_positions is not None
+        ):  # nodes behind the context are never accepted, but learned positions must exist
             positions = positions.clamp(max=self.max_positions - 1)
         extra = {"logits_to_keep": 1} if last_only and "logits_to_keep" in self._takes else {}
         cache = self._slab_cache
         cache.view, cache.columns = view, view.columns
         try:
-            out = self.model(input_ids=tokens.clamp(min=0), position_ids=positions, past_key_values=cache, use_cache=True, **extra)
+            out = self.model(
+                input_ids=tokens.clamp(min=0), position_ids=positions, past_key_values=cache, use_cache=True, **extra
+            )
         finally:
             cache.view = cache.columns = None
         logits, hidden = out.logits, self._tap.take()
-        return (logits[:, -1:], hidden[:, -1:]) if last_only else (logits, hidden)
+        if not last_only:
+            return logits, hidden
+        return logits[:, -1:], None if hidden is None else hidden[:, -1:]
 
     def commit(self, view: View, nodes: torch.Tensor) -> None:
         self.cache.commit(view.slots, view.length, nodes)
@@ -123,12 +147,14 @@ class TreeForward:
 
 
 class PlainForward:
-    """One token a step, each row with a cache of the model's own kind. Correct for every causal LM; rows do not share passes."""
+    """One token a step, each row with a cache of the model's own kind. Correct for every causal LM; rows do not share
+    passes."""
 
     supports_trees = False
 
     def __init__(self, model: Any, slots: int, history: Callable[[int, int], torch.Tensor]) -> None:
-        """history(slot, length): the slot's first `length` token ids, to rebuild a cache that a failed pass left half-written."""
+        """history(slot, length): the slot's first `length` token ids, to rebuild a cache that a failed pass left
+        half-written."""
         self.model, self._history = model, history
         self._takes = set(inspect.signature(model.forward).parameters)
         self._cache_name = next((name for name in ("past_key_values", "cache_params") if name in self._takes), None)
@@ -136,15 +162,19 @@ class PlainForward:
         self._seen = [0] * slots
         self._tap = HiddenTap(model)
 
-    def run(self, tokens: torch.Tensor, view: View, last_only: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        logits, hidden = [], []
+    def run(
+        self, tokens: torch.Tensor, view: View, last_only: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        logits: list[torch.Tensor] = []
+        hidden: list[torch.Tensor] = []
         for row, (slot, length) in enumerate(zip(view.host_slots, view.host_length, strict=True)):
             out = self._row(slot, length, tokens[row : row + 1])
             keep = 1 if last_only else tokens.shape[1]
             logits.append(out.logits[:, -keep:])
             last = self._tap.take()
-            hidden.append(None if last is None else last[:, -keep:])
-        return torch.cat(logits), None if hidden[0] is None else torch.cat(hidden)
+            if last is not None:
+                hidden.append(last[:, -keep:])
+        return torch.cat(logits), torch.cat(hidden) if hidden else None
 
     def _row(self, slot: int, length: int, tokens: torch.Tensor) -> Any:
         known = self._cache_name is not None and self._seen[slot] == length and length > 0
@@ -153,7 +183,9 @@ class PlainForward:
             tokens = torch.cat([self._history(slot, length)[None], tokens], dim=1)
         self._seen[slot] = -1  # half-written until the pass is through
         end = length + tokens.shape[1] if known else tokens.shape[1]
-        one_by_one = cache is not None and not _holds_only_keys_and_values(cache)  # a recurrent state continues by single tokens
+        one_by_one = cache is not None and not _holds_only_keys_and_values(
+            cache
+        )  # a recurrent state continues by single tokens
         for part in tokens.split(1, dim=1) if one_by_one else (tokens,):
             extra = {self._cache_name: cache} if self._cache_name else {}
             out = self.model(input_ids=part, use_cache=self._cache_name is not None, **extra)
@@ -185,7 +217,8 @@ def kv_shapes(model: Any) -> list[tuple[int, int, int]]:
         raise PlugInError("it keeps no cache of keys and values")
     if not _holds_only_keys_and_values(cache):
         raise PlugInError("some layers keep a recurrent state, which cannot branch")
-    shapes = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in cache.layers]
+    layers: list[Any] = list(cache.layers)
+    shapes = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
     if len(set(shapes)) > 1:
         raise PlugInError("its layers differ in the shape of their keys and values")
     return shapes
@@ -193,4 +226,6 @@ def kv_shapes(model: Any) -> list[tuple[int, int, int]]:
 
 def _holds_only_keys_and_values(cache: Any) -> bool:
     layers = getattr(cache, "layers", [])
-    return bool(layers) and all(torch.is_tensor(getattr(layer, "keys", None)) and layer.keys.dim() == 4 for layer in layers)
+    return bool(layers) and all(
+        torch.is_tensor(getattr(layer, "keys", None)) and layer.keys.dim() == 4 for layer in layers
+    )

@@ -142,6 +142,7 @@ class MedusaHeads(nn.Module):
     """
 
     family: Family = "medusa"
+    token_map = property(lambda self: self.output.token_map, doc="[V'] base ids of the draft vocabulary, or None")
 
     def __init__(
         self,
@@ -187,8 +188,6 @@ class MedusaHeads(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [B, H] → [B, K, V']."""
         return self.project(self.features(hidden))
-
-    forward = logits
 
 
 class GatedBlock(nn.Module):
@@ -247,6 +246,7 @@ class SequentialHeads(nn.Module):
     """
 
     family: Family = "sequential"
+    token_map = property(lambda self: self.output.token_map, doc="[V'] base ids of the draft vocabulary, or None")
 
     def __init__(
         self,
@@ -293,8 +293,7 @@ class SequentialHeads(nn.Module):
         self._embedding = (check_embedding(base_embedding, self.embed_size),)
 
     def match_scale(self, hidden: Tensor) -> None:
-        """Before training: the norm's gain becomes the rms of the base's hidden states [R, H], so that a fresh head's
-        logits are as sharp as the base's."""
+        """Before training: gain of the norm = rms of the base's hidden states [R, H]; logits as sharp as the base's."""
         with torch.no_grad():
             self.norm.fill_(hidden.float().square().mean().sqrt())
 
@@ -345,6 +344,7 @@ class HydraHeads(nn.Module):
     """
 
     family: Family = "hydra"
+    token_map = property(lambda self: self.output.token_map, doc="[V'] base ids of the draft vocabulary, or None")
 
     def __init__(self, hidden_size: int, num_heads: int, num_layers: int, *, vocab_size: int) -> None:
         super().__init__()

@@ -1,7 +1,9 @@
 """Keyed noise: the Gumbel noise of (seed, position, token) is a pure function of these three.
 
-Sampling is `argmax(log p / T + G)`. As G knows nothing of trees, batches or steps, neither does the text: the same seed gives
-the same tokens with speculation on or off, alone or in company. The heads rank their candidates with the same G, which is what
+Sampling is `argmax(log p / T + G)`. As G knows nothing of trees, batches or steps, neither does the text: the same
+seed gives
+the same tokens with speculation on or off, alone or in company. The heads rank their candidates with the same G, which
+is what
 keeps acceptance high at T > 0 (Gumbel coupling; cf. Daliri, Musco, Suresh, "Coupling without communication").
 """
 
@@ -21,7 +23,8 @@ _M1, _M2, _GOLDEN = _int32(0x85EBCA6B), _int32(0xC2B2AE35), _int32(0x9E3779B9)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3's 32-bit finalizer on int32 (products wrap on every device; right shifts are masked to be logical)."""
+    """MurmurHash3's 32-bit finalizer on int32 (products wrap on every device; right shifts are masked to be
+    logical)."""
     x = x ^ ((x >> 16) & _MASK16)
     x = x * _M1
     x = x ^ ((x >> 13) & _MASK19)

@@ -1,4 +1,5 @@
-"""What is chosen before serving: slots and context from memory, trees from the heads. Each choice comes with its reason."""
+"""What is chosen before serving: slots and context from memory, trees from the heads. Each choice comes with its
+reason."""
 
 from __future__ import annotations
 
@@ -28,14 +29,18 @@ def plan_context(config: EngineConfig, max_positions: int | None, device: torch.
 
 
 def plan_slots(config: EngineConfig, bytes_per_column: int, columns: int, device: torch.device) -> tuple[int, str]:
-    """Sequences that decode together, with the reason. Every slot costs `columns` × `bytes_per_column`. Raises LoadError."""
+    """Sequences that decode together, with the reason. Every slot costs `columns` × `bytes_per_column`. Raises
+    LoadError."""
     if device.type != "cuda":
         return (config.slots, "as asked") if config.slots else (CPU_SLOTS, "the default on a CPU")
     free, _ = torch.cuda.mem_get_info(device)
     fits = int(free * GPU_SHARE // (columns * bytes_per_column))
     if config.slots and config.slots > fits:
-        raise LoadError(f"{config.slots} slots of {columns} tokens need {config.slots * columns * bytes_per_column / 2**30:.1f} GiB, "
-                        f"but only {fits} fit; ask for fewer slots or a shorter context.")
+        needed = config.slots * columns * bytes_per_column / 2**30
+        raise LoadError(
+            f"{config.slots} slots of {columns} tokens need {needed:.1f} GiB, but only {fits} fit; "
+            f"ask for fewer slots or a shorter context."
+        )
     if fits < 1:
         raise LoadError(f"not one slot of {columns} tokens fits into the GPU's free memory; ask for a shorter context.")
     if config.slots:
@@ -46,7 +51,8 @@ def plan_slots(config: EngineConfig, bytes_per_column: int, columns: int, device
 def plan_trees(config: EngineConfig, num_heads: int, ranks: Any = None) -> dict[int, Tree]:
     """The trees by node count (none for plain decoding), largest width first filled by probability.
 
-    num_heads: 0 without heads · ranks: calibrated P(rank r of depth d), or None. Raises LoadError for a tree that cannot be filled.
+    num_heads: 0 without heads · ranks: calibrated P(rank r of depth d), or None. Raises LoadError for a tree that
+    cannot be filled.
     """
     if config.tree == "off" or not (num_heads or config.lookup):
         return {}
@@ -56,7 +62,9 @@ def plan_trees(config: EngineConfig, num_heads: int, ranks: Any = None) -> dict[
         return {int(config.tree): _tree(int(config.tree), num_heads, ranks, config.lookup)}
     paths = read_choices(config.tree)
     if not num_heads:
-        raise LoadError("a tree file places candidates of heads, and no heads are loaded: give --heads, or --tree auto or a number.")
+        raise LoadError(
+            "a tree file places candidates of heads, and no heads are loaded: give --heads, or --tree auto or a number."
+        )
     chain = min((1 + len(paths)) // 4, MAX_NODES - 1 - len(paths)) if config.lookup else 0
     tree = Tree(paths, max(0, chain))
     return {tree.num_nodes: tree}

@@ -1,4 +1,5 @@
-"""The model runner: the only code that launches device work. One step for everything; a tree of one node is plain decoding."""
+"""The model runner: the only code that launches device work. One step for everything; a tree of one node is plain
+decoding."""
 
 from __future__ import annotations
 
@@ -25,8 +26,17 @@ class ModelRunner:
     trees: by node count, without the plain one; drafter: None drafts from the lookup alone
     """
 
-    def __init__(self, forward: TreeForward | PlainForward, tables: SlotTables, *, trees: dict[int, Tree], drafter: Drafter | None,
-                 eos_ids: Sequence[int], vocab_size: int, max_context: int) -> None:
+    def __init__(
+        self,
+        forward: TreeForward | PlainForward,
+        tables: SlotTables,
+        *,
+        trees: dict[int, Tree],
+        drafter: Drafter | None,
+        eos_ids: Sequence[int],
+        vocab_size: int,
+        max_context: int,
+    ) -> None:
         self.forward, self.tables, self.drafter = forward, tables, drafter
         self.device = tables.history.device
         self.num_slots = tables.length.shape[0]
@@ -38,7 +48,9 @@ class ModelRunner:
         self._trees = {1: Tree()} | (trees if forward.supports_trees else {})
         self.node_choices = tuple(sorted(self._trees))
         heads, ranks = tables.candidates.shape[1:]
-        self._tensors: dict[int, TreeTensors] = {n: t.tensors(heads, ranks, self.device) for n, t in self._trees.items()}
+        self._tensors: dict[int, TreeTensors] = {
+            n: t.tensors(heads, ranks, self.device) for n, t in self._trees.items()
+        }
         self._host_length = [0] * self.num_slots
         self._prompts: list[list[int]] = [[] for _ in range(self.num_slots)]
         self._poisoned: set[int] = set()
@@ -59,7 +71,9 @@ class ModelRunner:
         view = chain_view([chunk.slot], [start], len(ids), self.device)
         return (*self.forward.run(ids[None], view, last_only=True), view)
 
-    def _keep_prefill(self, chunk: PrefillChunk, logits: torch.Tensor, hidden: torch.Tensor | None, view: View) -> StepOutput | None:
+    def _keep_prefill(
+        self, chunk: PrefillChunk, logits: torch.Tensor, hidden: torch.Tensor | None, view: View
+    ) -> StepOutput | None:
         """Where the prompt is complete, its last token is the root of a tree of one: the walk emits the first token."""
         slot = chunk.slot
         end = self._host_length[slot] + view.num_new
@@ -83,19 +97,22 @@ class ModelRunner:
         rows = torch.tensor(host_slots, device=self.device)
         limits: Limits = tables.limits(rows)
         draft = tree.fill(tables.pending(rows), tables.candidates[rows], tables.lookup[rows], tables.node_limit[rows])
-        view = View(rows, limits.length, host_slots, [self._host_length[slot] for slot in host_slots], tree.depths, tree.mask)
+        view = View(
+            rows, limits.length, host_slots, [self._host_length[slot] for slot in host_slots], tree.depths, tree.mask
+        )
         logits, hidden = self.forward.run(draft, view)
         walk = accept(logits, draft, tree.parents, tree.max_depth, tables.sampling(rows, host_slots), limits)
         self.forward.commit(view, walk.nodes)
         drafted = (draft[:, 1:] >= 0).sum(dim=1)
         return self._keep(host_slots, rows, walk, hidden, drafted)
 
-    def _keep(self, host_slots: list[int], rows: torch.Tensor, walk: Walk, hidden: torch.Tensor | None,
-              drafted: torch.Tensor) -> list[StepOutput]:
+    def _keep(
+        self, host_slots: list[int], rows: torch.Tensor, walk: Walk, hidden: torch.Tensor | None, drafted: torch.Tensor
+    ) -> list[StepOutput]:
         """Advance the tables, draft for the next step, and bring the result to the host in one transfer."""
         self.tables.advance(rows, walk)
         ready = self._draft_next(host_slots, rows, walk, hidden)
-        facts = torch.stack([walk.count, walk.finished, walk.finite, drafted, ready], dim=1)
+        facts = torch.stack([walk.num_emitted, walk.finished, walk.finite, drafted, ready], dim=1)
         outputs = []
         for slot, line in zip(host_slots, torch.cat([facts, walk.tokens], dim=1).tolist(), strict=True):
             count, finished, finite, num_drafted, num_ready, *tokens = line
@@ -107,12 +124,15 @@ class ModelRunner:
             outputs.append(StepOutput(slot, tuple(tokens[:count]), num_drafted, bool(finished), False, num_ready))
         return outputs
 
-    def _draft_next(self, host_slots: list[int], rows: torch.Tensor, walk: Walk, hidden: torch.Tensor | None) -> torch.Tensor:
-        """Candidates and lookup for the next tree; → (B) draft tokens at hand. Heads see the last accepted node only."""
+    def _draft_next(
+        self, host_slots: list[int], rows: torch.Tensor, walk: Walk, hidden: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Candidates and lookup for the next tree; → (B) draft tokens at hand. Heads see the last accepted node
+        only."""
         tables, ready = self.tables, torch.zeros_like(rows)
         length = tables.length[rows]
         if self.drafter is not None and hidden is not None:
-            last = walk.nodes.gather(1, (walk.count - 1).clamp(min=0)[:, None])[:, 0]
+            last = walk.nodes.gather(1, (walk.num_emitted - 1).clamp(min=0)[:, None])[:, 0]
             at = hidden[torch.arange(len(rows), device=rows.device), last]
             sampling = tables.sampling(rows, host_slots)
             found = self.drafter.candidates(rows, at, tables.pending(rows), length, sampling)

@@ -1,4 +1,5 @@
-"""What a step must know of each sequence, in per-slot tables on the device. Static shapes: the step can be captured as it is.
+"""What a step must know of each sequence, in per-slot tables on the device. Static shapes: the step can be captured as
+it is.
 
 Invariant: everything that survives a step on the device is indexed by slot; the host never supplies draft tokens.
 """
@@ -17,8 +18,16 @@ from .filters import Sampling
 class SlotTables:
     """S slots of C columns. The pending token of a slot stands in history[slot, length[slot]]."""
 
-    def __init__(self, slots: int, columns: int, eos_ids: Sequence[int], num_heads: int, num_ranks: int, num_lookup: int,
-                 device: torch.device) -> None:
+    def __init__(
+        self,
+        slots: int,
+        columns: int,
+        eos_ids: Sequence[int],
+        num_heads: int,
+        num_ranks: int,
+        num_lookup: int,
+        device: torch.device,
+    ) -> None:
         def ints(*shape: int, fill: int = 0) -> torch.Tensor:
             return torch.full(shape, fill, dtype=torch.int64, device=device)
 
@@ -51,8 +60,15 @@ class SlotTables:
         params = [self._params[slot] for slot in host_slots]
         hot = [p for p in params if p is not None and p.temperature > 0]
         filtered = any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0 for p in hot)
-        return Sampling(self.temperature[slots], self.top_k[slots], self.top_p[slots], self.min_p[slots], self.seed[slots],
-                        bool(hot), filtered)
+        return Sampling(
+            self.temperature[slots],
+            self.top_k[slots],
+            self.top_p[slots],
+            self.min_p[slots],
+            self.seed[slots],
+            bool(hot),
+            filtered,
+        )
 
     def limits(self, slots: torch.Tensor) -> Limits:
         return Limits(self.length[slots], self.total[slots], self.eos[slots])
@@ -63,7 +79,7 @@ class SlotTables:
 
     def advance(self, slots: torch.Tensor, walk: Walk) -> None:
         """Append what the walk emitted; rows whose logits were not finite stay as they were."""
-        count = torch.where(walk.finite, walk.count, 0)
+        count = torch.where(walk.finite, walk.num_emitted, 0)
         length = self.length[slots]
         steps = torch.arange(walk.tokens.shape[1], device=slots.device)
         columns = (length[:, None] + 1 + steps).clamp(max=self.history.shape[1] - 1)

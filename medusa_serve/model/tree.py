@@ -1,6 +1,7 @@
 """The shape of a draft: which candidate of which head stands at which node, and who is whose ancestor.
 
-A tree is written as paths of candidate ranks, as in the published `medusa_choices` lists (FasterDecoding/Medusa): `(0, 2)` is
+A tree is written as paths of candidate ranks, as in the published `medusa_choices` lists (FasterDecoding/Medusa): `(0,
+2)` is
 the third candidate of head 1 below the first candidate of head 0. Paths are ranks, so one tree serves every step:
 
     paths (0,) (1,) (0, 0)  with a lookup chain of 2       root ─┬─ 1: head 0, rank 0 ── 3: head 1, rank 0
@@ -26,8 +27,10 @@ RankPath = tuple[int, ...]
 
 # P(rank r of head d is right | the path so far is), used until heads bring their own calibration: a smoothed version of
 # the accuracies that FasterDecoding/Medusa published for Vicuna-7B (assets/medusa_acc.csv).
-DEFAULT_RANKS = tuple(tuple(first * share for share in (1.0, 0.2, 0.1, 0.06, 0.04, 0.03, 0.02, 0.015, 0.01, 0.01))
-                      for first in (0.56, 0.45, 0.40, 0.36, 0.33))
+DEFAULT_RANKS = tuple(
+    tuple(first * share for share in (1.0, 0.2, 0.1, 0.06, 0.04, 0.03, 0.02, 0.015, 0.01, 0.01))
+    for first in (0.56, 0.45, 0.40, 0.36, 0.33)
+)
 
 
 @dataclass(frozen=True)
@@ -86,15 +89,20 @@ class Tree:
     def tensors(self, num_heads: int, num_ranks: int, device: torch.device) -> TreeTensors:
         """This tree over tables of `num_heads` × `num_ranks` candidates. Raises LoadError if it asks for more."""
         if self.num_heads > num_heads or self.num_ranks > num_ranks:
-            raise LoadError(f"the tree needs {self.num_heads} heads with {self.num_ranks} candidates each, "
-                            f"there are {num_heads} with {num_ranks}.")
+            raise LoadError(
+                f"the tree needs {self.num_heads} heads with {self.num_ranks} candidates each, "
+                f"there are {num_heads} with {num_ranks}."
+            )
         n = self.num_nodes
         mask = torch.eye(n, dtype=torch.bool)
         for node in range(1, n):
             mask[node] |= mask[self.parents[node]]
         lookup_base = 1 + num_heads * num_ranks
-        source = [0, *(1 + (len(path) - 1) * num_ranks + path[-1] for path in self.paths),
-                  *(lookup_base + i for i in range(self.num_lookup))]
+        source = [
+            0,
+            *(1 + (len(path) - 1) * num_ranks + path[-1] for path in self.paths),
+            *(lookup_base + i for i in range(self.num_lookup)),
+        ]
         return TreeTensors(
             num_nodes=n,
             max_depth=self.max_depth,
@@ -120,11 +128,13 @@ class TreeTensors:
     mask: torch.Tensor
     source: torch.Tensor
 
-    def fill(self, pending: torch.Tensor, candidates: torch.Tensor, lookup: torch.Tensor,
-             node_limit: torch.Tensor) -> torch.Tensor:
+    def fill(
+        self, pending: torch.Tensor, candidates: torch.Tensor, lookup: torch.Tensor, node_limit: torch.Tensor
+    ) -> torch.Tensor:
         """The draft: tokens (B, N), -1 where a node is empty.
 
-        pending (B) · candidates (B, heads, ranks), -1 empty · lookup (B, M), -1 empty · node_limit (B): 1 is plain decoding
+        pending (B) · candidates (B, heads, ranks), -1 empty · lookup (B, M), -1 empty · node_limit (B): 1 is plain
+        decoding
         """
         table = torch.cat([pending[:, None], candidates.flatten(1), lookup], dim=1)
         tokens = table[:, self.source]

@@ -23,7 +23,7 @@ def walk(says: dict[int, int], draft=DRAFT, length=7, total=1000, eos=()):
     tensors = TREE.tensors(3, 2, torch.device("cpu"))
     limits = Limits(torch.tensor([length]), torch.tensor([total]), torch.tensor([list(eos) or [-1]]))
     got = accept(logits, torch.tensor([draft]), tensors.parents, TREE.max_depth, sampling(1), limits)
-    count = int(got.count)
+    count = int(got.num_emitted)
     return got.tokens[0, :count].tolist(), got.nodes[0, :count].tolist(), bool(got.finished), bool(got.finite)
 
 
@@ -87,5 +87,5 @@ def test_rows_walk_independently():
     limits = Limits(torch.tensor([7, 3, 5]), torch.tensor([99, 99, 6]), torch.full((3, 1), -1))
     got = accept(logits, torch.tensor([DRAFT] * 3), torch.tensor(TREE.parents), 3, sampling(3), limits)
     assert got.tokens.tolist() == [[52, 9, 10, 61], [60, -1, -1, -1], [53, -1, -1, -1]]
-    assert got.count.tolist() == [4, 1, 1]
+    assert got.num_emitted.tolist() == [4, 1, 1]
     assert got.finished.tolist() == [False, False, True]

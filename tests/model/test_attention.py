@@ -72,6 +72,8 @@ def test_soft_cap_and_sinks():
     capped = attend(query, keys, values, view, 0.3, softcap=1e9)
     torch.testing.assert_close(capped, attend(query, keys, values, view, 0.3))
     sinks = torch.full((2,), -1e9, dtype=query.dtype)
-    torch.testing.assert_close(attend(query, keys, values, view, 0.3, sinks=sinks), attend(query, keys, values, view, 0.3))
+    torch.testing.assert_close(
+        attend(query, keys, values, view, 0.3, sinks=sinks), attend(query, keys, values, view, 0.3)
+    )
     swallowed = attend(query, keys, values, view, 0.3, sinks=torch.full((2,), 1e9, dtype=query.dtype))
     assert float(swallowed.abs().max()) < 1e-12

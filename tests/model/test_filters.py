@@ -3,7 +3,13 @@
 import pytest
 import torch
 from scipy import stats
-from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from medusa_serve.model.filters import WINDOW, Sampling, keep_threshold, pick
 
@@ -29,8 +35,15 @@ def sampling(rows: int, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seeds=No
 
     seeds = torch.arange(rows) if seeds is None else seeds
     filtered = top_k > 0 or top_p < 1 or min_p > 0
-    return Sampling(full(temperature, torch.float32), full(top_k, torch.int64), full(top_p, torch.float32),
-                    full(min_p, torch.float32), seeds, temperature > 0, filtered)
+    return Sampling(
+        full(temperature, torch.float32),
+        full(top_k, torch.int64),
+        full(top_p, torch.float32),
+        full(min_p, torch.float32),
+        seeds,
+        temperature > 0,
+        filtered,
+    )
 
 
 def processors(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> LogitsProcessorList:
@@ -93,8 +106,17 @@ def chi_square(setting: dict, used: dict) -> float:
     return float(stats.chisquare(observed[kept], expected[kept] / expected[kept].sum() * observed[kept].sum()).pvalue)
 
 
-@pytest.mark.parametrize("setting", [{"temperature": 0.3}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.0, "top_k": 5},
-                                     {"temperature": 1.0}, {"temperature": 1.5, "min_p": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"temperature": 0.3},
+        {"temperature": 0.7, "top_p": 0.9},
+        {"temperature": 1.0, "top_k": 5},
+        {"temperature": 1.0},
+        {"temperature": 1.5, "min_p": 0.1},
+    ],
+    ids=str,
+)
 def test_picks_follow_the_distribution(setting):
     assert chi_square(setting, setting) > 1e-4
 

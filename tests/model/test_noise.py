@@ -15,7 +15,9 @@ def test_noise_is_a_function_of_seed_position_and_token():
     assert torch.equal(draws(1000)[500:600], gumbel(torch.tensor(1), torch.tensor(0), torch.arange(500, 600)))
 
 
-@pytest.mark.parametrize("other", [{"seed": 2}, {"position": 1}, {"seed": 1 + 2**40}, {"seed": 2**63 - 1}, {"position": 2**20}])
+@pytest.mark.parametrize(
+    "other", [{"seed": 2}, {"position": 1}, {"seed": 1 + 2**40}, {"seed": 2**63 - 1}, {"position": 2**20}]
+)
 def test_every_part_of_the_key_matters(other):
     same = (draws(100_000) == draws(100_000, **other)).float().mean()
     assert same < 1e-3
@@ -42,7 +44,8 @@ def test_the_distribution_is_gumbel():
 
 
 def test_all_noise_is_finite_and_the_tail_is_right_over_1e8_draws():
-    """At p = 1e-7 about 10 of 1e8 draws lie above -log(-log(1 - p)); 24 bits of uniform would give whole steps or none."""
+    """At p = 1e-7 about 10 of 1e8 draws lie above -log(-log(1 - p)); 24 bits of uniform would give whole steps or
+    none."""
     count, above, total, chunk = 10**8, 0, 0, 10**7
     threshold = -math.log(-math.log1p(-1e-7))
     rough = 0

@@ -21,7 +21,9 @@ def test_the_drawing_in_the_docstring():
 def test_fill_takes_each_node_from_its_table():
     tensors = Tree(((0,), (1,), (0, 0)), num_lookup=2).tensors(2, 3, torch.device("cpu"))
     candidates = torch.tensor([[[10, 11, 12], [20, 21, 22]]] * 2)
-    tokens = tensors.fill(torch.tensor([7, 8]), candidates, torch.tensor([[30, 31, 32], [33, -1, -1]]), torch.tensor([99, 1]))
+    tokens = tensors.fill(
+        torch.tensor([7, 8]), candidates, torch.tensor([[30, 31, 32], [33, -1, -1]]), torch.tensor([99, 1])
+    )
     assert tokens.tolist() == [[7, 10, 11, 20, 30, 31], [8, -1, -1, -1, -1, -1]]
 
 

@@ -1,0 +1,301 @@
+"""The command line: `serve` (the default) and `generate`. torch is imported only when a model is loaded.
+
+Exit codes: 0; 1 for an error (one line on stderr); 2 for a nonsense option (one line); 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import secrets
+import shlex
+import sys
+import threading
+from collections.abc import Sequence
+from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+from . import __version__
+from .config import DEFAULT_MODEL, DTYPES, EngineConfig, ServerConfig
+from .errors import InvalidConfig, InvalidRequest, MedusaServeError
+from .types import Completion, SamplingParams
+
+if TYPE_CHECKING:
+    from .llm import LLM
+
+COMMANDS = ("serve", "generate")
+EXAMPLE = "Explain photosynthesis to a child."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] not in (*COMMANDS, "-h", "--help", "--version"):
+        arguments.insert(0, "serve")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except MedusaServeError as error:
+        print(f"medusa_serve: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `… | head`: nobody reads on; keep the interpreter from flushing into it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+# ---- options -----------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line and exit code 2, without the usage lines."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "An LLM server for notebooks that emits several tokens per pass of the model."
+    parser = _Parser(prog="medusa_serve", description=about, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"medusa_serve {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser(
+        "serve", help="serve a model over HTTP (the default command)", description=about, allow_abbrev=False
+    )
+    _add_engine_options(serve)
+    _add_server_options(serve)
+    serve.set_defaults(run=_serve, parser=serve)
+    generate = commands.add_parser(
+        "generate", help="answer one prompt here", description="Answer one prompt.", allow_abbrev=False
+    )
+    _add_engine_options(generate)
+    _add_sampling_options(generate)
+    generate.set_defaults(run=_generate, parser=generate)
+    return parser
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help=f"{DEFAULT_MODEL}, a hub id or a folder")
+    group.add_argument("--heads", default="auto", metavar="NAME", help="auto, none, or a file or folder of heads")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--dtype", default="auto", help="auto, " + ", ".join(d for d in DTYPES[1:] if d != "float64"))
+    group.add_argument("--slots", type=int, metavar="N", help="sequences that decode together")
+    group.add_argument("--max-context", type=int, metavar="N", help="tokens of prompt and completion together")
+    group.add_argument("--tree", default="auto", help="auto, off, a number of nodes, or a JSON file of medusa_choices")
+    group.add_argument("--no-lookup", action="store_true", help="do not draft from the sequence's own tokens")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_server_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="any other host than the default needs a key")
+    group.add_argument("--port", type=int, default=8000, help="0: any free one")
+    group.add_argument("--api-key", metavar="KEY", help="or MEDUSA_SERVE_API_KEY; made where one is needed")
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", metavar="PROMPT", help="the prompt, or - to read it from stdin")
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, metavar="N")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (the default) is greedy")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    group.add_argument("--top-k", type=int, default=0, metavar="K")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="P")
+    group.add_argument("--seed", type=int, metavar="N")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given several times")
+    group.add_argument("--system", metavar="TEXT", help="system message")
+    group.add_argument("--raw", action="store_true", help="the prompt as it is, without the chat template")
+
+
+def _engine_config(options: argparse.Namespace) -> EngineConfig:
+    return EngineConfig(
+        model=options.model,
+        heads=options.heads,
+        device=options.device,
+        dtype=options.dtype,
+        slots=options.slots,
+        max_context=options.max_context,
+        tree=options.tree,
+        lookup=not options.no_lookup,
+    )
+
+
+def _refuse(options: argparse.Namespace, error: InvalidConfig | InvalidRequest) -> NoReturn:
+    """A value that a config or SamplingParams refuses, as the parser's own error."""
+    parser: _Parser = options.parser
+    parser.error(error.message.rstrip("."))
+
+
+# ---- generate ----------------------------------------------------------------------------------------------------
+
+
+def _generate(options: argparse.Namespace) -> int:
+    try:
+        if options.slots is None:
+            options.slots = 1  # there is one prompt; more slots would only hold memory
+        config = _engine_config(options)
+        params = SamplingParams(
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            min_p=options.min_p,
+            seed=options.seed,
+            stop=tuple(options.stop),
+        )
+        text = _read_prompt(options)
+    except (InvalidConfig, InvalidRequest) as error:
+        _refuse(options, error)
+    from .llm import LLM
+
+    with LLM(config) as llm:
+        completion = _answer(llm, _as_prompt(text, options, llm.codec.has_chat_template), params, echo=not options.json)
+    if options.json:
+        print(json.dumps(completion.to_dict(), ensure_ascii=False), flush=True)
+    else:
+        print("" if completion.text.endswith("\n") else "\n", end="", flush=True)
+        print(_figures(completion), file=sys.stderr)
+    return 0
+
+
+def _read_prompt(options: argparse.Namespace) -> str:
+    if options.raw and options.system is not None:
+        raise InvalidRequest("--system needs the chat template, which --raw turns off.")
+    text = options.prompt
+    if text == "-":
+        try:
+            text = sys.stdin.read().removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(f"The prompt on stdin is not {error.encoding} text.") from None
+    if not text:
+        raise InvalidRequest("The prompt is empty.")
+    return str(text)
+
+
+def _as_prompt(text: str, options: argparse.Namespace, has_chat_template: bool) -> str | list[dict[str, str]]:
+    if options.raw:
+        return text
+    if not has_chat_template:
+        if options.system is not None:
+            raise InvalidRequest("This model has no chat template, so --system cannot be used.")
+        return text
+    system = [] if options.system is None else [{"role": "system", "content": options.system}]
+    return [*system, {"role": "user", "content": text}]
+
+
+def _answer(llm: LLM, prompt: str | list[dict[str, str]], params: SamplingParams, *, echo: bool) -> Completion:
+    """Run one prompt to its end; with `echo`, print its text as it comes."""
+    if echo:
+        _forgive(sys.stdout)
+    completion = None
+    for delta in llm.stream(prompt, params):
+        if echo and delta.text:
+            print(delta.text, end="", flush=True)
+        completion = delta.completion or completion
+    assert completion is not None  # a stream ends with a completion or raises
+    return completion
+
+
+def _forgive(stream: IO[str]) -> None:
+    """A terminal that cannot show a character shows a question mark; it does not end the answer."""
+    reconfigure = getattr(stream, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")
+
+
+def _figures(completion: Completion) -> str:
+    parts = [f"{completion.completion_tokens} tokens"]
+    if completion.tokens_per_second is not None:
+        parts.append(f"{completion.tokens_per_second:.1f} tokens/s")
+    if completion.acceptance is not None:
+        parts.append(f"{completion.acceptance:.2f} tokens per step")
+    return ", ".join([*parts, f"finish reason: {completion.finish_reason}"])
+
+
+# ---- serve -------------------------------------------------------------------------------------------------------
+
+
+def _serve(options: argparse.Namespace) -> int:
+    try:
+        engine_config = _engine_config(options)
+        given = options.api_key if options.api_key is not None else os.environ.get("MEDUSA_SERVE_API_KEY") or None
+        config = ServerConfig(host=options.host, port=options.port, api_key=given)
+        if config.api_key is None and not config.is_loopback:
+            config = ServerConfig(host=options.host, port=options.port, api_key=secrets.token_urlsafe(32))
+    except InvalidConfig as error:
+        _refuse(options, error)
+    _serve_until_stopped(engine_config, config, as_json=options.json, key_is_ours=given is None)
+    return 0
+
+
+def _serve_until_stopped(engine: EngineConfig, config: ServerConfig, *, as_json: bool, key_is_ours: bool) -> None:
+    """Listen, load, tell, serve until Ctrl-C or SIGTERM. Raises what loading raises; the port is bound before it."""
+    import asyncio
+
+    from .server.loading import BackgroundLoad
+    from .server.serve import Server, bind, url_of
+
+    def load() -> Any:
+        from .llm import LLM
+
+        return LLM(engine)
+
+    with bind(config) as sock, asyncio.Runner() as runner:
+        url = url_of(sock)
+        if not as_json:
+            _print(f"medusa_serve {__version__} at {url}, loading {engine.model} …", _key_line(config, key_is_ours))
+        source = BackgroundLoad(load)
+        server = Server(source, config)
+
+        def tell() -> None:
+            source.wait()
+            if source.state == "ready":
+                _print_ready(source.get(), url, config.api_key, as_json)  # type: ignore[arg-type]
+            else:
+                server.should_exit = True
+
+        threading.Thread(target=tell, name="medusa-tell", daemon=True).start()
+        try:
+            runner.run(server.serve(sockets=[sock]))
+            if source.state == "failed":
+                source.get()  # raises the reason
+        finally:
+            source.close()
+
+
+def _key_line(config: ServerConfig, key_is_ours: bool) -> str:
+    if config.api_key is None:
+        return "no key needed: loopback only"
+    made = " (made for this run)" if key_is_ours else ""
+    return f"key: {config.api_key}{made}, sent as `Authorization: Bearer …`"
+
+
+def _print_ready(llm: LLM, url: str, key: str | None, as_json: bool) -> None:
+    curl = curl_line(url, key, llm.codec.has_chat_template)
+    if as_json:
+        _print(json.dumps({"url": url, "api_key": key, "curl": curl, **llm.describe(), "notes": llm.notes}))
+        return
+    facts = ", ".join(f"{name} {_plain(value)}" for name, value in llm.describe().items())
+    _print(facts, *(f"  {note}" for note in llm.notes), "ready; try:", curl)
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
+
+def curl_line(url: str, key: str | None, has_chat_template: bool) -> str:
+    """A shell line that gets an answer from the server at `url`."""
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": EXAMPLE}]}
+    if not has_chat_template:
+        body = {"prompt": "Once upon a time"}
+    words = ["curl", "-s", f"{url}/generate", "-H", "Content-Type: application/json"]
+    if key is not None:
+        words += ["-H", f"Authorization: Bearer {key}"]
+    return shlex.join([*words, "-d", json.dumps({**body, "max_tokens": 64})])
+
+
+def _print(*lines: str) -> None:
+    print(*lines, sep="\n", flush=True)

@@ -1,0 +1,395 @@
+"""The batch manager: one thread, one inbox, one `step()`. Sequences in, deltas out."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Hashable
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+
+from ..config import EngineConfig
+from ..errors import EngineDead, GenerationFailed, MedusaServeError, QueueFull, ShuttingDown
+from ..types import Delta, EngineStatus, PrefillChunk, Runner, SamplingParams, Sink, StepOutput, TextCodec
+from .isolate import RowFailed, run_rows
+from .metrics import Metrics, Outcome
+from .scheduler import Scheduler
+from .sequence import Sequence, State, token_limit
+from .text import Detokenizer
+
+log = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 0.5  # the loop shows a heartbeat at least this often
+HEARTBEAT_S = 10.0  # an idle loop without one for this long is stalled
+STALL_STEPS = 20  # a step is too old after this many median steps (and stall_s)
+
+
+class BatchManager:
+    """Runs sequences through a runner, many at a time.
+
+    Promises:
+    - `submit` raises at once in the caller's thread, or the sequence is accepted and gets exactly one last Delta
+      (completion or error), unless it is cancelled: then nothing more.
+    - Each sink is called once per step at most, on the engine thread, with everything new of its sequences.
+    - A sequence that makes the runner fail ends alone; a sink that raises ends its own sequences.
+    - When the engine thread dies, every open sequence gets EngineDead.
+
+    Threads meet in `_open`, `_inbox` and the flags under `_lock`; all else belongs to the thread that runs `step()`.
+    `start` makes that thread; without it, the caller's thread may run `step` itself (tests do).
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        codec: TextCodec,
+        config: EngineConfig,
+        *,
+        model_name: str,
+        clock: Callable[[], float] = time.monotonic,
+        stall_s: float = 60.0,
+        close_s: float = 10.0,
+    ) -> None:
+        """stall_s: no step is called stalled before this age. close_s: `close` waits for a step at most this long."""
+        self.metrics = Metrics(slots=runner.num_slots)
+        self._runner, self._codec, self._config, self._model_name = runner, codec, config, model_name
+        self._clock, self._stall_s, self._close_s = clock, stall_s, close_s
+        self._scheduler = Scheduler(runner, config.prefill_chunk)
+        self._lock = threading.Condition()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._open: dict[str, Sequence] = {}  # accepted, not ended; whoever pops a sequence owes its last delta
+        self._outbox: dict[Sink, list[tuple[Sequence, Delta]]] = {}
+        self._thread: threading.Thread | None = None
+        self._draining = self._closing = self._runner_closed = False
+        self._death: str | None = None
+        self._heartbeat = clock()
+        self._step_started: float | None = None
+
+    # ---- any thread ------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the engine thread. Raises RuntimeError the second time, and after `close`."""
+        with self._lock:
+            if self._thread is not None or self._closing:
+                raise RuntimeError("The engine was started or closed before.")
+            self._thread = threading.Thread(target=self._run, name="medusa-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, prompt_ids: Seq[int], params: SamplingParams, sink: Sink, *, key: str = "") -> str:
+        """Accept a sequence and return its id. `key` says whose it is: KV prefixes are shared only within one key.
+
+        Raises InvalidRequest, ContextTooLong, QueueFull, ShuttingDown or EngineDead.
+        """
+        if not isinstance(sink, Hashable):
+            raise TypeError("The sink must be hashable: deltas are grouped by it.")
+        prompt = tuple(prompt_ids)
+        limit = token_limit(prompt, params, max_context=self._runner.max_context, vocab_size=self._runner.vocab_size)
+        if params.seed is None:
+            params = replace(params, seed=secrets.randbelow(2**53))  # a JSON number holds it exactly
+        text = Detokenizer(self._codec, params.stop, self._runner.eos_ids)
+        seq = Sequence(f"gen-{uuid.uuid4().hex}", prompt, params, limit, sink, text, key)
+        seq.submitted = self._clock()
+        with self._lock:
+            if self._closing or self._draining:
+                raise ShuttingDown("The server is shutting down.")
+            if self._death is not None:
+                raise EngineDead(self._death)
+            # Those that find a slot in the next step do not wait, so this many are open before the queue is full.
+            if len(self._open) >= self._runner.num_slots + self._config.max_queue:
+                raise QueueFull(f"{self._config.max_queue} sequences wait already; try again later.")
+            self._open[seq.id] = seq
+            self.metrics.submitted()
+            self._set_gauges()
+            self._post(lambda: self._scheduler.add(seq))
+        return seq.id
+
+    def cancel(self, id: str) -> None:
+        """End a sequence without a last delta; its slot is free within two steps. Unknown and ended ids are fine.
+
+        No delta is delivered after this returns, except by a call of the sink that is under way.
+        """
+        with self._lock:
+            seq = self._open.get(id)
+            if seq is not None and not seq.cancelled:
+                seq.cancelled = True
+                self._post(lambda: self._end(seq, "cancelled"))
+
+    def status(self) -> EngineStatus:
+        """Where the engine stands; cheap, never waits for a step."""
+        now = self._clock()
+        started, activity = self._step_started, self._runner.activity
+        age = 0.0 if started is None else now - started
+        heartbeat_age = max(0.0, now - self._heartbeat)
+        running, waiting = self._load()
+        slow = started is not None and age > max(self._stall_s, STALL_STEPS * self.metrics.median_turn_s)
+        silent = started is None and heartbeat_age > HEARTBEAT_S
+        if self._closing:
+            return EngineStatus("closed", running, waiting, heartbeat_age, self._death)
+        if self._death is not None:
+            return EngineStatus("dead", running, waiting, heartbeat_age, self._death)
+        if (slow or silent) and activity is None:
+            message = f"A step has been running for {age:.0f} s." if slow else "The engine loop does not turn."
+            return EngineStatus("stalled", running, waiting, heartbeat_age, message)
+        return EngineStatus("draining" if self._draining else "ok", running, waiting, heartbeat_age, activity)
+
+    def drain(self, grace_s: float) -> bool:
+        """Refuse new sequences and let the accepted ones finish; after `grace_s` those left get ShuttingDown.
+
+        Returns whether all finished by themselves.
+        """
+        with self._lock:
+            self._draining = True
+        if self._wait_until_empty(grace_s):
+            return True
+        with self._lock:
+            self._post(lambda: self._end_all("The server shut down before this was finished."))
+        self._wait_until_empty(self._close_s)
+        return False
+
+    def close(self) -> None:
+        """End every open sequence with ShuttingDown, stop the thread, close the runner. Any thread, any number of
+        times.
+
+        A step that hangs is waited for `close_s` at most; then the sequences are ended from here, and the runner
+        is closed by the engine thread when it comes back.
+        """
+        with self._lock:
+            self._closing = True
+            self._lock.notify_all()
+            thread = self._thread
+        if thread is threading.current_thread():
+            return  # called from a sink: the loop ends after this step
+        if thread is not None:
+            thread.join(self._close_s)
+            if thread.is_alive():
+                log.warning("The engine thread does not end; its sequences are ended without it.")
+                self._abandon(ShuttingDown("The server is shutting down."), "shutdown")
+                return
+        self._shut()
+
+    # ---- the engine thread -----------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """One turn: inbox, admission, a prefill chunk, a decode step, delivery. False when there was nothing to do."""
+        self._step_started = started = self._clock()
+        try:
+            busy = self._read_inbox()
+            while (seq := self._scheduler.admit()) is not None:
+                self._admit(seq)
+            plan = self._scheduler.plan()
+            self._prefill(plan.prefill)
+            self._decode(plan.decode, plan.nodes)
+            self._deliver()
+            if plan.prefill or plan.decode:
+                self.metrics.turn(self._clock() - started)
+            elif not busy:
+                self._scheduler.audit()
+            return bool(busy or plan.prefill or plan.decode)
+        finally:
+            with self._lock:
+                self._heartbeat, self._step_started = self._clock(), None
+                self._set_gauges()
+                self._lock.notify_all()
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                if not self.step():
+                    with self._lock:
+                        if not self._inbox and not self._closing:
+                            self._lock.wait(IDLE_WAIT_S)
+            self._shut()
+        except BaseException as error:  # SystemExit and KeyboardInterrupt too: nobody else hears of this thread's end
+            self._die(error)
+
+    def _load(self) -> tuple[int, int]:
+        """(running, waiting). Sequences still in the inbox wait; what a dead engine left in its slots does not run."""
+        num_open = len(self._open)
+        running = min(len(self._scheduler.running), num_open)
+        return running, num_open - running
+
+    def _set_gauges(self) -> None:
+        running, waiting = self._load()
+        self.metrics.gauges(running=running, waiting=waiting)
+
+    def _post(self, message: Callable[[], None]) -> None:
+        """Hand work to the engine thread. The caller holds the lock."""
+        self._inbox.append(message)
+        self._lock.notify_all()
+
+    def _read_inbox(self) -> bool:
+        with self._lock:
+            messages = list(self._inbox)
+            self._inbox.clear()
+        for message in messages:
+            message()
+        return bool(messages)
+
+    def _admit(self, seq: Sequence) -> None:
+        assert seq.slot is not None
+        seq.admitted = self._clock()
+        self._runner.admit(seq.slot, seq.prompt_ids, seq.params, seq.limit, seq.num_reused)
+        self.metrics.prefilled(reused=seq.num_reused)
+
+    def _prefill(self, chunks: tuple[PrefillChunk, ...]) -> None:
+        if not chunks:
+            return
+        started = self._clock()
+        outputs, whole = run_rows(self._runner.prefill, self._runner.prefill, chunks)
+        if whole:
+            self._scheduler.note_prefill(sum(chunk.count for chunk in chunks), self._clock() - started)
+        else:
+            self.metrics.retried()
+        for chunk, out in zip(chunks, outputs, strict=True):
+            seq = self._scheduler.running[chunk.slot]
+            if not isinstance(out, RowFailed):
+                seq.num_prefilled += chunk.count
+                self.metrics.prefilled(computed=chunk.count)
+            if out is not None:
+                seq.first_token = self._clock()
+                self._take(seq, out)
+
+    def _decode(self, slots: tuple[int, ...], nodes: int) -> None:
+        if not slots:
+            return
+        started = self._clock()
+        # A row alone decodes plainly: the same text with the least memory.
+        outputs, whole = run_rows(
+            lambda rows: self._runner.decode(rows, nodes), lambda rows: self._runner.decode(rows, 1), slots
+        )
+        if whole:
+            self._scheduler.note_decode(nodes, self._clock() - started)
+        else:
+            self.metrics.retried()
+        for slot, out in zip(slots, outputs, strict=True):
+            self._take(self._scheduler.running[slot], out)
+
+    def _take(self, seq: Sequence, out: StepOutput | RowFailed) -> None:
+        """What a pass emitted for one sequence: text, counters, the end."""
+        if isinstance(out, RowFailed):
+            self._fail(seq, f"The model failed on this sequence ({out.reason}).")
+            return
+        if out.failed:
+            self._fail(seq, "The model gave no finite numbers for this sequence.")
+            return
+        decoding = seq.state is State.DECODING
+        try:
+            delta, reason = seq.take(out, self._runner.eos_ids)
+        except Exception as error:  # the tokenizer failed on these ids, or the runner's word is odd: this sequence only
+            log.warning("Sequence %s failed.", seq.id, exc_info=True)
+            text = error.message if isinstance(error, GenerationFailed) else f"({type(error).__name__})"
+            self._fail(seq, f"This sequence could not be continued: {text}")
+            return
+        self.metrics.emitted(len(delta.token_ids))
+        if decoding:
+            self.metrics.decoded(drafted=out.num_drafted, accepted=delta.accepted[0])
+        seq.state = State.DECODING
+        if reason is None:
+            self._outbox.setdefault(seq.sink, []).append((seq, delta))
+        else:
+            seq.finished = self._clock()
+            self._end(seq, reason, replace(delta, completion=seq.completion(self._model_name, reason)))
+
+    def _fail(self, seq: Sequence, message: str) -> None:
+        self._end(seq, "error", Delta("", error=GenerationFailed(message)), failed=True)
+
+    def _end(self, seq: Sequence, outcome: Outcome, last: Delta | None = None, *, failed: bool = False) -> None:
+        """End a sequence once and give its slot back. A cancelled one gets nothing more: `_deliver` drops its delta."""
+        with self._lock:
+            if self._open.pop(seq.id, None) is None:
+                return
+        self.metrics.ended("cancelled" if seq.cancelled else outcome)
+        if last is not None:
+            self._outbox.setdefault(seq.sink, []).append((seq, last))
+        if seq.slot is not None:
+            self._runner.free(seq.slot)
+        self._scheduler.release(seq, failed=failed)
+
+    def _end_all(self, message: str) -> None:
+        self._read_inbox()  # so that the scheduler knows all of them
+        for seq in list(self._open.values()):
+            self._end(seq, "shutdown", Delta("", error=ShuttingDown(message)))
+
+    def _deliver(self) -> None:
+        """One call of each sink that has something new."""
+        while self._outbox:
+            sink = next(iter(self._outbox))
+            news = [  # a sequence that was cancelled, or ended by `close` while this step hung, gets nothing more
+                (seq, delta)
+                for seq, delta in self._outbox.pop(sink)
+                if not seq.cancelled and (delta.is_last or seq.id in self._open)
+            ]
+            if not news:
+                continue
+            for seq, _ in news:
+                self._note_delivery(seq)
+            try:
+                sink([(seq.id, delta) for seq, delta in news])
+            except Exception:
+                log.exception("A sink failed; its sequences are cancelled.")
+                with self._lock:
+                    mine = [id for id, seq in self._open.items() if seq.sink == sink]
+                for id in mine:
+                    self.cancel(id)
+
+    def _note_delivery(self, seq: Sequence) -> None:
+        now = self._clock()
+        if seq.delivered is not None:
+            self.metrics.gap(now - seq.delivered)
+        elif seq.token_ids:
+            self.metrics.first_token(now - seq.submitted)
+        seq.delivered = now
+
+    # ---- the end ---------------------------------------------------------------------------------------------------
+
+    def _shut(self) -> None:
+        """End what is open, deliver, close the runner once. On the engine thread, or when there is none any more."""
+        self._end_all("The server is shutting down.")
+        self._deliver()
+        with self._lock:
+            self._set_gauges()
+            first, self._runner_closed = not self._runner_closed, True
+        if first:
+            self._runner.close()
+
+    def _die(self, error: BaseException) -> None:
+        """The engine thread ends on a bug or an interrupt: say so everywhere."""
+        log.critical("The engine thread ended.", exc_info=error)
+        with self._lock:
+            self._death = f"The engine stopped after an error ({type(error).__name__}). The server must be restarted."
+            self._inbox.clear()
+        try:
+            self._deliver()  # what ended before
+        finally:
+            self._abandon(EngineDead(self._death), "error")
+
+    def _abandon(self, error: MedusaServeError, outcome: Outcome) -> None:
+        """Give every open sequence its last delta without touching runner or scheduler."""
+        with self._lock:
+            seqs = list(self._open.values())
+            self._open.clear()
+            self._set_gauges()
+            self._lock.notify_all()
+        by_sink: dict[Sink, list[tuple[str, Delta]]] = {}
+        for seq in seqs:
+            self.metrics.ended("cancelled" if seq.cancelled else outcome)
+            if not seq.cancelled:
+                by_sink.setdefault(seq.sink, []).append((seq.id, Delta("", error=error)))
+        for sink, pairs in by_sink.items():
+            try:
+                sink(pairs)
+            except Exception:
+                log.exception("A sink failed at the end.")
+
+    def _wait_until_empty(self, seconds: float) -> bool:
+        """Wait until no sequence is open and all was delivered; without a thread, take the turns here."""
+        if self._thread is None:
+            deadline = self._clock() + seconds
+            while self._open and self._clock() < deadline:
+                self.step()
+            return not self._open
+        with self._lock:
+            return self._lock.wait_for(lambda: not self._open and self._step_started is None, seconds)

@@ -1,0 +1,177 @@
+"""Who runs: the waiting queue, the slot table, and what the next turn does. No tensors, no threads."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from ..types import PrefillChunk, Runner
+from .sequence import Sequence, State
+
+MIN_REUSE = 16  # a shorter common prefix is not worth a slot's history
+FIRST_CHUNK = 16  # prompt tokens of a chunk between decode steps while its cost is unknown
+MAX_WAIT_S = 0.1  # what a decoding sequence may wait for a prefill chunk, or MAX_WAIT_STEPS plain steps if longer
+MAX_WAIT_STEPS = 3
+WAIT_SHARE = 0.8  # of it are planned; the rest is for the error of the estimate
+ROW_BUDGET = 16  # rows x nodes of one pass, while nothing better was measured
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One turn: a prefill chunk (at most one now), then a decode step of `decode` (slots) with trees of `nodes`."""
+
+    prefill: tuple[PrefillChunk, ...] = ()
+    decode: tuple[int, ...] = ()
+    nodes: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Resting:
+    """What a free slot still holds in its KV cache, and whose it was. `order` grows with time."""
+
+    ids: tuple[int, ...]
+    key: str
+    order: int
+
+
+class Scheduler:
+    """First come, first served.
+
+    Every slot is either free or owned by one sequence in `running` (slot → sequence, oldest first). A free slot may
+    rest: its KV rows are kept for a prompt of the same key that begins with the same ids.
+    """
+
+    def __init__(self, runner: Runner, prefill_chunk: int) -> None:
+        self._runner = runner
+        self._prefill_chunk = prefill_chunk
+        self._all = frozenset(range(runner.num_slots))
+        self._free = set(self._all)
+        self._resting: dict[int, Resting] = {}
+        self._order = 0
+        self._plain_steps: deque[float] = deque(maxlen=64)
+        self._prefill_s: float | None = None  # per prompt token, a running estimate
+        self.waiting: deque[Sequence] = deque()
+        self.running: dict[int, Sequence] = {}
+
+    def add(self, seq: Sequence) -> None:
+        """Put a sequence at the end of the queue."""
+        self.waiting.append(seq)
+
+    def admit(self) -> Sequence | None:
+        """Give the first waiting sequence a slot, with `slot` and `num_reused` set; None when nothing can be admitted.
+
+        The caller puts it into the runner's slot.
+        """
+        if not self.waiting or not self._free:
+            return None
+        seq = self.waiting.popleft()
+        slot, num_reused = self._choose_slot(seq)
+        self._free.remove(slot)
+        self._resting.pop(slot, None)
+        self.running[slot] = seq
+        seq.slot, seq.num_reused, seq.num_prefilled = slot, num_reused, num_reused
+        seq.state = State.PREFILLING
+        return seq
+
+    def _choose_slot(self, seq: Sequence) -> tuple[int, int]:
+        """(slot, leading prompt ids that are in its KV cache)."""
+        empty = self._free - self._resting.keys()
+        prompt = seq.prompt_ids[:-1]  # the last prompt token must run: it gives the first logits
+        best_slot, best = -1, MIN_REUSE - 1
+        for slot, rest in self._resting.items() if self._runner.can_reuse else ():
+            common = common_prefix(rest.ids, prompt) if rest.key == seq.key else 0
+            # A shared beginning (a system prompt) is not worth another chat's long history while a slot is empty.
+            if common > best and (not empty or 2 * common >= len(rest.ids)):
+                best_slot, best = slot, common
+        if best_slot >= 0:
+            return best_slot, best
+        if empty:
+            return min(empty), 0
+        return min(self._resting, key=lambda slot: self._resting[slot].order), 0
+
+    def release(self, seq: Sequence, *, failed: bool = False) -> None:
+        """Take a sequence out of the queue or its slot. What a failed one left in its KV cache is never reused."""
+        seq.state = State.FINISHED
+        if seq.slot is None:
+            self.waiting.remove(seq)
+            return
+        del self.running[seq.slot]
+        self._free.add(seq.slot)
+        if not failed and len(seq.kv_ids) >= MIN_REUSE:
+            self._order += 1
+            self._resting[seq.slot] = Resting(seq.kv_ids, seq.key, self._order)
+
+    def plan(self) -> Plan:
+        """What the next turn runs; empty when there is nothing to do."""
+        decoding = [slot for slot, seq in self.running.items() if seq.state is State.DECODING]
+        oldest = next((seq for seq in self.running.values() if seq.state is State.PREFILLING), None)
+        prefill: tuple[PrefillChunk, ...] = ()
+        if oldest is not None and oldest.slot is not None:
+            size = self._chunk_size() if decoding else self._prefill_chunk
+            prefill = (PrefillChunk(oldest.slot, min(size, oldest.num_to_prefill)),)
+        return Plan(prefill, tuple(sorted(decoding)), self._nodes(self.running[slot] for slot in decoding))
+
+    def _chunk_size(self) -> int:
+        """Prompt tokens of a chunk that others wait for."""
+        if self._prefill_s is None:
+            return min(FIRST_CHUNK, self._prefill_chunk)
+        plain = statistics.median(self._plain_steps) if self._plain_steps else 0.0
+        budget = WAIT_SHARE * max(MAX_WAIT_S, MAX_WAIT_STEPS * plain)
+        if self._prefill_s * self._prefill_chunk <= budget:
+            return self._prefill_chunk
+        return max(1, int(budget / self._prefill_s))
+
+    def _nodes(self, decoding: Iterable[Sequence]) -> int:
+        ready = [seq.draft_ready for seq in decoding if seq.speculates]
+        return choose_nodes(self._runner.node_choices, ready, getattr(self._runner, "row_budget", ROW_BUDGET))
+
+    def note_prefill(self, count: int, seconds: float) -> None:
+        """A chunk of `count` tokens took this long. The estimate follows fast: prompts and machines differ."""
+        measured = seconds / count
+        self._prefill_s = measured if self._prefill_s is None else (self._prefill_s + measured) / 2
+
+    def note_decode(self, nodes: int, seconds: float) -> None:
+        """A decode step with trees of `nodes` took this long."""
+        if nodes == 1:
+            self._plain_steps.append(seconds)
+
+    def audit(self) -> None:
+        """Raise RuntimeError unless free + used = all, every used slot has one owner, and only free slots rest."""
+        used = set(self.running)
+        owners = [seq for slot, seq in self.running.items() if seq.slot == slot and seq.state is not State.FINISHED]
+        if self._free | used != self._all or self._free & used:
+            raise RuntimeError(f"Slots leaked: free {sorted(self._free)}, used {sorted(used)} of {len(self._all)}.")
+        if len(set(map(id, owners))) != len(used):
+            raise RuntimeError(f"Slots {sorted(used)} do not have one owner each.")
+        if not self._free.issuperset(self._resting):
+            raise RuntimeError(f"Slots {sorted(self._resting)} rest, but only {sorted(self._free)} are free.")
+
+
+def common_prefix(a: Seq[int], b: Seq[int]) -> int:
+    """Number of leading ids that agree."""
+    low, high = 0, min(len(a), len(b))
+    if a[: min(MIN_REUSE, high)] != b[: min(MIN_REUSE, high)]:  # most pairs differ early; short agreements do not count
+        return 0
+    while low < high:  # a[:low] == b[:low]; slices compare at C speed
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def choose_nodes(choices: Seq[int], draft_ready: Seq[int], row_budget: int) -> int:
+    """The N of a decode step: the smallest choice that holds every draft, within rows x N <= row_budget.
+
+    draft_ready has one entry per row that speculates. 1 (plain decoding) when there is nothing to verify. A runner
+    with one tree (two choices) has no smaller one to turn to, and the user fixed it: the budget is not looked at.
+    """
+    want = max(draft_ready, default=0)
+    if want == 0:
+        return 1
+    fits = [n for n in choices if len(choices) == 2 or n * len(draft_ready) <= row_budget]
+    return next((n for n in fits if n - 1 >= want), max(fits, default=1))

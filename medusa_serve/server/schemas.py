@@ -1,0 +1,178 @@
+"""The bodies of /generate and /health, for validation and for an honest OpenAPI page.
+
+Types are checked here, strictly; the bounds of the sampling parameters are SamplingParams' own check, and only repeated
+for the reader of the OpenAPI page.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from ..errors import InvalidRequest
+from ..types import MAX_SEED, MAX_STOP_CHARS, MAX_STOPS, SamplingParams
+
+MAX_MESSAGES = 128
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # tokenizers raise TypeError on a lone surrogate, and no JSON answer could hold one
+        raise PydanticCustomError("string_unicode", "not valid Unicode") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+
+
+def _shown(default: Any = None, /, **bounds: Any) -> Any:
+    """A field whose bounds the OpenAPI page shows and SamplingParams enforces."""
+
+    def add(schema: dict[str, Any]) -> None:
+        for branch in schema.get("anyOf", [schema]):
+            if branch.get("type") != "null":
+                branch.update(bounds)
+
+    return Field(default, json_schema_extra=add)
+
+
+def _stop_shown(schema: dict[str, Any]) -> None:
+    text = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+    schema["anyOf"] = [text, {"type": "array", "items": text, "maxItems": MAX_STOPS}, {"type": "null"}]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
+
+
+class ChatMessage(_Strict):
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
+_ONE_OF: list[Any] = [
+    {"required": ["prompt"], "properties": {"prompt": {"type": "string"}}},
+    {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
+]
+
+
+class GenerateRequest(_Strict):
+    """Exactly one of `prompt` (raw text) and `messages` (chat template). null means absent."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": _ONE_OF})
+
+    prompt: Text | None = _shown(minLength=1)
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    max_tokens: int | None = _shown(minimum=1, maximum=2**31 - 1)
+    temperature: float | None = _shown(0.0, minimum=0, maximum=100)
+    top_p: float | None = _shown(1.0, exclusiveMinimum=0, maximum=1)
+    top_k: int | None = _shown(0, minimum=0, maximum=2**31 - 1)
+    min_p: float | None = _shown(0.0, minimum=0, maximum=1)
+    seed: int | None = _shown(minimum=0, maximum=MAX_SEED)
+    stop: Text | list[Text] | None = Field(None, json_schema_extra=_stop_shown)
+    stream: bool | None = False
+    speculation: bool | None = True
+    return_token_ids: bool | None = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> GenerateRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequest("Give exactly one of prompt (raw text) and messages (a chat).", param="prompt")
+        if self.prompt == "":
+            raise InvalidRequest("prompt must not be empty.", param="prompt")
+        return self
+
+    def sampling_params(self) -> SamplingParams:
+        """Raises InvalidRequest that names the field."""
+        names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "speculation")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if isinstance(given.get("stop"), list):
+            given["stop"] = tuple(given["stop"])
+        return SamplingParams(**given)
+
+    def source(self) -> str | list[dict[str, str]]:
+        """The prompt, or the messages as plain data."""
+        return self.prompt if self.messages is None else [m.model_dump() for m in self.messages]  # type: ignore[return-value]
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Speculation(BaseModel):
+    steps: int
+    drafted: int
+    accepted: int
+    acceptance: float | None
+
+
+class Timings(BaseModel):
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    tokens_per_second: float | None
+
+
+class GenerateResponse(BaseModel):
+    id: str
+    model: str
+    text: str
+    finish_reason: Literal["stop", "length"]
+    seed: int
+    token_ids: list[int] | None = Field(None, description="Only with return_token_ids.")
+    usage: Usage
+    medusa: Speculation
+    timings: Timings
+
+
+class Health(BaseModel):
+    """200: status is ok, with facts about the model. 503: any other status, with a message."""
+
+    model_config = ConfigDict(extra="allow")
+
+    status: Literal["ok", "loading", "stalled", "dead", "draining", "failed"]
+    message: str | None = None
+    running: int | None = None
+    waiting: int | None = None
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    error: ErrorBody
+
+
+_STREAM = (
+    'With `stream`: server-sent events, at most one per step: `{"text","tokens","accepted"}`; the last is the full'
+    " object with the remaining text, then `[DONE]`. A late error is an event like any error, then `[DONE]`."
+)
+_REFUSALS = {
+    400: "The request is wrong; `param` names the field.",
+    401: "The key is missing or wrong.",
+    404: "No such path.",
+    405: "The path does not take this method.",
+    413: "The body is too large.",
+    415: "The body is not application/json.",
+    429: "Too many sequences wait; see Retry-After.",
+    500: "This sequence made the model fail.",
+    503: "Loading, draining, or failed.",
+}
+
+
+def documented(*statuses: int, stream: bool = False) -> dict[int | str, dict[str, Any]]:
+    """`responses=` of a route: what it may refuse with; "default" keeps FastAPI's own 422, never sent, off the page."""
+    out: dict[int | str, dict[str, Any]] = {s: {"model": ErrorReply, "description": _REFUSALS[s]} for s in statuses}
+    out["default"] = {"model": ErrorReply, "description": "Any other error, in the same shape."}
+    if stream:
+        out[200] = {"description": _STREAM, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    return out

@@ -1,0 +1,130 @@
+"""Listening: the socket is bound before anything else, the server owns its event loop, and stopping drains first."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from ..config import ServerConfig
+from ..errors import InvalidConfig, MedusaServeError, ShuttingDown
+from .app import create_app
+from .loading import BackgroundLoad, ServedLLM, loaded
+from .streaming import Switchboard
+
+MAX_HEADER_BYTES = 65536
+CLOSE_S = 2  # after the drain: for clients to read their last event
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """The listening socket (port 0: any free one). Raises InvalidConfig here, where uvicorn would end the thread."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family, backlog=128)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            message = f"Port {config.port} on {config.host} is in use; choose another, or 0 for any free one."
+            raise InvalidConfig(message, param="port") from None
+        message = f"Cannot listen on {config.host}, port {config.port}: {error.strerror}."
+        raise InvalidConfig(message, param="host") from None
+
+
+def url_of(sock: socket.socket) -> str:
+    """The address as a client of this machine writes it."""
+    host, port = sock.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our stop: each open request gets its terminal event, then the sockets close.
+
+    Set `should_exit` to stop it from another thread. Run it as `asyncio.Runner().run(server.serve(sockets=[sock]))`.
+    """
+
+    def __init__(
+        self,
+        source: ServedLLM | BackgroundLoad,
+        config: ServerConfig,
+        on_ready: Callable[[str], None] | None = None,
+    ) -> None:
+        self._source, self._drain_s, self._on_ready = source, config.drain_s, on_ready
+        app = create_app(source, config)
+        self._switchboard: Switchboard = app.state.desk.switchboard
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="h11",  # httptools, uvicorn's choice where it is installed, takes headers of any size
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                ws="none",
+                lifespan="off",
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                log_config=None,
+                log_level="warning",
+                timeout_graceful_shutdown=CLOSE_S,
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self._on_ready is not None and sockets:
+            self._on_ready(url_of(sockets[0]))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # while it drains the server still answers: /health says draining, /generate 503
+        await self._drain()
+        await super().shutdown(sockets=sockets)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()  # its client reads nothing: a loop that ends would leave the socket open
+
+    async def _drain(self) -> None:
+        try:
+            manager = loaded(self._source).manager
+        except MedusaServeError:
+            return  # nothing is loaded, so nothing runs
+        # a thread that nobody joins: draining an engine that hangs must not keep us
+        draining = threading.Thread(target=manager.drain, args=(self._drain_s,), name="medusa-drain", daemon=True)
+        draining.start()
+        until = time.monotonic() + self._drain_s + CLOSE_S
+        while draining.is_alive() and time.monotonic() < until and not self.force_exit:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0)  # what the engine sent last is delivered first
+        self._switchboard.dismiss(ShuttingDown("The server shut down before this was finished."))
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but a signal that stopped us is not raised again afterwards: the exit code is 0."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
+
+
+def serve(
+    source: ServedLLM | BackgroundLoad,
+    config: ServerConfig,
+    *,
+    on_ready: Callable[[str], None] | None = None,
+    sock: socket.socket | None = None,
+) -> None:
+    """Serve until Ctrl-C or SIGTERM, then drain and return. The caller closes `source`.
+
+    on_ready  called with the URL once the server listens (the model may still load)
+    sock      a socket from `bind`; bound here when absent, which raises InvalidConfig
+    """
+    with sock or bind(config) as listening, asyncio.Runner() as runner:
+        runner.run(Server(source, config, on_ready).serve(sockets=[listening]))
