@@ -74,7 +74,10 @@ class LLM:
         """Completions in input order; all prompts share passes. A prompt is a string (raw text) or a list of messages
         (chat
         template). Raises InvalidRequest for a prompt that cannot be served; the others are then cancelled."""
-        encoded = [self._encode(prompt) for prompt in _as_list(prompts)]
+        return self.generate_ids([self._encode(prompt) for prompt in _as_list(prompts)], params)
+
+    def generate_ids(self, encoded: Sequence[Sequence[int]], params: SamplingParams | None = None) -> list[Completion]:
+        """The same for prompts that are token ids already."""
         inbox: queue.SimpleQueue[list[tuple[str, Delta]]] = queue.SimpleQueue()
         done: dict[str, Completion] = {}
         waiting, ids = list(reversed(encoded)), []

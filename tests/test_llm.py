@@ -1,0 +1,170 @@
+"""The composition root over a tiny folder: LLM, and the app over a real LLM."""
+
+import httpx
+import pytest
+import torch
+
+from medusa_serve import LLM, EngineConfig, SamplingParams, ServerConfig
+from medusa_serve.errors import ContextTooLong, InvalidConfig, InvalidRequest, LoadError
+from medusa_serve.model.checkpoints import save_heads
+from medusa_serve.model.heads import HeadsInfo, MedusaHeads
+from medusa_serve.server.app import create_app
+from tests.tiny import greedy, save_tiny_folder
+
+CHAT = [{"role": "user", "content": "the other one"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(save_tiny_folder(tmp_path_factory.mktemp("model"), "llama"))
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    with LLM(folder, slots=3, max_context=128, max_queue=2) as made:
+        yield made
+
+
+def test_completions_come_in_input_order_with_the_fields_of_generate(llm):
+    prompts = ["the one", CHAT, "a", "then", "in the other", "on and on"]  # more than slots and queue together
+    done = llm.generate(prompts, SamplingParams(max_tokens=12, ignore_eos=True))
+    assert [c.prompt_tokens for c in done] == [len(llm._encode(prompt)) for prompt in prompts]
+    assert all(c.completion_tokens == 12 and c.finish_reason == "length" for c in done)
+    keys = ["id", "model", "text", "finish_reason", "seed", "token_ids", "usage", "medusa", "timings"]
+    assert list(done[0].to_dict(token_ids=True)) == keys
+    again = llm.generate("the one", SamplingParams(max_tokens=12, ignore_eos=True))
+    assert again[0].token_ids == done[0].token_ids
+
+
+def test_text_is_what_generate_gives(llm, folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for prompt in ("the one", CHAT):
+        ids = llm._encode(prompt)
+        (done,) = llm.generate([prompt], SamplingParams(max_tokens=40))
+        want = greedy(model, ids, 40)
+        assert list(done.token_ids) == want
+        assert done.text == llm.codec.decode(want[:-1] if done.finish_reason == "stop" else want)
+
+
+def test_stream_adds_up_to_the_completion(llm):
+    deltas = list(llm.stream(CHAT, SamplingParams(max_tokens=20, ignore_eos=True, temperature=0.8, seed=5)))
+    last = deltas[-1].completion
+    assert "".join(delta.text for delta in deltas) == last.text
+    assert sum(sum(delta.tokens) for delta in deltas) == last.completion_tokens == 20
+    assert sum(sum(delta.accepted) for delta in deltas) == last.accepted
+    assert sum(len(delta.tokens) for delta in deltas) == last.steps + 1
+
+
+def test_leaving_a_stream_early_frees_its_slot(llm):
+    for delta in llm.stream("the one", SamplingParams(max_tokens=100, ignore_eos=True)):
+        assert not delta.is_last
+        break
+    llm.generate("a", SamplingParams(max_tokens=2))
+    status = llm.manager.status()
+    assert (status.running, status.waiting) == (0, 0)
+    assert llm.manager.metrics.snapshot()["outcomes"]["cancelled"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "error"),
+    [
+        ("", None, InvalidRequest),
+        ("a" * 500, None, ContextTooLong),
+        ("a", SamplingParams(max_tokens=500), ContextTooLong),
+        (7, None, (InvalidRequest, TypeError)),
+        ([{"role": "user"}], None, InvalidRequest),
+    ],
+)
+def test_a_prompt_that_cannot_be_served_is_refused(llm, prompt, params, error):
+    with pytest.raises(error):
+        llm.generate([prompt], params)
+
+
+def test_unknown_options_are_errors(folder):
+    with pytest.raises(InvalidConfig, match="slotz"):
+        LLM(folder, slotz=3)
+    with pytest.raises(InvalidConfig, match="slots"):
+        LLM(folder, slots=0)
+
+
+def _info(num_heads: int, hidden: int, vocab: int, tied: bool) -> HeadsInfo:
+    return HeadsInfo(
+        family="medusa", num_heads=num_heads, num_layers=1, hidden_size=hidden, vocab_size=vocab, tied=tied, bias=True
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_heads_from_a_folder_draft_and_change_nothing(folder, tmp_path, tied):
+    """Random heads: the tree is verified at every step, and the text stays."""
+    with LLM(folder, slots=2, max_context=128, heads="none", tree="off") as plain:
+        vocab = plain.manager._runner.vocab_size
+        want = plain.generate([CHAT, "the one"], SamplingParams(max_tokens=24, ignore_eos=True))
+    torch.manual_seed(0)
+    heads = MedusaHeads(32, 3, 1, vocab_size=None if tied else vocab)
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    info = _info(3, 32, vocab, tied)
+    path = save_heads(heads, info, tmp_path / "heads", layout="C" if tied else "B", dtype=torch.float32)
+    with LLM(folder, slots=2, max_context=128, heads=str(path), tree="16") as llm:
+        assert llm.describe()["heads"] == "medusa"
+        done = llm.generate([CHAT, "the one"], SamplingParams(max_tokens=24, ignore_eos=True))
+    assert [c.token_ids for c in done] == [c.token_ids for c in want]
+    assert all(c.drafted > 0 for c in done)
+
+
+def test_heads_of_another_model_are_refused(folder, tmp_path):
+    info = _info(2, 48, 97, True)
+    path = save_heads(MedusaHeads(48, 2, 1), info, tmp_path / "heads", layout="C")
+    with pytest.raises(LoadError, match="48"):
+        LLM(folder, heads=str(path))
+
+
+@pytest.fixture
+def client(llm):
+    transport = httpx.ASGITransport(app=create_app(llm, ServerConfig()))
+    return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1")
+
+
+async def ask(client, **body):
+    async with client:
+        return await client.post("/generate", json=body), await client.get("/health")
+
+
+def test_generate_and_health_over_the_real_engine(llm, client):
+    import asyncio
+
+    answer, health = asyncio.run(ask(client, messages=CHAT, max_tokens=16, return_token_ids=True))
+    (direct,) = llm.generate([CHAT], SamplingParams(max_tokens=16))
+    body = answer.json()
+    assert answer.status_code == 200
+    assert (body["text"], body["token_ids"]) == (direct.text, list(direct.token_ids))
+    assert body["usage"] == {"prompt_tokens": direct.prompt_tokens, "completion_tokens": direct.completion_tokens}
+    assert health.status_code == 200
+    assert health.json()["status"] == "ok"
+
+
+def test_closing_frees_the_model(folder):
+    """Context managers free everything: no engine thread, no registered attention, no slab."""
+    import gc
+    import threading
+    import weakref
+
+    from transformers import AttentionInterface
+
+    before = set(AttentionInterface._global_mapping)
+    with LLM(EngineConfig(model=folder, slots=2, max_context=64)) as llm:
+        assert set(AttentionInterface._global_mapping) != before
+        keys = weakref.ref(llm.manager._runner.forward.cache.keys)
+        model = weakref.ref(llm.manager._runner.forward.model)
+        llm.generate("a", SamplingParams(max_tokens=3))
+        names = [thread.name for thread in threading.enumerate()]
+        assert "medusa-engine" in names
+        mine = llm.manager._thread
+    assert not mine.is_alive()
+    assert set(AttentionInterface._global_mapping) == before
+    del llm
+    gc.collect()
+    assert keys() is None
+    assert model() is None
