@@ -1,4 +1,4 @@
-"""Measurements that anybody can repeat: `medusa-serve bench engine`. Ratios within one run; a machine's absolute times are noise.
+"""Measurements that anybody can repeat: `medusa-serve bench engine`. Ratios within one run count; times are noise.
 
 plain    tokens/s of one sequence without speculation over transformers' `generate` in the same dtype
 streams  tokens/s of 8 concurrent HTTP streams over one stream, speculation off
@@ -16,9 +16,10 @@ import urllib.request
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .config import EngineConfig, ServerConfig
+from .config import EngineConfig, ServerConfig, check_int
 from .types import Completion, SamplingParams
 
 if TYPE_CHECKING:
@@ -26,37 +27,21 @@ if TYPE_CHECKING:
 
     from .llm import LLM
 
-PASSAGES = (
-    "The lighthouse on the northern cape was built in 1871, after three ships were lost on the reef in a single winter. "
-    "Its keeper lived there with his family, and the children rowed to school across the bay. In 1968 the lamp was made "
-    "automatic, and the last keeper moved to the village. Today the tower is a museum, and volunteers light the old lamp "
-    "once a year, on the night of the first storm.",
-    "Honey bees tell each other where to find food by dancing. A bee that has found flowers returns to the hive and walks "
-    "in a straight line while shaking her body, then circles back and repeats the dance. The angle of the line shows the "
-    "direction of the flowers relative to the sun, and the length of the shaking shows the distance. Other bees follow "
-    "the dancer closely, and then fly out to the place she described.",
-    "The town council met on Tuesday to discuss the new bicycle lane on Mill Street. Shop owners said that they feared "
-    "losing parking spaces. Parents said that the street was too dangerous for children who ride to school. The council "
-    "decided to build the lane on one side only, to keep twenty parking spaces on the other side, and to count the "
-    "traffic for six months before it decides again.",
-    "def total_price(items, tax_rate):\n    total = 0\n    for item in items:\n        total = total + item.price * "
-    "item.quantity\n    total = total + total * tax_rate\n    return total\n\n\ndef print_bill(items, tax_rate):\n    "
-    "for item in items:\n        print(item.name, item.price * item.quantity)\n    print(total_price(items, tax_rate))",
-)
-TASKS = (
-    "Summarise this text in three sentences, and use its own words where you can:\n\n{}",
-    "Rewrite this text with every mistake corrected, and change as little as possible:\n\n{}",
-)
-QUESTIONS = (
-    "Explain photosynthesis to a child.",
-    "Write a short story about a dog that finds a map.",
-    "What are three ways to save water at home?",
-    "How does a bicycle stay upright?",
-    "Describe the taste of a lemon to someone who has never eaten one.",
-    "Why is the sky blue?",
-    "Give me a plan for learning to cook in a month.",
-    "What is the difference between weather and climate?",
-)
+
+class Prompts(NamedTuple):
+    """Our own words: texts to summarise or rewrite, with the tasks, and questions."""
+
+    passages: list[str]
+    tasks: list[str]
+    questions: list[str]
+
+    @property
+    def rewrites(self) -> list[str]:
+        return [task.format(text) for task in self.tasks for text in self.passages]
+
+
+def read_prompts() -> Prompts:
+    return Prompts(**json.loads(files(__package__).joinpath("bench_prompts.json").read_text(encoding="utf-8")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +51,11 @@ class BenchConfig:
     tokens: int = 96
     rounds: int = 5
     streams: int = 8
+
+    def __post_init__(self) -> None:
+        check_int(self, "tokens", 8, 1024)
+        check_int(self, "rounds", 1, 100)
+        check_int(self, "streams", 1, 64)
 
 
 def machine() -> dict[str, str]:
@@ -103,7 +93,7 @@ def plain_ratio(config: EngineConfig, bench: BenchConfig) -> dict[str, Any]:
 
     loaded = load_model(config)
     params = SamplingParams(max_tokens=bench.tokens, ignore_eos=True)
-    prompts = [loaded.codec.encode_chat([{"role": "user", "content": text}]) for text in QUESTIONS]
+    prompts = [loaded.codec.encode_chat([{"role": "user", "content": text}]) for text in read_prompts().questions]
     ours: list[float] = []
     theirs: list[float] = []
     with LLM(replace(config, tree="off")) as llm:
@@ -137,7 +127,7 @@ def _timed(run: Any) -> float:
 
 def lookup_acceptance(llm: LLM, tokens: int) -> dict[str, Any]:
     """Tokens per step over summarise and rewrite prompts, and whether the texts equal plain decoding."""
-    prompts = [[{"role": "user", "content": task.format(text)}] for task in TASKS for text in PASSAGES]
+    prompts = [[{"role": "user", "content": text}] for text in read_prompts().rewrites]
     fast = llm.generate(prompts, SamplingParams(max_tokens=tokens))
     plain = llm.generate(prompts, SamplingParams(max_tokens=tokens, speculation=False))
     alone = [llm.generate([prompt], SamplingParams(max_tokens=tokens))[0] for prompt in prompts]
@@ -236,7 +226,7 @@ def table(result: dict[str, Any]) -> str:
     facts = result["machine"]
     return "\n".join(
         [
-            f"{result['engine']['model']} in {result['engine']['dtype']} on {facts['device']} ({facts['threads']} threads), "
+            f"{result['engine']['model']} in {result['engine']['dtype']} on {facts['device']}, {facts['threads']} threads, "
             f"torch {facts['torch']}, transformers {facts['transformers']}, {facts['date']}",
             f"plain decoding over generate          {plain['ratio']:.2f}x  "
             f"({plain['ours_tokens_per_second']} / {plain['generate_tokens_per_second']} tokens/s)",

@@ -1,4 +1,4 @@
-"""The command line: `serve` (the default) and `generate`. torch is imported only when a model is loaded.
+"""The command line: `serve` (the default), `generate` and `bench`. torch is imported only when a model is loaded.
 
 Exit codes: 0; 1 for an error (one line on stderr); 2 for a nonsense option (one line); 130 after Ctrl-C.
 """
@@ -24,7 +24,7 @@ from .types import Completion, SamplingParams
 if TYPE_CHECKING:
     from .llm import LLM
 
-COMMANDS = ("serve", "generate")
+COMMANDS = ("serve", "generate", "bench")
 EXAMPLE = "Explain photosynthesis to a child."
 
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in (*COMMANDS, "-h", "--help", "--version"):
         arguments.insert(0, "serve")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="medusa_serve: %(message)s")
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
@@ -73,6 +73,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_engine_options(generate)
     _add_sampling_options(generate)
     generate.set_defaults(run=_generate, parser=generate)
+    bench = commands.add_parser(
+        "bench", help="measure this machine", description="Measure this machine; takes minutes.", allow_abbrev=False
+    )
+    bench.add_argument("what", choices=["engine"], help="engine: plain decoding, concurrent streams, lookup")
+    bench.add_argument("--tokens", type=int, default=96, metavar="N", help="of each answer")
+    bench.add_argument("--rounds", type=int, default=5, metavar="N", help="repetitions, of which the median counts")
+    bench.add_argument("--out", metavar="FILE", help="write the figures there as JSON")
+    _add_engine_options(bench)
+    bench.set_defaults(run=_bench, parser=bench)
     return parser
 
 
@@ -299,3 +308,22 @@ def curl_line(url: str, key: str | None, has_chat_template: bool) -> str:
 
 def _print(*lines: str) -> None:
     print(*lines, sep="\n", flush=True)
+
+
+# ---- bench -------------------------------------------------------------------------------------------------------
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .bench import BenchConfig, bench_engine, table
+
+    try:
+        config, bench = _engine_config(options), BenchConfig(tokens=options.tokens, rounds=options.rounds)
+    except InvalidConfig as error:
+        _refuse(options, error)
+    result = bench_engine(config, bench)
+    text = json.dumps(result, indent=1)
+    if options.out:
+        with open(options.out, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+    print(text if options.json else table(result))
+    return 0

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .config import EngineConfig
+from .config import MAX_NODES, EngineConfig
 from .engine.batch_manager import BatchManager
 from .errors import InvalidConfig, InvalidRequest, QueueFull
 from .types import Completion, Delta, SamplingParams
@@ -34,14 +34,13 @@ class LLM:
         from .model.loader import load_model
 
         loaded = load_model(self.config)
-        drafter, ranks, self.heads_name, heads_notes = _drafter(self.config, loaded)
+        drafter, self.heads_name, heads_notes = _drafter(self.config, loaded)
         built = build_runner(
             loaded.model,
             self.config,
             eos_ids=sorted(loaded.eos_ids),
             max_positions=loaded.max_positions,
             drafter=drafter,
-            ranks=ranks,
         )
         self.model_name, self.codec = loaded.name, loaded.codec
         self.device, self.dtype = str(loaded.device), str(loaded.dtype).removeprefix("torch.")
@@ -153,8 +152,8 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _drafter(config: EngineConfig, loaded: Any) -> tuple[Any, Any, str, list[str]]:
-    """The heads in use: (drafter, calibrated ranks, name, notes)."""
+def _drafter(config: EngineConfig, loaded: Any) -> tuple[Any, str, list[str]]:
+    """The heads in use: (drafter, name, notes)."""
     if config.heads in ("auto", "none") or config.tree == "off":
         why = (
             "as asked"
@@ -163,14 +162,16 @@ def _drafter(config: EngineConfig, loaded: Any) -> tuple[Any, Any, str, list[str
             if config.heads == "auto"
             else "tree off"
         )
-        return None, None, "none", [f"no heads ({why})"]
+        return None, "none", [f"no heads ({why})"]
     from .model.checkpoints import load_heads
     from .model.draft import MedusaDrafter
+    from .model.tree import DEFAULT_RANKS, NUM_RANKS, most_probable
 
     model = loaded.model
     hidden, vocab = model.config.get_text_config().hidden_size, model.get_input_embeddings().num_embeddings
     heads, info = load_heads(
         config.heads, hidden_size=hidden, vocab_size=vocab, dtype=model.dtype, device=model.device, base_model=model
     )
-    drafter = MedusaDrafter(heads, info.num_heads, 10)
-    return drafter, info.ranks, info.family, [f"{info.family} heads from {config.heads}", *info.warnings]
+    order = most_probable((info.ranks or DEFAULT_RANKS)[: info.num_heads], MAX_NODES)
+    drafter = MedusaDrafter(heads, info.num_heads, NUM_RANKS, order)
+    return drafter, info.family, [f"{info.family} heads from {config.heads}", *info.warnings]

@@ -12,21 +12,22 @@ import torch
 from medusa_serve.config import EngineConfig
 from medusa_serve.engine.batch_manager import BatchManager
 from medusa_serve.model.build import build_runner
+from medusa_serve.model.draft import StaticDrafter
+from medusa_serve.model.tree import DEFAULT_RANKS, most_probable
 from medusa_serve.types import Completion, SamplingParams
 from tests.fakes import Collector, FakeCodec
 
 NUM_HEADS, NUM_RANKS = 4, 10
 
 
-class Oracle:
+class Oracle(StaticDrafter):
     """Knows what follows each prompt (`truth`: prompt → continuation) and drafts that, or never that, or noise.
 
     `tables` must be set to the runner's: a sequence is recognised by the prompt in its slot.
     """
 
-    num_heads, num_ranks = NUM_HEADS, NUM_RANKS
-
     def __init__(self, kind: str, vocab: int, truth: dict[tuple[int, ...], list[int]] | None = None) -> None:
+        super().__init__(NUM_HEADS, NUM_RANKS, most_probable(DEFAULT_RANKS[:NUM_HEADS], 64))
         self.kind, self.vocab, self.truth = kind, vocab, truth or {}
         self.tables: Any = None
         self._generator = torch.Generator().manual_seed(0)

@@ -6,13 +6,15 @@ import torch
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import GenerationFailed
 from medusa_serve.model import accept as accept_module
+from medusa_serve.model import attention as attention_module
 from medusa_serve.model import forward as forward_module
-from medusa_serve.model.attention import View
+from medusa_serve.model import runner as runner_module
+from medusa_serve.model import selftest as selftest_module
+from medusa_serve.model import tree as tree_module
 from medusa_serve.model.build import build_runner
 from medusa_serve.model.cache import SlotCache
 from medusa_serve.model.forward import PlugInError
 from medusa_serve.model.selftest import check, references
-from medusa_serve.model.tree import Tree
 from medusa_serve.types import SamplingParams
 from tests.fakes import Collector
 from tests.oracles import Oracle, engine, run
@@ -22,21 +24,30 @@ CONFIG = EngineConfig(slots=4, max_context=256, tree="16")
 
 
 def wrong_mask_bit(monkeypatch):
-    """The second candidate of the first head also sees its sibling, node 1."""
-    real = Tree.tensors
+    """The second node at depth 1 also sees its sibling, node 1."""
+    real = tree_module.ancestors
 
-    def tensors(self, *args):
-        made = real(self, *args)
-        if (1,) in self.paths:
-            made.mask[1 + self.paths.index((1,)), 1] = True
-        return made
+    def ancestors(parents, max_depth):
+        mask = real(parents, max_depth).clone()
+        for row in range(len(parents)):
+            siblings = [node for node in range(2, parents.shape[1]) if parents[row, node] == 0]
+            if siblings:
+                mask[row, siblings[0], 1] = True
+        return mask
 
-    monkeypatch.setattr(Tree, "tensors", tensors)
+    monkeypatch.setattr(tree_module, "ancestors", ancestors)
 
 
 def position_off_by_one(monkeypatch):
-    real = View.positions.fget
-    monkeypatch.setattr(View, "positions", property(lambda self: real(self) + (self.depths > 0)))
+    real = attention_module.tree_view
+
+    def tree_view(*args):
+        view = real(*args)
+        view.positions += view.positions > view.length[:, None]
+        return view
+
+    for module in (runner_module, selftest_module):
+        monkeypatch.setattr(module, "tree_view", tree_view)
 
 
 def skipped_commit(monkeypatch):
@@ -96,7 +107,7 @@ def test_seeded_bugs_are_seen_in_the_logits_by_the_self_test(bug, monkeypatch):
 
     def self_test() -> float:
         prompts, wanted = references(model, device)
-        forward = forward_module.TreeForward(model, 2, 64, 0, 512)
+        forward = forward_module.TreeForward(model, 2, 64, 512)
         try:
             return check(forward, prompts, wanted, 2)
         finally:

@@ -87,7 +87,8 @@ def joint_counts(params: dict, drafter: Oracle | None, rounds: int) -> tuple[tor
             seed = part * slots + slot
             runner.admit(slot, prompt, SamplingParams(seed=seed, **params), 16, len(prompt) - 1)
             if drafter is not None:
-                runner.tables.candidates[slot] = torch.arange(10) % vocab  # the first step speculates, too
+                runner.tables.heads.tokens[slot] = torch.arange(runner.tables.heads.tokens.shape[1]) % vocab
+                runner.tables.heads.depths[slot] = 1  # the first step speculates, too
         while short := [slot for slot in range(slots) if len(tokens[slot]) < 2]:
             for out in runner.decode(short, 16):
                 tokens[out.slot] += out.token_ids

@@ -21,7 +21,7 @@ ROW_BUDGET = 16  # rows x nodes of one pass, while nothing better was measured
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One turn: a prefill chunk (at most one now), then a decode step of `decode` (slots) with trees of `nodes`."""
+    """One turn: a pass of prefill chunks, then a decode step of `decode` (slots) with trees of `nodes`."""
 
     prefill: tuple[PrefillChunk, ...] = ()
     decode: tuple[int, ...] = ()
@@ -107,12 +107,20 @@ class Scheduler:
     def plan(self) -> Plan:
         """What the next turn runs; empty when there is nothing to do."""
         decoding = [slot for slot, seq in self.running.items() if seq.state is State.DECODING]
-        oldest = next((seq for seq in self.running.values() if seq.state is State.PREFILLING), None)
-        prefill: tuple[PrefillChunk, ...] = ()
-        if oldest is not None and oldest.slot is not None:
-            size = self._chunk_size() if decoding else self._prefill_chunk
-            prefill = (PrefillChunk(oldest.slot, min(size, oldest.num_to_prefill)),)
+        prefill = self._prefill_chunks(self._chunk_size() if decoding else self._prefill_chunk)
         return Plan(prefill, tuple(sorted(decoding)), self._nodes(self.running[slot] for slot in decoding))
+
+    def _prefill_chunks(self, size: int) -> tuple[PrefillChunk, ...]:
+        """The next `size` prompt tokens, oldest sequence first, of as many sequences as the runner packs in a pass."""
+        chunks: list[PrefillChunk] = []
+        for slot, seq in self.running.items():
+            if seq.state is not State.PREFILLING:
+                continue
+            if size <= 0 or len(chunks) == getattr(self._runner, "prefill_rows", 1):
+                break
+            chunks.append(PrefillChunk(slot, min(size, seq.num_to_prefill)))
+            size -= chunks[-1].count
+        return tuple(chunks)
 
     def _chunk_size(self) -> int:
         """Prompt tokens of a chunk that others wait for."""

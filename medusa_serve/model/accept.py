@@ -1,10 +1,8 @@
 """Accept by walking: at each depth the request picks its own next token, and the walk goes on where a node holds it.
 
 The emitted tokens never look at the tree: each is drawn from the model's distribution after the tokens emitted before
-it. The tree
-only decides how many of them one pass yields. That is the whole proof of exactness (token matching; for deterministic
-drafts no lossless
-rule accepts more).
+it. The tree only decides how many of them one pass yields. That is the whole proof of exactness (token matching; for
+deterministic drafts no lossless rule accepts more).
 """
 
 from __future__ import annotations
@@ -14,11 +12,11 @@ from typing import NamedTuple
 import torch
 
 from .filters import Sampling, pick
+from .tree import Draft
 
 
 class Limits(NamedTuple):
-    """Where the walk of B rows must stop: total (B) tokens of prompt and completion at most, eos (B, E) ids (-1
-    unused)."""
+    """Where the walk of B rows must stop: total (B) tokens of prompt and completion, eos (B, E) ids (-1 unused)."""
 
     length: torch.Tensor  # (B) tokens in the KV cache; the pending token is not among them
     total: torch.Tensor
@@ -36,20 +34,15 @@ class Walk(NamedTuple):
     finite: torch.Tensor
 
 
-def accept(
-    logits: torch.Tensor, draft: torch.Tensor, parents: torch.Tensor, max_depth: int, sampling: Sampling, limits: Limits
-) -> Walk:
-    """Walk the verified tree of each row.
-
-    logits (B, N, V) · draft (B, N) tokens, -1 empty · parents (N)
+def accept(logits: torch.Tensor, draft: Draft, max_depth: int, sampling: Sampling, limits: Limits) -> Walk:
+    """Walk the verified tree of each row. logits (B, N, V)
 
     Example (greedy), tree of Tree's docstring, length 7: node 1 holds 52, node 3 holds 9, argmax at the root is 52, at
-    node 1
-    it is 9, at node 3 it is 30: tokens 52 9 30, nodes 0 1 3, count 3. Two draft tokens are accepted, 30 is the new
-    pending token.
+    node 1 it is 9, at node 3 it is 30: tokens 52 9 30, nodes 0 1 3, num_emitted 3. Two draft tokens are accepted, 30 is
+    the new pending token.
     """
-    rows, num_nodes = draft.shape
-    device = draft.device
+    rows, num_nodes = draft.tokens.shape
+    device = logits.device
     each = torch.arange(rows, device=device)
     alive = torch.zeros(rows, num_nodes, dtype=torch.bool, device=device)
     alive[:, 0] = True
@@ -66,7 +59,7 @@ def accept(
         nodes.append(node)
         stop = (limits.eos == picked[:, None]).any(dim=1) | (position + 1 >= limits.total)
         finished |= active & stop
-        alive = alive[:, parents] & (draft == picked[:, None]) & not_root
+        alive = alive.gather(1, draft.parents) & (draft.tokens == picked[:, None]) & not_root
         active = active & ~stop & alive.any(dim=1) & finite
         if device.type != "cuda" and not bool(active.any()):
             break  # asking costs nothing on a CPU; on a GPU every depth runs

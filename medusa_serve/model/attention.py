@@ -14,63 +14,65 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from .tree import Draft
+
 
 @dataclass
 class View:
-    """What one pass sees: B rows of N new tokens each. Built anew for each pass; masks are made on first use and
-    shared by all layers.
+    """What one pass sees: B rows of N new tokens each, of which the keys of the first T columns of a slot are read.
 
-    slots, length: (B) on the device, and the same as Python ints
-    columns (B, N): where the new tokens' keys stand · depths (N): distance from the row's first new token
-    mask (N, N): new token i sees new token j
+    Built anew for each pass; masks are made on first use and shared by all layers.
+
+    slots, length (B) on the device, and the same as Python ints (a captured pass knows only `slots` and `width`)
+    positions (B, N) · columns (B, N): where the new tokens' keys are written
+    tree (B, N, N): new token i sees new token j; None: a causal run, where a token sees all columns up to its position
+    width: T where all rows are read at once
     """
 
     slots: torch.Tensor
     length: torch.Tensor
     host_slots: list[int]
     host_length: list[int]
-    depths: torch.Tensor
-    mask: torch.Tensor
+    positions: torch.Tensor
+    columns: torch.Tensor
+    tree: torch.Tensor | None
+    width: int
     _visible: dict[int | None, torch.Tensor] = field(default_factory=dict)
     _bias: dict[tuple[int | None, int | None, int], torch.Tensor | None] = field(default_factory=dict)
 
     @property
     def num_new(self) -> int:
-        return self.depths.shape[0]
-
-    @property
-    def columns(self) -> torch.Tensor:
-        return self.length[:, None] + torch.arange(self.num_new, device=self.length.device)
-
-    @property
-    def positions(self) -> torch.Tensor:
-        """(B, N): length + depth."""
-        return self.length[:, None] + self.depths
+        return self.positions.shape[1]
 
     def visible(self, window: int | None) -> torch.Tensor:
-        """(B, N, T) bool, T = the longest row's length + N. Windows compare positions, never columns."""
+        """(B, N, T) bool. Windows compare positions, never columns."""
         if window not in self._visible:
-            width = max(self.host_length) + self.num_new
-            column = torch.arange(width, device=self.length.device)
+            self._visible[window] = self._seen(window)
+        return self._visible[window]
+
+    def _seen(self, window: int | None) -> torch.Tensor:
+        column = torch.arange(self.width, device=self.length.device)
+        if self.tree is None:
+            seen = column <= self.positions[:, :, None]
+            key_position = column[None, :]
+        else:
             node = column - self.length[:, None]  # (B, T): index among the new tokens, negative in the history
             inside = (node >= 0) & (node < self.num_new)
             index = node.clamp(0, self.num_new - 1)
-            seen = torch.where(inside[:, None, :], self.mask[:, index].transpose(0, 1), (node < 0)[:, None, :])
-            if window is not None:
-                key_position = torch.where(inside, self.length[:, None] + self.depths[index], column)
-                seen = seen & (self.positions[:, :, None] - key_position[:, None, :] < window)
-            self._visible[window] = seen
-        return self._visible[window]
+            among = self.tree.gather(2, index[:, None, :].expand(-1, self.num_new, -1))
+            seen = torch.where(inside[:, None, :], among, (node < 0)[:, None, :])
+            key_position = torch.where(inside, self.positions.gather(1, index), column)
+        if window is not None:
+            seen = seen & (self.positions[:, :, None] - key_position[:, None, :] < window)
+        return seen
 
     def bias(self, window: int | None, row: int | None, group: int, dtype: torch.dtype) -> torch.Tensor | None:
         """Additive mask packed for `group` query heads a key head: (1, 1, group × N, T of that row), or of all rows
-        (B, 1, …).
-
-        None where everything is visible (plain decoding).
+        (B, 1, …). None where everything is visible (plain decoding of one row).
         """
         key = (window, row, group)
         if key not in self._bias:
-            width = max(self.host_length) + self.num_new if row is None else self.host_length[row] + self.num_new
+            width = self.width if row is None else self.host_length[row] + self.num_new
             lone = self.num_new == 1 and row is not None and (window is None or width <= window)
             if lone:
                 self._bias[key] = None
@@ -81,26 +83,41 @@ class View:
         return self._bias[key]
 
 
-def make_view(host_slots: list[int], host_length: list[int], depths: torch.Tensor, mask: torch.Tensor) -> View:
-    device = depths.device
-    return View(
-        torch.tensor(host_slots, device=device),
-        torch.tensor(host_length, device=device),
-        host_slots,
-        host_length,
-        depths,
-        mask,
-    )
+def tree_view(
+    slots: torch.Tensor,
+    length: torch.Tensor,
+    host_slots: list[int],
+    host_length: list[int],
+    draft: Draft,
+    width: int | None = None,
+) -> View:
+    """Rows with a filled tree each."""
+    new = draft.tokens.shape[1]
+    columns = length[:, None] + torch.arange(new, device=length.device)
+    positions = length[:, None] + draft.depths
+    width = max(host_length) + new if width is None else width
+    return View(slots, length, host_slots, host_length, positions, columns, draft.mask, width)
 
 
-def chain_view(host_slots: list[int], host_length: list[int], new: int, device: torch.device) -> View:
-    """A causal run of `new` tokens a row: prefill, and plain decoding with new = 1."""
-    return make_view(
-        host_slots,
-        host_length,
-        torch.arange(new, device=device),
-        torch.ones(new, new, dtype=torch.bool, device=device).tril(),
-    )
+def chain_view(
+    host_slots: list[int],
+    host_length: list[int],
+    counts: list[int],
+    device: torch.device,
+    scratch: int = 0,
+    width: int | None = None,
+) -> View:
+    """Causal runs of `counts` tokens, at the right end of rows as long as the longest: prefill.
+
+    What stands to the left of a shorter run is padding: its keys go to the column `scratch`, which nobody reads.
+    """
+    new = max(counts)
+    slots, length = torch.tensor(host_slots, device=device), torch.tensor(host_length, device=device)
+    index = torch.arange(new, device=device) - (new - torch.tensor(counts, device=device))[:, None]
+    positions = length[:, None] + index.clamp(min=0)
+    columns = torch.where(index >= 0, positions, scratch)
+    ends = [start + count for start, count in zip(host_length, counts, strict=True)]
+    return View(slots, length, host_slots, host_length, positions, columns, None, max(ends) if width is None else width)
 
 
 def attend(
@@ -151,8 +168,7 @@ def _by_batch(query, keys, values, view, scaling, window):
 
 def _gathered(keys: torch.Tensor, values: torch.Tensor, view: View) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows' part of the slab, (B, T, kv_heads, dim): a view when the slots are neighbours, else a copy."""
-    width = max(view.host_length) + view.num_new
-    first, rows = view.host_slots[0], len(view.host_slots)
+    first, rows, width = view.host_slots[0], len(view.host_slots), view.width
     if view.host_slots == list(range(first, first + rows)):
         return keys[first : first + rows, :width], values[first : first + rows, :width]
     return keys[view.slots, :width], values[view.slots, :width]

@@ -10,11 +10,10 @@ import torch
 from ..config import EngineConfig
 from .draft import Drafter
 from .forward import PlainForward, PlugInError, TreeForward, kv_shapes
-from .plan import plan_context, plan_slots, plan_trees
+from .plan import plan_context, plan_shapes, plan_slots
 from .runner import ModelRunner
 from .selftest import check, references
 from .tables import SlotTables
-from .tree import Tree
 
 SLACK = 64  # columns behind a full slot, for the largest tree
 
@@ -34,43 +33,50 @@ def build_runner(
     eos_ids: list[int],
     max_positions: int | None,
     drafter: Drafter | None = None,
-    ranks: Any = None,
 ) -> Built:
     """Plan, plug in, check. Raises LoadError when the plan cannot be met."""
     device = model.device
     context, context_why = plan_context(config, max_positions, device)
-    trees = plan_trees(config, drafter.num_heads if drafter else 0, ranks)
-    try:
-        prompts, wanted = references(model, device)
-        per_column = sum(kv * (key + value) for kv, key, value in kv_shapes(model)) * model.dtype.itemsize
-        slots, slots_why = plan_slots(config, per_column, context + SLACK, device)
-        forward: TreeForward | PlainForward = TreeForward(model, slots, context + SLACK, 0, max_positions)
-        try:
-            error = check(forward, prompts, wanted, slots)  # type: ignore[arg-type]
-        except Exception:
-            forward.close()
-            raise
-        plain_because = None
-    except PlugInError as reason:
-        plain_because, error = str(reason), None
-        slots, slots_why = config.slots or 8, "as asked" if config.slots else "the default for plain decoding"
-    trees = trees if plain_because is None else {}
-    drafter = drafter if trees else None
-    tables = _tables(trees, drafter, slots, context + SLACK, eos_ids, device)
-    notes = [f"{slots} slots ({slots_why}) of {context} tokens ({context_why})"]
+    shapes = plan_shapes(config, drafter)
+    columns = context + SLACK
+    plugged, slots, slots_why, error, plain_because = _plug_in(model, config, columns, max_positions)
     if plain_because is not None:
-        forward = PlainForward(model, slots, lambda slot, length: tables.history[slot, :length])
+        shapes = {1: shapes[1]}
+    drafter = drafter if len(shapes) > 1 else None
+    num_lookup = max(shape.num_lookup for shape in shapes.values())
+    tables = SlotTables(slots, columns, eos_ids, drafter.max_nodes if drafter else 0, num_lookup, device)
+    notes = [f"{slots} slots ({slots_why}) of {context} tokens ({context_why})"]
+    forward = plugged or PlainForward(model, slots, lambda slot, length: tables.history[slot, :length])
+    if plugged is None:
         notes.append(f"this model decodes plainly, one row at a time, because {plain_because}")
     vocab_size = model.get_input_embeddings().num_embeddings
     runner = ModelRunner(
-        forward, tables, trees=trees, drafter=drafter, eos_ids=eos_ids, vocab_size=vocab_size, max_context=context
+        forward,
+        tables,
+        shapes=shapes,
+        drafter=drafter,
+        eos_ids=eos_ids,
+        vocab_size=vocab_size,
+        max_context=context,
     )
     return Built(runner, notes, error)
 
 
-def _tables(
-    trees: dict[int, Tree], drafter: Drafter | None, slots: int, columns: int, eos_ids: list[int], device: torch.device
-) -> SlotTables:
-    chain = max((tree.num_lookup for tree in trees.values()), default=0)
-    heads, ranks = (drafter.num_heads, drafter.num_ranks) if drafter and trees else (0, 0)
-    return SlotTables(slots, columns, eos_ids, heads, ranks, chain, device)
+def _plug_in(
+    model: Any, config: EngineConfig, columns: int, max_positions: int | None
+) -> tuple[TreeForward | None, int, str, float | None, str | None]:
+    """(forward, slots, why so many, the self-test's error, None), or without a forward and with the reason last."""
+    try:
+        prompts, wanted = references(model, model.device)
+        per_column = sum(kv * (key + value) for kv, key, value in kv_shapes(model)) * model.dtype.itemsize
+        slots, why = plan_slots(config, per_column, columns, model.device)
+        forward = TreeForward(model, slots, columns, max_positions)
+        try:
+            error = check(forward, prompts, wanted, slots)
+        except Exception:
+            forward.close()
+            raise
+    except PlugInError as reason:
+        slots, why = (config.slots, "as asked") if config.slots else (8, "the default for plain decoding")
+        return None, slots, why, None, str(reason)
+    return forward, slots, why, error, None

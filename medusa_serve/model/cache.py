@@ -11,20 +11,19 @@ import torch
 
 
 class SlotCache:
-    """keys, values: (L, S, C + slack, kv_heads, dim), zero-filled. `slack` columns take the tree behind a full slot."""
+    """keys, values: (L, S, C, kv_heads, dim), zero-filled. C holds the context and the tree behind a full slot."""
 
     def __init__(
         self,
         layers: list[tuple[int, int, int]],
         slots: int,
         columns: int,
-        slack: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         """layers: (kv_heads, key dim, value dim) of each layer; all must agree (LoadError is the caller's)."""
         kv_heads, key_dim, value_dim = layers[0]
-        shape = (len(layers), slots, columns + slack, kv_heads)
+        shape = (len(layers), slots, columns, kv_heads)
         self.keys = torch.zeros(*shape, key_dim, dtype=dtype, device=device)
         self.values = torch.zeros(*shape, value_dim, dtype=dtype, device=device)
 
@@ -35,7 +34,7 @@ class SlotCache:
     def write(
         self, layer: int, slots: torch.Tensor, columns: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put new rows into the slab and return the layer's part of it, (S, C + slack, kv_heads, dim) each.
+        """Put new rows into the slab and return the layer's part of it, (S, C, kv_heads, dim) each.
 
         slots (B) · columns (B, N) · keys, values (B, kv_heads, N, dim)
         """

@@ -1,37 +1,78 @@
-"""Candidates for the next step's tree, from parallel (Medusa) heads: the k best tokens of each head, ranked by the
-request's own noise."""
+"""The heads' part of the next step's tree. Candidates are ranked with the request's own noise (Gumbel coupling)."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 
 from .filters import Sampling
 from .noise import gumbel
+from .tree import HeadNodes, RankPath, Tree
 
 
 class Drafter(Protocol):
-    """What fills the heads' part of a tree."""
+    """Drafts from the last accepted node's hidden state, inside the batch, with static shapes."""
+
+    max_nodes: int  # M of HeadNodes, set by `size`
+    max_depth: int  # of its nodes
+
+    def size(self, max_nodes: int, paths: Sequence[RankPath] | None) -> None:
+        """Called once before serving: M at most, and a user's own tree of rank paths, or None. Raises LoadError."""
+
+    def draft(
+        self,
+        slots: torch.Tensor,
+        hidden: torch.Tensor,
+        pending: torch.Tensor,
+        length: torch.Tensor,
+        sampling: Sampling,
+    ) -> HeadNodes:
+        """slots (B) · hidden (B, H) · pending (B), the token at position `length` (B), which follows `hidden`'s own."""
+
+
+class StaticDrafter:
+    """One tree of rank paths for every step. `candidates` gives (B, num_heads, num_ranks) base ids, best first."""
 
     num_heads: int
     num_ranks: int
 
-    def candidates(
-        self, slots: torch.Tensor, hidden: torch.Tensor, pending: torch.Tensor, length: torch.Tensor, sampling: Sampling
-    ) -> torch.Tensor:
-        """slots (B) · hidden (B, H) of the last accepted node · pending (B), which stands at position `length` (B)
-        → (B, num_heads, num_ranks) base token ids, best first; -1 empty"""
+    def __init__(self, num_heads: int, num_ranks: int, order: Sequence[RankPath]) -> None:
+        """order: the paths, most probable first."""
+        self.num_heads, self.num_ranks, self._order = num_heads, num_ranks, tuple(order)
+        self.size(len(self._order), None)
+
+    def size(self, max_nodes: int, paths: Sequence[RankPath] | None) -> None:
+        self._tree = Tree(tuple(paths) if paths is not None else self._order[:max_nodes])
+        self._tree.check(self.num_heads, self.num_ranks)
+        self.max_nodes, self.max_depth = self._tree.num_nodes - 1, self._tree.max_depth
+        self._tables: tuple[torch.Tensor, ...] | None = None
+
+    def candidates(self, slots, hidden, pending, length, sampling) -> torch.Tensor:
+        raise NotImplementedError
+
+    def draft(self, slots, hidden, pending, length, sampling) -> HeadNodes:
+        found = self.candidates(slots, hidden, pending, length, sampling)
+        if self._tables is None:
+            device, nodes = found.device, range(1, self._tree.num_nodes)
+            source = [(len(path) - 1) * found.shape[2] + path[-1] for path in self._tree.paths]
+            lists = (source, [self._tree.parents[i] for i in nodes], [self._tree.depths[i] for i in nodes])
+            self._tables = tuple(torch.tensor(values, dtype=torch.int64, device=device) for values in lists)
+        where, parents, depths = self._tables
+        tokens = found.flatten(1)[:, where]
+        return HeadNodes(tokens, parents.expand_as(tokens), depths.expand_as(tokens))
 
 
-class MedusaDrafter:
-    """Head d predicts the token at position length + 1 + d (Cai et al., "Medusa", 2401.10774)."""
+class MedusaDrafter(StaticDrafter):
+    """Parallel heads: head d predicts the token at position length + 1 + d (Cai et al., "Medusa", 2401.10774)."""
 
-    def __init__(self, heads, num_heads: int, num_ranks: int) -> None:
-        """heads: a MedusaHeads module; the first `num_heads` heads with `num_ranks` candidates each are used."""
-        self.heads, self.num_heads, self.num_ranks = heads, num_heads, num_ranks
+    def __init__(self, heads: Any, num_heads: int, num_ranks: int, order: Sequence[RankPath]) -> None:
+        """heads: a MedusaHeads module of at least `num_heads` heads."""
+        super().__init__(num_heads, num_ranks, order)
+        self.heads = heads
 
-    def candidates(self, slots, hidden, pending, length, sampling):
+    def candidates(self, slots, hidden, pending, length, sampling) -> torch.Tensor:
         logits = self.heads.logits(hidden)[:, : self.num_heads]
         return rank(logits, self.heads.token_map, length + 1, sampling, self.num_ranks)
 
@@ -39,16 +80,22 @@ class MedusaDrafter:
 def rank(
     logits: torch.Tensor, token_map: torch.Tensor | None, position: torch.Tensor, sampling: Sampling, num_ranks: int
 ) -> torch.Tensor:
-    """The best `num_ranks` tokens for positions `position` … `position` + K - 1 (Gumbel coupling at temperature > 0).
+    """The best `num_ranks` tokens for positions `position` … `position` + K - 1, base ids (B, K, num_ranks).
 
-    logits (B, K, V') · token_map (V') base ids or None · position (B) → (B, K, num_ranks) base ids
+    logits (B, K, V') · token_map (V') base ids or None · position (B)
     """
     if sampling.sampled:
-        hot = (sampling.temperature > 0)[:, None, None]
-        ids = torch.arange(logits.shape[-1], device=logits.device) if token_map is None else token_map
-        where = position[:, None, None] + torch.arange(logits.shape[1], device=logits.device)[None, :, None]
-        noisy = logits.float() / torch.where(hot, sampling.temperature[:, None, None], 1.0)
-        noisy = noisy + gumbel(sampling.seed[:, None, None], where, ids)
-        logits = torch.where(hot, noisy, logits.float())
+        where = position[:, None] + torch.arange(logits.shape[1], device=logits.device)
+        logits = noisy(logits, token_map, where, sampling)
     best = logits.topk(num_ranks, dim=-1).indices
     return best if token_map is None else token_map[best]
+
+
+def noisy(
+    logits: torch.Tensor, token_map: torch.Tensor | None, position: torch.Tensor, sampling: Sampling
+) -> torch.Tensor:
+    """log q / T + G for sampled rows, the logits themselves for greedy ones. logits (B, K, V') · position (B, K)"""
+    hot = (sampling.temperature > 0)[:, None, None]
+    ids = torch.arange(logits.shape[-1], device=logits.device) if token_map is None else token_map
+    scaled = logits.float() / torch.where(hot, sampling.temperature[:, None, None], 1.0)
+    return torch.where(hot, scaled + gumbel(sampling.seed[:, None, None], position[:, :, None], ids), logits.float())

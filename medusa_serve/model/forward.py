@@ -73,9 +73,9 @@ class TreeForward:
 
     supports_trees = True
 
-    def __init__(self, model: Any, slots: int, columns: int, slack: int, max_positions: int | None) -> None:
+    def __init__(self, model: Any, slots: int, columns: int, max_positions: int | None) -> None:
         self.model, self.max_positions = model, max_positions
-        self.cache = SlotCache(kv_shapes(model), slots, columns, slack, model.dtype, model.device)
+        self.cache = SlotCache(kv_shapes(model), slots, columns, model.dtype, model.device)
         self._slab_cache = SlabCache(self.cache)
         self._takes = set(inspect.signature(model.forward).parameters)
         self._before = model.config._attn_implementation
@@ -111,9 +111,7 @@ class TreeForward:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """tokens (B, N), -1 empty → logits (B, N, V), hidden (B, N, H); with last_only of the last token alone."""
         positions = view.positions
-        if (
-            self.max_positions is not None
-        ):  # nodes behind the context are never accepted, but learned positions must exist
+        if self.max_positions is not None:  # nodes behind it are never accepted, but learned positions must exist
             positions = positions.clamp(max=self.max_positions - 1)
         extra = {"logits_to_keep": 1} if last_only and "logits_to_keep" in self._takes else {}
         cache = self._slab_cache

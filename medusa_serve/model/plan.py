@@ -1,15 +1,24 @@
-"""What is chosen before serving: slots and context from memory, trees from the heads. Each choice comes with its
-reason."""
+"""What is chosen before serving: slots and context from memory, shapes of a step. Each choice comes with its reason."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..config import MAX_NODES, EngineConfig
 from ..errors import LoadError
-from .tree import DEFAULT_RANKS, Tree, most_probable, read_choices
+from .draft import Drafter
+from .tree import read_choices
+
+
+class Shape(NamedTuple):
+    """The static shape of a step: N nodes with the root, of which the last `num_lookup` are the lookup's chain."""
+
+    num_nodes: int
+    num_lookup: int
+    max_depth: int
+
 
 CPU_SLOTS, GPU_SLOTS = 8, 64
 CPU_CONTEXT, GPU_CONTEXT = 2048, 4096
@@ -48,36 +57,48 @@ def plan_slots(config: EngineConfig, bytes_per_column: int, columns: int, device
     return min(GPU_SLOTS, fits), "what fits into memory" if fits < GPU_SLOTS else "the default on a GPU"
 
 
-def plan_trees(config: EngineConfig, num_heads: int, ranks: Any = None) -> dict[int, Tree]:
-    """The trees by node count (none for plain decoding), largest width first filled by probability.
+def plan_shapes(config: EngineConfig, drafter: Drafter | None, ranks: Any = None) -> dict[int, Shape]:
+    """The shapes of a step by node count, the plain one among them; sizes the drafter.
 
-    num_heads: 0 without heads · ranks: calibrated P(rank r of depth d), or None. Raises LoadError for a tree that
-    cannot be filled.
+    ranks: calibrated P(rank r of depth d), or None. Raises LoadError for a tree that cannot be filled.
     """
-    if config.tree == "off" or not (num_heads or config.lookup):
-        return {}
-    if config.tree == "auto":
-        return {nodes: _tree(nodes, num_heads, ranks, config.lookup) for nodes in AUTO_NODES}
-    if config.tree.isdigit():
-        return {int(config.tree): _tree(int(config.tree), num_heads, ranks, config.lookup)}
+    plain = {1: Shape(1, 0, 0)}
+    if config.tree == "off" or not (drafter or config.lookup):
+        return plain
+    if config.tree != "auto" and not config.tree.isdigit():
+        return plain | _from_file(config, drafter)
+    if drafter is not None:
+        drafter.size(MAX_NODES - 1, None)
+    sizes = AUTO_NODES if config.tree == "auto" else (int(config.tree),)
+    shapes = {nodes: shape for nodes in sizes if (shape := _shape(nodes, drafter, config.lookup)) is not None}
+    if not shapes:
+        assert drafter is not None
+        raise LoadError(f"these heads fill at most {drafter.max_nodes + 1} nodes without the lookup.")
+    return plain | shapes
+
+
+def _from_file(config: EngineConfig, drafter: Drafter | None) -> dict[int, Shape]:
     paths = read_choices(config.tree)
-    if not num_heads:
+    if drafter is None:
         raise LoadError(
             "a tree file places candidates of heads, and no heads are loaded: give --heads, or --tree auto or a number."
         )
-    chain = min((1 + len(paths)) // 4, MAX_NODES - 1 - len(paths)) if config.lookup else 0
-    tree = Tree(paths, max(0, chain))
-    return {tree.num_nodes: tree}
+    drafter.size(len(paths), paths)
+    chain = max(0, min((1 + len(paths)) // 4, MAX_NODES - 1 - len(paths))) if config.lookup else 0
+    nodes = 1 + len(paths) + chain
+    return {nodes: Shape(nodes, chain, max(drafter.max_depth, chain))}
 
 
-def _tree(nodes: int, num_heads: int, ranks: Any, use_lookup: bool) -> Tree:
+def _shape(nodes: int, drafter: Drafter | None, use_lookup: bool) -> Shape | None:
     """N nodes: without heads one lookup chain, else a quarter for the lookup and the rest for the heads."""
-    if not num_heads:
-        return Tree((), nodes - 1)
+    if drafter is None:
+        return Shape(nodes, nodes - 1, nodes - 1)
     chain = nodes // 4 if use_lookup else 0
-    table = list(ranks or DEFAULT_RANKS)[:num_heads]
-    table += [table[-1]] * (num_heads - len(table))
-    return Tree(most_probable(table, nodes - chain), chain)
+    spare = nodes - 1 - chain - drafter.max_nodes
+    if spare > 0 and not use_lookup:
+        return None
+    chain += max(0, spare)
+    return Shape(nodes, chain, max(drafter.max_depth, chain))
 
 
 def _kind(device: torch.device) -> str:

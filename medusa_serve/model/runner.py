@@ -10,20 +10,24 @@ import torch
 
 from ..types import PrefillChunk, SamplingParams, StepOutput
 from .accept import Limits, Walk, accept
-from .attention import View, chain_view
+from .attention import chain_view, tree_view
 from .draft import Drafter
+from .filters import Sampling
 from .forward import PlainForward, TreeForward
+from .graphs import StepGraphs
 from .lookup import lookup
+from .plan import Shape
 from .tables import SlotTables
-from .tree import Tree, TreeTensors
+from .tree import assemble
 
 ROW_BUDGET = {"cpu": 16, "cuda": 256}  # rows × nodes of one pass, until step times are measured
+PREFILL_ROWS = {"cpu": 1, "cuda": 64}  # prompts of one prefill pass; a CPU is busy with one
 
 
 class ModelRunner:
     """Implements types.Runner over a TreeForward or a PlainForward.
 
-    trees: by node count, without the plain one; drafter: None drafts from the lookup alone
+    shapes: of a step, by node count, 1 among them · drafter: None drafts from the lookup alone
     """
 
     def __init__(
@@ -31,7 +35,7 @@ class ModelRunner:
         forward: TreeForward | PlainForward,
         tables: SlotTables,
         *,
-        trees: dict[int, Tree],
+        shapes: dict[int, Shape],
         drafter: Drafter | None,
         eos_ids: Sequence[int],
         vocab_size: int,
@@ -45,12 +49,10 @@ class ModelRunner:
         self.can_reuse = forward.supports_trees
         self.activity: str | None = None
         self.row_budget = ROW_BUDGET[self.device.type]
-        self._trees = {1: Tree()} | (trees if forward.supports_trees else {})
-        self.node_choices = tuple(sorted(self._trees))
-        heads, ranks = tables.candidates.shape[1:]
-        self._tensors: dict[int, TreeTensors] = {
-            n: t.tensors(heads, ranks, self.device) for n, t in self._trees.items()
-        }
+        self.prefill_rows = PREFILL_ROWS[self.device.type] if forward.supports_trees else 1
+        self._shapes = shapes
+        self.node_choices = tuple(sorted(shapes))
+        self._graphs = StepGraphs(self) if self.device.type == "cuda" and forward.supports_trees else None
         self._host_length = [0] * self.num_slots
         self._prompts: list[list[int]] = [[] for _ in range(self.num_slots)]
         self._poisoned: set[int] = set()
@@ -62,87 +64,147 @@ class ModelRunner:
 
     @torch.inference_mode()
     def prefill(self, chunks: Sequence[PrefillChunk]) -> list[StepOutput | None]:
-        passes = [self._prefill_pass(chunk) for chunk in chunks]  # all of them before anything is kept
-        return [self._keep_prefill(chunk, *done) for chunk, done in zip(chunks, passes, strict=True)]
+        groups = [chunks[i : i + self.prefill_rows] for i in range(0, len(chunks), self.prefill_rows)]
+        passes = [self._prefill_pass(group) for group in groups]  # all of them before anything is kept
+        return [out for group, done in zip(groups, passes, strict=True) for out in self._keep_prefill(group, *done)]
 
-    def _prefill_pass(self, chunk: PrefillChunk) -> tuple[torch.Tensor, torch.Tensor | None, View]:
-        start = self._host_length[chunk.slot]
-        ids = torch.tensor(self._prompts[chunk.slot][start : start + chunk.count], device=self.device)
-        view = chain_view([chunk.slot], [start], len(ids), self.device)
-        return (*self.forward.run(ids[None], view, last_only=True), view)
+    def _prefill_pass(self, chunks: Sequence[PrefillChunk]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The next tokens of several prompts, at the right end of their rows → logits (B, 1, V), hidden (B, 1, H)."""
+        slots = [chunk.slot for chunk in chunks]
+        starts = [self._host_length[slot] for slot in slots]
+        counts = [chunk.count for chunk in chunks]
+        scratch = self.tables.history.shape[1] - 1
+        view = chain_view(slots, starts, counts, self.device, scratch)
+        rows = []
+        for slot, start, count in zip(slots, starts, counts, strict=True):
+            rows.append([0] * (view.num_new - count) + self._prompts[slot][start : start + count])
+        return self.forward.run(torch.tensor(rows, device=self.device), view, last_only=True)
 
     def _keep_prefill(
-        self, chunk: PrefillChunk, logits: torch.Tensor, hidden: torch.Tensor | None, view: View
-    ) -> StepOutput | None:
-        """Where the prompt is complete, its last token is the root of a tree of one: the walk emits the first token."""
-        slot = chunk.slot
-        end = self._host_length[slot] + view.num_new
-        complete = end == len(self._prompts[slot])
-        root = end - 1 if complete else end
-        self.tables.length[slot] = self._host_length[slot] = root
-        if not complete:  # a poisoned slot must not rest, even if its sequence is cancelled before its first token
-            if bool(torch.isfinite(logits.max())):
-                return None
-            self._poisoned.add(slot)
-            return StepOutput(slot, (), finished=True, failed=True)
-        slots = view.slots
-        sampling, limits = self.tables.sampling(slots, [slot]), self.tables.limits(slots)
-        one = self._tensors[1]
-        walk = accept(logits, self.tables.pending(slots)[:, None], one.parents, 0, sampling, limits)
-        return self._keep([slot], slots, walk, hidden, torch.zeros_like(slots))[0]
+        self, chunks: Sequence[PrefillChunk], logits: torch.Tensor, hidden: torch.Tensor | None
+    ) -> list[StepOutput | None]:
+        """Where a prompt is complete, its last token is the root of a tree of one: the walk emits the first token."""
+        finite = torch.isfinite(logits.amax(dim=(1, 2))).tolist()
+        outputs: list[StepOutput | None] = [None] * len(chunks)
+        complete = []
+        for row, chunk in enumerate(chunks):
+            slot = chunk.slot
+            self._host_length[slot] += chunk.count
+            if not finite[row]:  # a poisoned slot must not rest, even if its sequence is cancelled
+                self._poisoned.add(slot)
+                outputs[row] = StepOutput(slot, (), finished=True, failed=True)
+            elif self._host_length[slot] == len(self._prompts[slot]):
+                self._host_length[slot] -= 1
+                complete.append(row)
+        host_slots = [chunk.slot for chunk in chunks]
+        lengths = torch.tensor([self._host_length[slot] for slot in host_slots], device=self.device)
+        self.tables.length[torch.tensor(host_slots, device=self.device)] = lengths
+        if complete:
+            done = self._first_tokens([host_slots[row] for row in complete], logits[complete], _rows(hidden, complete))
+            for row, out in zip(complete, done, strict=True):
+                outputs[row] = out
+        return outputs
+
+    def _first_tokens(
+        self, host_slots: list[int], logits: torch.Tensor, hidden: torch.Tensor | None
+    ) -> list[StepOutput]:
+        tables, slots = self.tables, torch.tensor(host_slots, device=self.device)
+        sampling = tables.sampling(slots, *tables.flags(host_slots))
+        root = tables.head_nodes(slots)
+        draft = assemble(tables.pending(slots), root, tables.lookup[slots], tables.node_limit[slots], 1, 0, 0)
+        walk = accept(logits, draft, 0, sampling, tables.limits(slots))
+        facts = self._keep(slots, torch.ones_like(walk.finite), walk, hidden, torch.zeros_like(slots), sampling)
+        return self._outputs(host_slots, facts.tolist())
 
     @torch.inference_mode()
     def decode(self, slots: Sequence[int], nodes: int) -> list[StepOutput]:
-        host_slots, tables, tree = list(slots), self.tables, self._tensors[nodes]
-        rows = torch.tensor(host_slots, device=self.device)
-        limits: Limits = tables.limits(rows)
-        draft = tree.fill(tables.pending(rows), tables.candidates[rows], tables.lookup[rows], tables.node_limit[rows])
-        view = View(
-            rows, limits.length, host_slots, [self._host_length[slot] for slot in host_slots], tree.depths, tree.mask
+        host_slots, shape = list(slots), self._shapes[nodes]
+        lengths = [self._host_length[slot] for slot in host_slots]
+        flags = self.tables.flags(host_slots)
+        if self._graphs is not None:
+            facts = self._graphs.run(host_slots, max(lengths) + nodes, shape, *flags)
+        else:
+            rows = torch.tensor(host_slots, device=self.device)
+            active = torch.ones_like(rows, dtype=torch.bool)
+            facts = self.step(rows, active, host_slots, lengths, max(lengths) + nodes, shape, *flags).tolist()
+        return self._outputs(host_slots, facts)
+
+    def step(
+        self,
+        slots: torch.Tensor,
+        active: torch.Tensor,
+        host_slots: list[int],
+        host_length: list[int],
+        width: int,
+        shape: Shape,
+        sampled: bool,
+        filtered: bool,
+    ) -> torch.Tensor:
+        """Draft, verify, accept, commit, draft for the next step: device work alone, no wait for it.
+
+        slots (B) · active (B): rows that count; the others only fill the batch · width: columns of keys to read
+        → (B, 5 + D + 1): tokens kept, finished, finite, drafted, ready for the next step, then the tokens
+        """
+        tables = self.tables
+        limits: Limits = tables.limits(slots)
+        draft = assemble(
+            tables.pending(slots), tables.head_nodes(slots), tables.lookup[slots], tables.node_limit[slots], *shape
         )
-        logits, hidden = self.forward.run(draft, view)
-        walk = accept(logits, draft, tree.parents, tree.max_depth, tables.sampling(rows, host_slots), limits)
+        view = tree_view(slots, limits.length, host_slots, host_length, draft, width)
+        logits, hidden = self.forward.run(draft.tokens, view)
+        sampling = tables.sampling(slots, sampled, filtered)
+        walk = accept(logits, draft, shape.max_depth, sampling, limits)
         self.forward.commit(view, walk.nodes)
-        drafted = (draft[:, 1:] >= 0).sum(dim=1)
-        return self._keep(host_slots, rows, walk, hidden, drafted)
+        drafted = (draft.tokens[:, 1:] >= 0).sum(dim=1)
+        return self._keep(slots, active, walk, hidden, drafted, sampling)
 
     def _keep(
-        self, host_slots: list[int], rows: torch.Tensor, walk: Walk, hidden: torch.Tensor | None, drafted: torch.Tensor
-    ) -> list[StepOutput]:
-        """Advance the tables, draft for the next step, and bring the result to the host in one transfer."""
-        self.tables.advance(rows, walk)
-        ready = self._draft_next(host_slots, rows, walk, hidden)
-        facts = torch.stack([walk.num_emitted, walk.finished, walk.finite, drafted, ready], dim=1)
-        outputs = []
-        for slot, line in zip(host_slots, torch.cat([facts, walk.tokens], dim=1).tolist(), strict=True):
-            count, finished, finite, num_drafted, num_ready, *tokens = line
-            if not finite:
-                self._poisoned.add(slot)
-                outputs.append(StepOutput(slot, (), num_drafted, finished=True, failed=True))
-                continue
-            self._host_length[slot] += count
-            outputs.append(StepOutput(slot, tuple(tokens[:count]), num_drafted, bool(finished), False, num_ready))
-        return outputs
+        self,
+        slots: torch.Tensor,
+        active: torch.Tensor,
+        walk: Walk,
+        hidden: torch.Tensor | None,
+        drafted: torch.Tensor,
+        sampling: Sampling,
+    ) -> torch.Tensor:
+        """Advance the tables and draft for the next step; → the step's facts."""
+        count = self.tables.advance(slots, active, walk)
+        ready = self._draft_next(slots, active, walk, hidden, sampling)
+        facts = torch.stack([count, walk.finished, walk.finite, drafted, ready], dim=1)
+        return torch.cat([facts, walk.tokens], dim=1)
 
     def _draft_next(
-        self, host_slots: list[int], rows: torch.Tensor, walk: Walk, hidden: torch.Tensor | None
+        self,
+        slots: torch.Tensor,
+        active: torch.Tensor,
+        walk: Walk,
+        hidden: torch.Tensor | None,
+        sampling: Sampling,
     ) -> torch.Tensor:
-        """Candidates and lookup for the next tree; → (B) draft tokens at hand. Heads see the last accepted node
-        only."""
-        tables, ready = self.tables, torch.zeros_like(rows)
-        length = tables.length[rows]
+        """Heads (on the last accepted node only) and lookup for the next tree; → (B) draft tokens at hand."""
+        tables, ready = self.tables, torch.zeros_like(slots)
+        length, heads = tables.length[slots], None
         if self.drafter is not None and hidden is not None:
             last = walk.nodes.gather(1, (walk.num_emitted - 1).clamp(min=0)[:, None])[:, 0]
-            at = hidden[torch.arange(len(rows), device=rows.device), last]
-            sampling = tables.sampling(rows, host_slots)
-            found = self.drafter.candidates(rows, at, tables.pending(rows), length, sampling)
-            tables.candidates[rows] = found
-            ready = (found >= 0).any(dim=2).any(dim=1) * (self.node_choices[-1] - 1)
-        if tables.lookup.shape[1]:
-            found = lookup(tables.history[rows], length, tables.lookup.shape[1])
-            tables.lookup[rows] = found
-            ready = torch.maximum(ready, (found >= 0).sum(dim=1))
+            at = hidden[torch.arange(slots.shape[0], device=slots.device), last]
+            heads = self.drafter.draft(slots, at, tables.pending(slots), length, sampling)
+            ready = (heads.tokens >= 0).any(dim=1) * (self.node_choices[-1] - 1)
+        found = lookup(tables.history[slots], length, tables.lookup.shape[1])
+        ready = torch.maximum(ready, (found >= 0).sum(dim=1))
+        tables.keep_draft(slots, active, heads, found)
         return ready
+
+    def _outputs(self, host_slots: list[int], facts: list[list[int]]) -> list[StepOutput]:
+        outputs = []
+        for slot, (count, finished, finite, drafted, ready, *tokens) in zip(host_slots, facts, strict=True):
+            if finite:
+                self._host_length[slot] += count
+                kept = tuple(tokens[:count])
+                outputs.append(StepOutput(slot, kept, drafted, bool(finished), False, ready))
+            else:
+                self._poisoned.add(slot)
+                outputs.append(StepOutput(slot, (), drafted, finished=True, failed=True))
+        return outputs
 
     def free(self, slot: int) -> None:
         if slot in self._poisoned or not self.can_reuse:
@@ -152,8 +214,14 @@ class ModelRunner:
         self._prompts[slot] = []
 
     def close(self) -> None:
+        if self._graphs is not None:
+            self._graphs.close()
         self.forward.close()
-        del self.forward, self.tables, self.drafter
+        del self.forward, self.tables, self.drafter, self._graphs
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _rows(tensor: torch.Tensor | None, rows: list[int]) -> torch.Tensor | None:
+    return None if tensor is None else tensor[rows]

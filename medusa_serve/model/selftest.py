@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .attention import chain_view, make_view
+from .attention import chain_view, tree_view
 from .forward import PlugInError, TreeForward
 from .tree import Tree
 
@@ -48,13 +48,13 @@ def check(forward: TreeForward, prompts: list[torch.Tensor], wanted: list[list[t
     host_slots = list(range(len(prompts)))[::-1]  # not in order: a pass must not depend on it
     for slot, ids, length in zip(host_slots, prompts, host_length, strict=True):
         for start, end in ((0, 2), (2, length)):
-            forward.run(ids[None, start:end], chain_view([slot], [start], end - start, device), last_only=True)
-    tensors = TREE.tensors(TREE.num_heads, TREE.num_ranks, device)
-    view = make_view(host_slots, host_length, tensors.depths, tensors.mask)
+            forward.run(ids[None, start:end], chain_view([slot], [start], [end - start], device), last_only=True)
     nodes = torch.stack([ids[-count:] for ids in prompts])
+    slot_ids, lengths = torch.tensor(host_slots, device=device), torch.tensor(host_length, device=device)
+    view = tree_view(slot_ids, lengths, host_slots, host_length, TREE.draft(nodes[:, :-1]))
     logits, _ = forward.run(nodes[:, :-1], view)
     forward.commit(view, torch.tensor([PATH] * len(prompts), device=device))
-    after = chain_view(host_slots, [length + len(PATH) for length in host_length], 1, device)
+    after = chain_view(host_slots, [length + len(PATH) for length in host_length], [1] * len(prompts), device)
     final, _ = forward.run(nodes[:, -1:], after)
     error = 0.0
     for row, want in enumerate(wanted):

@@ -13,6 +13,7 @@ import torch
 from ..types import SamplingParams
 from .accept import Limits, Walk
 from .filters import Sampling
+from .tree import HeadNodes
 
 
 class SlotTables:
@@ -23,8 +24,7 @@ class SlotTables:
         slots: int,
         columns: int,
         eos_ids: Sequence[int],
-        num_heads: int,
-        num_ranks: int,
+        num_nodes: int,
         num_lookup: int,
         device: torch.device,
     ) -> None:
@@ -34,7 +34,7 @@ class SlotTables:
         self.length, self.total, self.node_limit = ints(slots), ints(slots), ints(slots)
         self.history = ints(slots, columns)
         self.eos = ints(slots, max(1, len(eos_ids)), fill=-1)
-        self.candidates = ints(slots, num_heads, num_ranks, fill=-1)
+        self.heads = HeadNodes(ints(slots, num_nodes, fill=-1), ints(slots, num_nodes), ints(slots, num_nodes))
         self.lookup = ints(slots, num_lookup, fill=-1)
         self.top_k, self.seed = ints(slots), ints(slots)
         self.temperature, self.top_p, self.min_p = (torch.zeros(slots, device=device) for _ in range(3))
@@ -50,39 +50,53 @@ class SlotTables:
         self.eos[slot] = -1
         if self._eos_ids and not params.ignore_eos:
             self.eos[slot] = torch.tensor(self._eos_ids, device=device)
-        self.candidates[slot], self.lookup[slot] = -1, -1
+        self.heads.tokens[slot], self.lookup[slot] = -1, -1
         self.temperature[slot], self.top_p[slot], self.min_p[slot] = params.temperature, params.top_p, params.min_p
         self.top_k[slot], self.seed[slot] = params.top_k, params.seed or 0
         self._params[slot] = params
 
-    def sampling(self, slots: torch.Tensor, host_slots: Sequence[int]) -> Sampling:
+    def flags(self, host_slots: Sequence[int]) -> tuple[bool, bool]:
+        """Whether any of these rows samples, and whether any of them filters."""
+        hot = [p for slot in host_slots if (p := self._params[slot]) is not None and p.temperature > 0]
+        return bool(hot), any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0 for p in hot)
+
+    def sampling(self, slots: torch.Tensor, sampled: bool, filtered: bool) -> Sampling:
         """The rows' sampling parameters, (B) each."""
-        params = [self._params[slot] for slot in host_slots]
-        hot = [p for p in params if p is not None and p.temperature > 0]
-        filtered = any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0 for p in hot)
         return Sampling(
             self.temperature[slots],
             self.top_k[slots],
             self.top_p[slots],
             self.min_p[slots],
             self.seed[slots],
-            bool(hot),
+            sampled,
             filtered,
         )
 
     def limits(self, slots: torch.Tensor) -> Limits:
         return Limits(self.length[slots], self.total[slots], self.eos[slots])
 
+    def head_nodes(self, slots: torch.Tensor) -> HeadNodes:
+        return HeadNodes(*(table[slots] for table in self.heads))
+
+    def keep_draft(
+        self, slots: torch.Tensor, active: torch.Tensor, heads: HeadNodes | None, lookup: torch.Tensor
+    ) -> None:
+        """The next step's draft of the active rows."""
+        pairs = [(self.lookup, lookup)] + (list(zip(self.heads, heads, strict=True)) if heads is not None else [])
+        for table, rows in pairs:
+            table[slots] = torch.where(active[:, None], rows, table[slots])
+
     def pending(self, slots: torch.Tensor) -> torch.Tensor:
         """(B): emitted, not yet in the KV cache."""
         return self.history[slots, self.length[slots]]
 
-    def advance(self, slots: torch.Tensor, walk: Walk) -> None:
-        """Append what the walk emitted; rows whose logits were not finite stay as they were."""
-        count = torch.where(walk.finite, walk.num_emitted, 0)
+    def advance(self, slots: torch.Tensor, active: torch.Tensor, walk: Walk) -> torch.Tensor:
+        """Append what the walk emitted; → (B) tokens kept. Inactive rows and bad logits keep what they had."""
+        count = torch.where(active & walk.finite, walk.num_emitted, 0)
         length = self.length[slots]
         steps = torch.arange(walk.tokens.shape[1], device=slots.device)
         columns = (length[:, None] + 1 + steps).clamp(max=self.history.shape[1] - 1)
         old = self.history[slots[:, None], columns]
         self.history[slots[:, None], columns] = torch.where(steps < count[:, None], walk.tokens, old)
         self.length[slots] = length + count
+        return count

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,6 +25,7 @@ from ..config import MAX_NODES
 from ..errors import LoadError
 
 RankPath = tuple[int, ...]
+NUM_RANKS = 10  # candidates of a head, as in the published trees
 
 # P(rank r of head d is right | the path so far is), used until heads bring their own calibration: a smoothed version of
 # the accuracies that FasterDecoding/Medusa published for Vicuna-7B (assets/medusa_acc.csv).
@@ -77,6 +79,20 @@ class Tree:
     def max_depth(self) -> int:
         return max(self.depths)
 
+    def check(self, num_heads: int, num_ranks: int) -> None:
+        """Raise LoadError if this tree asks for more candidates than there are."""
+        if self.num_heads > num_heads or self.num_ranks > num_ranks:
+            raise LoadError(
+                f"the tree needs {self.num_heads} heads with {self.num_ranks} candidates each, "
+                f"there are {num_heads} with {num_ranks}."
+            )
+
+    def draft(self, tokens: torch.Tensor) -> Draft:
+        """This tree filled with tokens (B, N)."""
+        parents = torch.tensor(self.parents, device=tokens.device).expand_as(tokens)
+        depths = torch.tensor(self.depths, device=tokens.device).expand_as(tokens)
+        return Draft(tokens, parents, depths, ancestors(parents, self.max_depth))
+
     @property
     def num_ranks(self) -> int:
         """Candidates that each head must give."""
@@ -86,60 +102,67 @@ class Tree:
     def num_heads(self) -> int:
         return max((len(path) for path in self.paths), default=0)
 
-    def tensors(self, num_heads: int, num_ranks: int, device: torch.device) -> TreeTensors:
-        """This tree over tables of `num_heads` × `num_ranks` candidates. Raises LoadError if it asks for more."""
-        if self.num_heads > num_heads or self.num_ranks > num_ranks:
-            raise LoadError(
-                f"the tree needs {self.num_heads} heads with {self.num_ranks} candidates each, "
-                f"there are {num_heads} with {num_ranks}."
-            )
-        n = self.num_nodes
-        mask = torch.eye(n, dtype=torch.bool)
-        for node in range(1, n):
-            mask[node] |= mask[self.parents[node]]
-        lookup_base = 1 + num_heads * num_ranks
-        source = [
-            0,
-            *(1 + (len(path) - 1) * num_ranks + path[-1] for path in self.paths),
-            *(lookup_base + i for i in range(self.num_lookup)),
-        ]
-        return TreeTensors(
-            num_nodes=n,
-            max_depth=self.max_depth,
-            parents=torch.tensor(self.parents, device=device),
-            depths=torch.tensor(self.depths, device=device),
-            mask=mask.to(device),
-            source=torch.tensor(source, device=device),
-        )
 
+class Draft(NamedTuple):
+    """A filled tree for each of B rows: what one pass verifies. Node 0 is the root, and parents come before children.
 
-@dataclass(frozen=True)
-class TreeTensors:
-    """A tree on the device.
-
-    parents, depths (N)  · mask (N, N): node i sees node j, itself or an ancestor
-    source (N): where the node's token stands in [pending | heads × ranks | lookup chain]
+    tokens (B, N), -1 empty · parents (B, N), the root its own · depths (B, N)
+    mask (B, N, N): node i sees node j, itself or an ancestor
     """
 
-    num_nodes: int
-    max_depth: int
+    tokens: torch.Tensor
     parents: torch.Tensor
     depths: torch.Tensor
     mask: torch.Tensor
-    source: torch.Tensor
 
-    def fill(
-        self, pending: torch.Tensor, candidates: torch.Tensor, lookup: torch.Tensor, node_limit: torch.Tensor
-    ) -> torch.Tensor:
-        """The draft: tokens (B, N), -1 where a node is empty.
 
-        pending (B) · candidates (B, heads, ranks), -1 empty · lookup (B, M), -1 empty · node_limit (B): 1 is plain
-        decoding
-        """
-        table = torch.cat([pending[:, None], candidates.flatten(1), lookup], dim=1)
-        tokens = table[:, self.source]
-        index = torch.arange(self.num_nodes, device=tokens.device)
-        return torch.where(index < node_limit[:, None], tokens, -1)
+class HeadNodes(NamedTuple):
+    """The heads' part of a tree, best node first, so that any first part of it is a tree as well.
+
+    tokens (B, M), -1 empty · parents (B, M): 0 is the root, i + 1 is node i of this part · depths (B, M) from 1
+    """
+
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    depths: torch.Tensor
+
+
+def assemble(
+    pending: torch.Tensor,
+    heads: HeadNodes,
+    lookup: torch.Tensor,
+    node_limit: torch.Tensor,
+    num_nodes: int,
+    num_lookup: int,
+    max_depth: int,
+) -> Draft:
+    """Root, then the best of the heads' nodes, then a lookup chain of `num_lookup`: N nodes in all.
+
+    pending (B) · lookup (B, M), -1 empty · node_limit (B): 1 is plain decoding · max_depth: of any node
+    """
+    rows, device = pending.shape[0], pending.device
+    first = num_nodes - num_lookup
+    from_heads = first - 1
+    chain = torch.arange(num_lookup, device=device)
+    root = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+    tokens = torch.cat([pending[:, None], heads.tokens[:, :from_heads], lookup[:, :num_lookup]], dim=1)
+    above = torch.where(chain == 0, 0, first + chain - 1).expand(rows, -1)
+    parents = torch.cat([root, heads.parents[:, :from_heads], above], dim=1)
+    depths = torch.cat([root, heads.depths[:, :from_heads], (chain + 1).expand(rows, -1)], dim=1)
+    index = torch.arange(num_nodes, device=device)
+    tokens = torch.where(index < node_limit[:, None], tokens, -1)
+    return Draft(tokens, parents, depths, ancestors(parents, max_depth))
+
+
+def ancestors(parents: torch.Tensor, max_depth: int) -> torch.Tensor:
+    """parents (B, N) → (B, N, N) bool: each node sees itself and, after `max_depth` rounds, all its ancestors."""
+    rows, nodes = parents.shape
+    own = torch.eye(nodes, dtype=torch.bool, device=parents.device).expand(rows, -1, -1)
+    above = parents[:, :, None].expand(-1, -1, nodes)
+    mask = own
+    for _ in range(max_depth):
+        mask = own | mask.gather(1, above)
+    return mask
 
 
 def most_probable(ranks: Sequence[Sequence[float]], num_nodes: int) -> tuple[RankPath, ...]:

@@ -4,7 +4,7 @@ from medusa_serve.model.cache import SlotCache
 
 
 def cache() -> SlotCache:
-    made = SlotCache([(1, 1, 1)] * 2, slots=3, columns=12, slack=4, dtype=torch.float32, device=torch.device("cpu"))
+    made = SlotCache([(1, 1, 1)] * 2, slots=3, columns=16, dtype=torch.float32, device=torch.device("cpu"))
     made.keys[:] = torch.arange(made.keys.numel()).view_as(made.keys)
     made.values[:] = -made.keys
     return made

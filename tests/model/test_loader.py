@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import warnings
@@ -80,6 +81,7 @@ def test_dtype_on_a_gpu(native: bool, want: torch.dtype, monkeypatch: pytest.Mon
         return including_emulation or native
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     notes: list[str] = []
     assert loader._choose_dtype("auto", torch.device("cuda", 0), notes) == want
     assert len(notes) == 1

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from medusa_serve.errors import LoadError
-from medusa_serve.model.tree import DEFAULT_RANKS, Tree, most_probable, read_choices
+from medusa_serve.model.tree import DEFAULT_RANKS, HeadNodes, Tree, ancestors, assemble, most_probable, read_choices
 
 
 def test_the_drawing_in_the_docstring():
@@ -13,18 +13,38 @@ def test_the_drawing_in_the_docstring():
     assert tree.parents == (0, 0, 0, 1, 0, 4)
     assert tree.depths == (0, 1, 1, 2, 1, 2)
     assert (tree.num_nodes, tree.max_depth, tree.num_heads, tree.num_ranks) == (6, 2, 2, 2)
-    mask = tree.tensors(2, 2, torch.device("cpu")).mask
+    mask = tree.draft(torch.zeros(1, 6, dtype=torch.int64)).mask[0]
     seen = [[j for j in range(6) if mask[i, j]] for i in range(6)]
     assert seen == [[0], [0, 1], [0, 2], [0, 1, 3], [0, 4], [0, 4, 5]]
 
 
-def test_fill_takes_each_node_from_its_table():
-    tensors = Tree(((0,), (1,), (0, 0)), num_lookup=2).tensors(2, 3, torch.device("cpu"))
-    candidates = torch.tensor([[[10, 11, 12], [20, 21, 22]]] * 2)
-    tokens = tensors.fill(
-        torch.tensor([7, 8]), candidates, torch.tensor([[30, 31, 32], [33, -1, -1]]), torch.tensor([99, 1])
+def heads(rows: int = 2) -> HeadNodes:
+    """The heads' part of the drawing: 10 and 11 below the root, 20 below 10."""
+    parts = ([10, 11, 20], [0, 0, 1], [1, 1, 2])
+    return HeadNodes(*(torch.tensor([part] * rows) for part in parts))
+
+
+def test_assemble_joins_root_heads_and_lookup():
+    lookup = torch.tensor([[30, 31, 32], [33, -1, -1]])
+    draft = assemble(torch.tensor([7, 8]), heads(), lookup, torch.tensor([99, 1]), 6, 2, 2)
+    assert draft.tokens.tolist() == [[7, 10, 11, 20, 30, 31], [8, -1, -1, -1, -1, -1]]
+    assert draft.parents[0].tolist() == [0, 0, 0, 1, 0, 4]
+    assert draft.depths[0].tolist() == [0, 1, 1, 2, 1, 2]
+    assert torch.equal(draft.mask[0], Tree(((0,), (1,), (0, 0)), 2).draft(draft.tokens).mask[0])
+
+
+def test_a_smaller_tree_takes_the_best_nodes_first():
+    draft = assemble(
+        torch.tensor([7, 8]), heads(), torch.zeros(2, 1, dtype=torch.int64), torch.tensor([99, 99]), 3, 1, 2
     )
-    assert tokens.tolist() == [[7, 10, 11, 20, 30, 31], [8, -1, -1, -1, -1, -1]]
+    assert draft.tokens.tolist() == [[7, 10, 0], [8, 10, 0]]
+
+
+def test_every_row_may_have_a_tree_of_its_own():
+    parents = torch.tensor([[0, 0, 1, 2], [0, 0, 0, 2]])
+    mask = ancestors(parents, 3)
+    assert [[j for j in range(4) if mask[0, i, j]] for i in range(4)] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
+    assert [[j for j in range(4) if mask[1, i, j]] for i in range(4)] == [[0], [0, 1], [0, 2], [0, 2, 3]]
 
 
 @pytest.mark.parametrize(
@@ -44,7 +64,7 @@ def test_nonsense_is_refused(paths, says):
 
 def test_a_tree_wider_than_its_heads_is_refused():
     with pytest.raises(LoadError, match="needs 1 heads with 4 candidates"):
-        Tree(((0,), (1,), (2,), (3,))).tensors(1, 3, torch.device("cpu"))
+        Tree(((0,), (1,), (2,), (3,))).check(1, 3)
 
 
 def test_most_probable_is_the_best_tree_of_its_size():

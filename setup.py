@@ -1,0 +1,56 @@
+"""Packaging. The version is read from the package and the requirements from requirements.txt, so each stands once."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def version() -> str:
+    """From the source text: importing the package here would need its dependencies."""
+    found = re.search(r'^__version__ = "([^"]+)"', (ROOT / "medusa_serve/__init__.py").read_text(), re.M)
+    if found is None:
+        raise RuntimeError("medusa_serve/__init__.py has no __version__.")
+    return found[1]
+
+
+def runtime_requirements() -> list[str]:
+    """The part of requirements.txt between "# runtime" and "# tests"."""
+    runtime = (ROOT / "requirements.txt").read_text().split("# runtime", 1)[1].split("# tests", 1)[0]
+    return [line for line in runtime.splitlines()[1:] if line and not line.startswith("#")]
+
+
+setup(
+    name="medusa_serve",
+    version=version(),
+    description="A notebook-first LLM server: exact tree speculation in a continuous batch, on unmodified models.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    author="The medusa_serve authors",
+    python_requires=">=3.11",
+    packages=find_packages(include=["medusa_serve", "medusa_serve.*"]),
+    package_data={"medusa_serve": ["heads/*.safetensors", "**/*.json", "**/*.html"]},
+    install_requires=runtime_requirements(),
+    extras_require={
+        "test": [
+            "pytest>=8",
+            "nbmake>=1.5.5",
+            "httpx>=0.27",
+            "hypothesis>=6.100",
+            "scipy>=1.13",
+            "psutil>=5.9",
+            "openai>=2",
+            "pytest-xdist>=3.5",
+        ]
+    },
+    entry_points={"console_scripts": ["medusa-serve=medusa_serve.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Intended Audience :: Science/Research",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,303 @@
+"""The command line: its errors, its output, and one real run of each command on a tiny folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medusa_serve import cli
+from medusa_serve.errors import LoadError
+from medusa_serve.types import Completion, Delta
+from tests.tiny import save_tiny_folder
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_folder(tmp_path_factory.mktemp("cli") / "tiny-llama")
+
+
+def run(*arguments: str) -> int:
+    """main's exit code, argparse's own exits included."""
+    try:
+        return cli.main(arguments)
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--nosuch"], "--nosuch"),
+        (["frobnicate"], "frobnicate"),
+        (["serve", "--port", "x"], "--port"),
+        (["--port", "99999"], "port must be"),
+        (["--slots", "0"], "slots must be"),
+        (["--max-context", "1"], "max_context must be"),
+        (["--tree", "1"], "tree must have"),
+        (["--tree", ""], "tree must be"),
+        (["--dtype", "int3"], "dtype must be"),
+        (["--device", "tpu"], "device must be"),
+        (["--model", " "], "model must be"),
+        (["--api-key", ""], "api_key must be"),
+        (["--max-tokens", "4"], "--max-tokens"),  # an option of generate
+        (["generate"], "PROMPT"),
+        (["generate", ""], "empty"),
+        (["generate", "hi", "there"], "there"),
+        (["generate", "hi", "--temperature", "nan"], "temperature must be"),
+        (["generate", "hi", "--temperature=-1"], "temperature must be"),
+        (["generate", "hi", "--top-p", "0"], "top_p must be"),
+        (["generate", "hi", "--seed=-1"], "seed must be"),
+        (["generate", "hi", "--max-tokens", "0"], "max_tokens must be"),
+        (["generate", "hi", "--stop", ""], "stop string"),
+        (["generate", "hi", *["--stop", "a"] * 5], "at most 4"),
+        (["generate", "hi", "--raw", "--system", "x"], "--system"),
+        (["generate", "hi", "--max-tok", "4"], "--max-tok"),  # no abbreviations
+    ],
+)
+def test_nonsense_is_one_line_and_code_2(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert says in err
+    assert "Traceback" not in err
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    assert "generate" in capsys.readouterr().out
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("medusa_serve ")
+    assert run("generate", "--help") == 0
+    assert "--top-p" in capsys.readouterr().out
+
+
+def completion(text: str = "Hello there", **changes: Any) -> Completion:
+    fields = {
+        "id": "gen-1",
+        "model": "m",
+        "text": text,
+        "finish_reason": "stop",
+        "seed": 7,
+        "token_ids": (1, 2, 3),
+        "prompt_tokens": 5,
+        "completion_tokens": 3,
+        "steps": 1,
+        "drafted": 4,
+        "accepted": 1,
+        "queue_ms": 0.0,
+        "prefill_ms": 1.0,
+        "decode_ms": 10.0,
+    }
+    return Completion(**{**fields, **changes})
+
+
+class FakeLLM:
+    """What the command line uses of LLM; remembers what it was given."""
+
+    last: FakeLLM
+
+    def __init__(self, config: Any) -> None:
+        self.config, self.closed, self.codec = config, False, self
+        self.has_chat_template = config.model != "bare"
+        FakeLLM.last = self
+
+    def stream(self, prompt: Any, params: Any) -> Iterator[Delta]:
+        self.prompt, self.params = prompt, params
+        yield Delta("Hello ", (1,), (0,))
+        yield Delta("there", (2,), (1,), completion=completion())
+
+    def __enter__(self) -> FakeLLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
+    import medusa_serve.llm
+
+    monkeypatch.setattr(medusa_serve.llm, "LLM", FakeLLM)
+    return FakeLLM
+
+
+def test_generate_streams_and_ends_with_figures(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--max-tokens", "9", "--temperature", "0.5", "--top-k", "3", "--seed", "7", "--stop", "a", "--stop", "b"]
+    assert run("generate", "Hi", "--system", "Be brief.", "--tree", "8", "--no-lookup", *options) == 0
+    out, err = capsys.readouterr()
+    assert out == "Hello there\n"
+    assert err == "3 tokens, 200.0 tokens/s, 2.00 tokens per step, finish reason: stop\n"
+    llm = fake.last
+    assert llm.prompt == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    params = llm.params
+    assert (params.max_tokens, params.temperature, params.top_k, params.seed, params.stop) == (9, 0.5, 3, 7, ("a", "b"))
+    assert (llm.config.tree, llm.config.lookup, llm.config.slots) == ("8", False, 1)
+    assert llm.closed
+
+
+def test_generate_json_is_the_object_of_generate(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", "Hi", "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == completion().to_dict()
+    assert err == ""
+
+
+def test_raw_prompts(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", "Hi", "--raw") == 0
+    assert fake.last.prompt == "Hi"
+    assert run("generate", "Hi", "--model", "bare") == 0
+    assert fake.last.prompt == "Hi"
+    capsys.readouterr()
+    assert run("generate", "Hi", "--model", "bare", "--system", "x") == 1
+    assert "no chat template" in capsys.readouterr().err
+
+
+def test_figures_without_steps() -> None:
+    line = cli._figures(completion(steps=0, completion_tokens=1, decode_ms=0.0, finish_reason="length"))
+    assert line == "1 tokens, finish reason: length"
+
+
+def test_errors_are_one_line_and_code_1(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: FakeLLM, config: Any) -> None:
+        raise LoadError("There is no folder /nosuch.")
+
+    monkeypatch.setattr(fake, "__init__", fail)
+    assert run("generate", "Hi") == 1
+    assert capsys.readouterr() == ("", "medusa_serve: There is no folder /nosuch.\n")
+
+
+def test_ctrl_c_is_130(fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: FakeLLM, prompt: Any, params: Any) -> Iterator[Delta]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(fake, "stream", interrupted)
+    assert run("generate", "Hi") == 130
+    assert fake.last.closed
+
+
+@pytest.mark.parametrize("key", [None, "k'ey $x"])
+def test_the_curl_line_is_quoted(key: str | None) -> None:
+    words = shlex.split(cli.curl_line("http://127.0.0.1:8000", key, True))
+    assert words[:3] == ["curl", "-s", "http://127.0.0.1:8000/generate"]
+    assert json.loads(words[words.index("-d") + 1])["messages"][0]["role"] == "user"
+    assert (f"Authorization: Bearer {key}" in words) == (key is not None)
+    assert "prompt" in json.loads(shlex.split(cli.curl_line("http://x", key, False))[-1])
+
+
+# ---- real runs ---------------------------------------------------------------------------------------------------
+
+
+def command(*arguments: str, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "medusa_serve", *arguments],
+        cwd=ROOT,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, **variables},
+        timeout=120,
+    )
+
+
+def test_generate_for_real(folder: Path) -> None:
+    options = ["--model", str(folder), "--device", "cpu", "--max-tokens", "20", "--seed", "3", "--temperature", "0.8"]
+    streamed = command("generate", "hello", *options)
+    assert streamed.returncode == 0, streamed.stderr
+    assert streamed.stderr.count("\n") == 1
+    assert "tokens per step, finish reason: " in streamed.stderr
+    answer = command("generate", "-", "--json", *options, stdin="hello\n")
+    assert answer.returncode == 0, answer.stderr
+    data = json.loads(answer.stdout)
+    assert data["text"] == streamed.stdout.removesuffix("\n") or data["text"] == streamed.stdout
+    assert (data["model"], data["seed"]) == ("tiny-llama", 3)
+    assert set(data) == {"id", "model", "text", "finish_reason", "seed", "usage", "medusa", "timings"}
+
+
+def test_a_terminal_without_unicode_and_a_closed_pipe(folder: Path) -> None:
+    options = ["--model", str(folder), "--device", "cpu", "--max-tokens", "20"]
+    plain = command("generate", "hello", *options, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert plain.returncode == 0, plain.stderr
+    assert command("generate", "-", *options, stdin="\n").returncode == 2
+
+
+@contextmanager
+def served(*arguments: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    environment = {**os.environ, **variables}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "medusa_serve", "--port", "0", "--device", "cpu", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def send(line: str) -> dict[str, Any]:
+    """Run a curl line, or what it says where there is no curl."""
+    words = shlex.split(line)
+    headers = dict(words[i + 1].split(": ", 1) for i, word in enumerate(words) if word == "-H")
+    request = urllib.request.Request(words[2], words[words.index("-d") + 1].encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return json.load(reply)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_serve_prints_a_line_that_works(folder: Path, stop: signal.Signals) -> None:
+    with served("--model", str(folder)) as process:
+        assert process.stdout is not None
+        lines = []
+        while not lines or not lines[-1].startswith("curl"):
+            lines.append(process.stdout.readline())
+            assert lines[-1], process.communicate()
+        assert "http://127.0.0.1:" in lines[0]
+        assert lines[1] == "no key needed: loopback only\n"
+        assert send(lines[-1])["usage"]["completion_tokens"] > 0
+        process.send_signal(stop)
+        assert process.communicate(timeout=20)[1] == ""
+        assert process.returncode == 0
+
+
+@pytest.mark.parametrize("given", [None, "from-the-environment"])
+def test_another_host_needs_a_key(folder: Path, given: str | None) -> None:
+    variables = {"MEDUSA_SERVE_API_KEY": given or ""}
+    with served("--model", str(folder), "--host", "0.0.0.0", "--json", **variables) as process:
+        assert process.stdout is not None
+        ready = json.loads(process.stdout.readline())
+        assert ready["api_key"] == given if given else len(ready["api_key"]) >= 40
+        assert send(ready["curl"])["model"] == "tiny-llama"
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            send(ready["curl"].replace(ready["api_key"], "wrong"))
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
+    with served("--model", str(tmp_path)) as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    reason = f"The folder {tmp_path} holds no model: there is no config.json in it."
+    assert err.splitlines()[-1] == f"medusa_serve: {reason}"
+    assert "Traceback" not in err
+    assert "curl" not in out

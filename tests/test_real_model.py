@@ -1,0 +1,161 @@
+"""The default model, real weights, float32 on the CPU: `pytest -m slow tests/test_real_model.py`."""
+
+import json
+import os
+import threading
+import urllib.request
+
+import pytest
+import torch
+
+from medusa_serve import LLM, EngineConfig, SamplingParams
+from medusa_serve.bench import BenchConfig, _served, bench_engine, read_prompts, table
+from medusa_serve.model.loader import load_model
+from tests.tiny import greedy
+
+pytestmark = pytest.mark.slow
+PASSAGES = read_prompts().passages
+TIE = 1e-4  # a flip is excused when the float64 logits of the two tokens are this close
+EXCUSED_PER_100K = 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads():
+    """Real weights want all cores (the suite's tiny models want one)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The model as transformers runs it, with no plug-in."""
+    return load_model(EngineConfig())
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM() as made:
+        yield made
+
+
+def prompts() -> list[list[dict[str, str]]]:
+    texts = [*read_prompts().questions, *read_prompts().rewrites]
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+@torch.no_grad()
+def mismatches(model, prompt: list[int], answer: list[int]) -> list[int]:
+    """Positions where the answer is not the argmax of one plain forward over prompt + answer. None of them means, by
+    induction, that `generate` gives the same tokens."""
+    ids = torch.tensor([[*prompt, *answer]])
+    logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return (logits.argmax(-1) != torch.tensor(answer)).nonzero().flatten().tolist()
+
+
+@torch.no_grad()
+def is_tie(prompt: list[int], answer: list[int], at: int) -> bool:
+    exact = load_model(EngineConfig(dtype="float64")).model
+    logits = exact(torch.tensor([[*prompt, *answer[:at]]])).logits[0, -1]
+    return float(logits.max() - logits[answer[at]]) < TIE
+
+
+def test_greedy_text_is_the_models_own(llm, reference):
+    """With lookup in company, with speculation off, and in other company: teacher-forced, every position."""
+    compared, excused = 0, []
+    first = None
+    for params in (SamplingParams(max_tokens=160), SamplingParams(max_tokens=160, speculation=False)):
+        done = llm.generate(prompts(), params)
+        first = first or done
+        for prompt, completion, other in zip(prompts(), done, first, strict=True):
+            ids, answer = llm.codec.encode_chat(prompt), list(completion.token_ids)
+            compared += len(answer)
+            if completion.token_ids == other.token_ids and completion is not other:
+                continue  # the same ids were checked in the first round
+            for at in mismatches(reference.model, ids, answer):
+                print("mismatch", completion.id, at)
+                assert is_tie(ids, answer, at)
+                excused.append(at)
+    print(f"{compared} tokens compared, {len(excused)} near-ties")
+    assert compared > 2_000
+    assert len(excused) <= max(1, EXCUSED_PER_100K * compared / 100_000)
+
+
+def test_a_sample_against_generate_itself_through_http(reference):
+    with LLM() as llm, _served(llm) as url:  # an LLM of its own: a server that stops has drained its engine
+        for prompt in prompts()[:4]:
+            body = json.dumps({"messages": prompt, "max_tokens": 48, "return_token_ids": True}).encode()
+            request = urllib.request.Request(f"{url}/generate", body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=300) as response:
+                answer = json.load(response)
+            want = greedy(reference.model, llm.codec.encode_chat(prompt), 48)
+            assert answer["token_ids"] == want
+            assert answer["text"] == llm.codec.decode(want).removesuffix("<|im_end|>")
+
+
+def test_seeded_text_is_the_same_without_speculation_and_in_company(llm):
+    params = [
+        SamplingParams(max_tokens=64, temperature=t, top_p=0.9, seed=11 + i) for i, t in enumerate((0.3, 0.7, 1.0))
+    ]
+    for one in params:
+        together = [c.token_ids for c in llm.generate(prompts()[6:10], one)]
+        alone = [llm.generate([p], one)[0].token_ids for p in prompts()[6:8]]
+        plain = [
+            c.token_ids for c in llm.generate(prompts()[6:10], SamplingParams(**{**as_dict(one), "speculation": False}))
+        ]
+        assert together == plain
+        assert together[:2] == alone
+
+
+def as_dict(params: SamplingParams) -> dict:
+    return {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}
+
+
+def test_the_third_turn_of_a_chat_starts_nearly_as_fast_as_the_first(llm):
+    # a text of its own: another test's prompt may rest in a slot and be reused by the first turn
+    messages = [{"role": "user", "content": f"Read this: {PASSAGES[1]} {PASSAGES[0]} What is it about?"}]
+    prefill = []
+    for _ in range(3):
+        before = llm.manager.metrics.snapshot()["prefilled"]
+        (done,) = llm.generate([messages], SamplingParams(max_tokens=60))
+        prefill.append((llm.manager.metrics.snapshot()["prefilled"] - before, done.prefill_ms))
+        messages += [{"role": "assistant", "content": done.text}, {"role": "user", "content": "And what else?"}]
+    print(prefill)
+    assert prefill[2][0] < 30  # tokens computed: the new question, not the conversation
+    assert prefill[2][1] < prefill[0][1]
+
+
+def test_no_step_waits_long_for_a_long_prompt(llm):
+    """A prompt of 1,500 tokens arrives while another sequence decodes."""
+    gaps: list[float] = []
+    import time
+
+    def reader():
+        last = None
+        for _ in llm.stream(
+            read_prompts().questions[1], SamplingParams(max_tokens=100, ignore_eos=True, speculation=False)
+        ):
+            now = time.monotonic()
+            if last is not None:
+                gaps.append(now - last)
+            last = now
+
+    thread = threading.Thread(target=reader)
+    thread.start()
+    time.sleep(1.0)
+    llm.generate(" ".join(read_prompts().passages * 4), SamplingParams(max_tokens=2))
+    thread.join()
+    plain = sorted(gaps)[len(gaps) // 10]
+    print(f"plain step {plain * 1000:.0f} ms, largest gap {max(gaps) * 1000:.0f} ms")
+    # a chunk of max(100 ms, 3 plain steps) and the step itself; the estimate adapts within a chunk or two
+    assert sorted(gaps)[-3] < 1.5 * (max(0.1, 3 * plain) + plain)
+
+
+def test_the_figures_hold():
+    result = bench_engine(EngineConfig(), BenchConfig(tokens=64, rounds=3))
+    print(table(result))
+    assert result["plain"]["ratio"] >= 0.97
+    assert result["streams"]["ratio"] >= 3.0
+    assert result["lookup"]["tokens_per_step"] > 1.3
+    assert result["lookup"]["texts_equal_plain"] == result["lookup"]["prompts"]
