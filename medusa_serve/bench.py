@@ -167,18 +167,14 @@ def stream_ratio(llm: LLM, bench: BenchConfig) -> dict[str, Any]:
 def _streams(url: str, count: int, tokens: int, offset: int) -> float:
     """Completion tokens per second of `count` streams that start together."""
     totals: list[int] = []
+    questions = read_prompts().questions
 
     def client(number: int) -> None:
-        question = QUESTIONS[(number + offset) % len(QUESTIONS)]
-        body = {
-            "messages": [{"role": "user", "content": question}],
-            "max_tokens": tokens,
-            "stream": True,
-            "speculation": False,
-        }
-        request = urllib.request.Request(
-            f"{url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        question = questions[(number + offset) % len(questions)]
+        body = {"messages": [{"role": "user", "content": question}], "max_tokens": tokens}
+        body |= {"stream": True, "speculation": False}
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), headers)
         last: dict[str, Any] = {}
         with urllib.request.urlopen(request, timeout=600) as response:
             for line in response:
@@ -223,10 +219,10 @@ def _served(llm: LLM) -> Iterator[str]:
 def table(result: dict[str, Any]) -> str:
     """The figures as lines for a person."""
     plain, streams, lookup = result["plain"], result["streams"], result["lookup"]
-    facts = result["machine"]
+    facts, engine = result["machine"], result["engine"]
     return "\n".join(
         [
-            f"{result['engine']['model']} in {result['engine']['dtype']} on {facts['device']}, {facts['threads']} threads, "
+            f"{engine['model']} in {engine['dtype']} on {facts['device']}, {facts['threads']} threads, "
             f"torch {facts['torch']}, transformers {facts['transformers']}, {facts['date']}",
             f"plain decoding over generate          {plain['ratio']:.2f}x  "
             f"({plain['ours_tokens_per_second']} / {plain['generate_tokens_per_second']} tokens/s)",

@@ -133,9 +133,8 @@ def test_no_step_waits_long_for_a_long_prompt(llm):
 
     def reader():
         last = None
-        for _ in llm.stream(
-            read_prompts().questions[1], SamplingParams(max_tokens=100, ignore_eos=True, speculation=False)
-        ):
+        params = SamplingParams(max_tokens=100, ignore_eos=True, speculation=False)
+        for _ in llm.stream(read_prompts().questions[1], params):
             now = time.monotonic()
             if last is not None:
                 gaps.append(now - last)
