@@ -22,8 +22,7 @@ class LLM:
     memory.
 
     LLM("smollm2-135m"), LLM(EngineConfig(...)) or LLM("folder", slots=4): options are EngineConfig's fields, unknown
-    ones are
-    errors. Raises InvalidConfig, LoadError.
+    ones are errors. Raises InvalidConfig, LoadError.
 
     model_name, codec, manager, notes (the automatic choices with their reasons) are plain attributes.
     """
@@ -71,8 +70,7 @@ class LLM:
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
         """Completions in input order; all prompts share passes. A prompt is a string (raw text) or a list of messages
-        (chat
-        template). Raises InvalidRequest for a prompt that cannot be served; the others are then cancelled."""
+        (chat template). Raises InvalidRequest for a prompt that cannot be served; the others are then cancelled."""
         return self.generate_ids([self._encode(prompt) for prompt in _as_list(prompts)], params)
 
     def generate_ids(self, encoded: Sequence[Sequence[int]], params: SamplingParams | None = None) -> list[Completion]:

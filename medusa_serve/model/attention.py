@@ -1,10 +1,9 @@
 """Attention over slots: each row sees its sequence's history and, among the new tokens, itself and its ancestors.
 
 Registered with transformers' AttentionInterface, so that models run unmodified. No mask function is registered under
-the name, hence
-transformers builds no mask. Keys and values arrive as the slab's layer (from SlotCache.write through the model's cache
-object), the rest as
-a `View`. GQA groups are packed into the query length (q: kv_heads, group × N), so keys and values are read once.
+the name, hence transformers builds no mask. Keys and values arrive as the slab's layer (from SlotCache.write through
+the model's cache object), the rest as a `View`. GQA groups are packed into the query length (q: kv_heads, group × N),
+so keys and values are read once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The KV slab: one tensor each for keys and values of all layers, addressed by slot.
 
 Invariant: between steps, columns 0 … length-1 of a slot hold the tokens of its sequence but the pending one. A pass
-over N tree nodes
-writes columns length … length+N-1, and only `commit` keeps some of them.
+over N tree nodes writes columns length … length+N-1, and only `commit` keeps some of them.
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ class SlotCache:
         """Move the accepted nodes' rows to the end of their sequences, for all layers at once.
 
         slots (B) · length (B) · nodes (B, A): the path, the root first; entries behind its end may be anything, since
-        what lies
-        behind a sequence's new length is never read.
+        what lies behind a sequence's new length is never read.
 
         Example, length 7, nodes 0 1 3 of a tree of 6:   columns  7 8 9 10 11 12      7 8 9
                                                          hold     r a b  c  d  e  →   r a c

@@ -1,8 +1,7 @@
 """A request's own choice of the next token: temperature, top-k, top-p, min-p in transformers' order, then keyed noise.
 
 No full sort: the largest 1,024 logits decide when their mass reaches top-p; otherwise a threshold is searched by
-bisection over
-the ordered bit patterns of float32, which is exact. Tokens that tie with the last one kept are kept.
+bisection over the ordered bit patterns of float32, which is exact. Tokens that tie with the last one kept are kept.
 """
 
 from __future__ import annotations

@@ -21,8 +21,7 @@ from .cache import SlotCache
 
 class HiddenTap:
     """Keeps the input of the output layer: the last hidden state that the heads need, while the model still applies
-    its own
-    post-processing of the logits (soft caps, scales)."""
+    its own post-processing of the logits (soft caps, scales)."""
 
     def __init__(self, model: Any) -> None:
         self.hidden: torch.Tensor | None = None

@@ -29,7 +29,7 @@ Family = Literal["medusa", "sequential", "hydra"]
 class HeadsInfo:
     """What a file of heads holds, in plain data; all numbers come from its tensors, not from its config.
 
-    layout      A … H and "hydra" as in evidence/medusa.md §1, or "native"
+    layout      A … H and "hydra" as in checkpoint_layouts.py, or "native"
     num_heads   medusa, hydra: K; sequential: the deepest depth it was trained for
     num_layers  residual blocks per head; sequential: blocks per cell
     vocab_size  rows of the heads' own output layer, the base vocabulary when tied (0: not known from the file)

@@ -1,10 +1,9 @@
 """Keyed noise: the Gumbel noise of (seed, position, token) is a pure function of these three.
 
-Sampling is `argmax(log p / T + G)`. As G knows nothing of trees, batches or steps, neither does the text: the same
-seed gives
-the same tokens with speculation on or off, alone or in company. The heads rank their candidates with the same G, which
-is what
-keeps acceptance high at T > 0 (Gumbel coupling; cf. Daliri, Musco, Suresh, "Coupling without communication").
+Sampling is `argmax(log p / T + G)`. As G knows nothing of trees, batches or steps, neither does the text: the same seed
+gives the same tokens with speculation on or off, alone or in company. The heads rank their candidates with the same G,
+which is what keeps acceptance high at T > 0 (Gumbel coupling; cf. Daliri, Musco, Suresh, "Coupling without
+communication").
 """
 
 from __future__ import annotations

@@ -11,8 +11,7 @@ from .forward import PlugInError, TreeForward
 from .tree import Tree
 
 # Relative error ‖got - want‖ / ‖want‖ of one node's logits. A wrong mask bit or position gives errors near 1; models
-# that
-# compute their softmax in float32 whatever their dtype are 1e-7 off.
+# that compute their softmax in float32 whatever their dtype are 1e-7 off.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
 TREE = Tree(paths=((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))
 PATH = (0, 1, 3, 6)  # the nodes that the test commits: the root and (0,) (0,0) (0,0,0)
@@ -39,8 +38,7 @@ def references(model: Any, device: torch.device) -> tuple[list[torch.Tensor], li
 
 def check(forward: TreeForward, prompts: list[torch.Tensor], wanted: list[list[torch.Tensor]], slots: int) -> float:
     """The largest relative error of prefill in two chunks, a tree pass, a commit and the pass after it. Raises
-    PlugInError above the
-    dtype's tolerance. Uses the first slots and wipes them."""
+    PlugInError above the dtype's tolerance. Uses the first slots and wipes them."""
     prompts, wanted = prompts[:slots], wanted[:slots]
     count = TREE.num_nodes + 1
     device = prompts[0].device

@@ -1,8 +1,8 @@
 """The shape of a draft: which candidate of which head stands at which node, and who is whose ancestor.
 
 A tree is written as paths of candidate ranks, as in the published `medusa_choices` lists (FasterDecoding/Medusa): `(0,
-2)` is
-the third candidate of head 1 below the first candidate of head 0. Paths are ranks, so one tree serves every step:
+2)` is the third candidate of head 1 below the first candidate of head 0. Paths are ranks, so one tree serves every
+step:
 
     paths (0,) (1,) (0, 0)  with a lookup chain of 2       root ─┬─ 1: head 0, rank 0 ── 3: head 1, rank 0
     parents   0  0  0  1  0  4                                  ├─ 2: head 0, rank 1
