@@ -6,11 +6,13 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from .config import MAX_NODES, EngineConfig
 from .engine.batch_manager import BatchManager
 from .errors import InvalidConfig, InvalidRequest, QueueFull
+from .presets import FAMILIES, shipped_heads
 from .types import Completion, Delta, SamplingParams
 
 Messages = Sequence[dict[str, str]]
@@ -151,25 +153,31 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _drafter(config: EngineConfig, loaded: Any) -> tuple[Any, str, list[str]]:
-    """The heads in use: (drafter, name, notes)."""
-    if config.heads in ("auto", "none") or config.tree == "off":
-        why = (
-            "as asked"
-            if config.heads == "none"
-            else "none ship for this model yet"
-            if config.heads == "auto"
-            else "tree off"
-        )
-        return None, "none", [f"no heads ({why})"]
+    """The heads in use: (drafter, name, notes). Raises LoadError."""
+    if config.heads == "none" or config.tree == "off":
+        return None, "none", [f"no heads ({'as asked' if config.heads == 'none' else 'the tree is off'})"]
+    path: Path | None = Path(config.heads)
+    if config.heads in ("auto", *FAMILIES):
+        path = shipped_heads(config.model, config.heads)
+    if path is None:
+        return None, "none", ["no heads (none ship for this model)"]
     from .model.checkpoints import load_heads
-    from .model.draft import MedusaDrafter
-    from .model.tree import DEFAULT_RANKS, NUM_RANKS, most_probable
 
     model = loaded.model
     hidden, vocab = model.config.get_text_config().hidden_size, model.get_input_embeddings().num_embeddings
     heads, info = load_heads(
-        config.heads, hidden_size=hidden, vocab_size=vocab, dtype=model.dtype, device=model.device, base_model=model
+        path, hidden_size=hidden, vocab_size=vocab, dtype=model.dtype, device=model.device, base_model=model
     )
+    return _drafter_of(heads, info), info.family, [f"{info.family} heads from {path}", *info.warnings]
+
+
+def _drafter_of(heads: Any, info: Any) -> Any:
+    """Parallel heads fill a static tree by their calibrated ranks, sequential ones search a tree at each step."""
+    from .model.beam import SequentialDrafter
+    from .model.draft import MedusaDrafter
+    from .model.tree import DEFAULT_RANKS, NUM_RANKS, most_probable
+
+    if info.family != "medusa":
+        return SequentialDrafter(heads, info.tau)
     order = most_probable((info.ranks or DEFAULT_RANKS)[: info.num_heads], MAX_NODES)
-    drafter = MedusaDrafter(heads, info.num_heads, NUM_RANKS, order)
-    return drafter, info.family, [f"{info.family} heads from {config.heads}", *info.warnings]
+    return MedusaDrafter(heads, info.num_heads, NUM_RANKS, order)

@@ -1,5 +1,7 @@
 """The composition root over a tiny folder: LLM, and the app over a real LLM."""
 
+from dataclasses import replace
+
 import httpx
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from medusa_serve import LLM, EngineConfig, SamplingParams, ServerConfig
 from medusa_serve.errors import ContextTooLong, InvalidConfig, InvalidRequest, LoadError
 from medusa_serve.model.checkpoints import save_heads
-from medusa_serve.model.heads import HeadsInfo, MedusaHeads
+from medusa_serve.model.heads import HeadsInfo, MedusaHeads, SequentialHeads
 from medusa_serve.server.app import create_app
 from tests.tiny import greedy, save_tiny_folder
 
@@ -112,6 +114,29 @@ def test_heads_from_a_folder_draft_and_change_nothing(folder, tmp_path, tied):
         done = llm.generate([CHAT, "the one"], SamplingParams(max_tokens=24, ignore_eos=True))
     assert [c.token_ids for c in done] == [c.token_ids for c in want]
     assert all(c.drafted > 0 for c in done)
+
+
+def test_sequential_heads_draft_a_tree_of_each_step_and_change_nothing(folder, tmp_path):
+    with LLM(folder, slots=2, max_context=128, heads="none", tree="off") as plain:
+        vocab = plain.manager._runner.vocab_size
+        params = [SamplingParams(max_tokens=24, ignore_eos=True, temperature=t, seed=3) for t in (0.0, 0.8)]
+        want = [plain.generate([CHAT, "the one"], one) for one in params]
+    torch.manual_seed(0)
+    heads = SequentialHeads(32, inner=16, readout=16, max_depth=3, token_map=torch.arange(0, vocab, 2))
+    info = replace(_info(3, 32, vocab, True), family="sequential", token_map=len(range(0, vocab, 2)))
+    path = save_heads(heads, info, tmp_path / "heads", dtype=torch.float32)
+    with LLM(folder, slots=2, max_context=128, heads=str(path), tree="16") as llm:
+        assert llm.describe()["heads"] == "sequential"
+        for one, plain_texts in zip(params, want, strict=True):
+            done = llm.generate([CHAT, "the one"], one)
+            assert [c.token_ids for c in done] == [c.token_ids for c in plain_texts]
+            assert all(c.drafted > 0 for c in done)
+
+
+@pytest.mark.parametrize("family", ["medusa", "sequential"])
+def test_asking_for_heads_that_do_not_ship_is_an_error(folder, family):
+    with pytest.raises(LoadError, match=f"no {family} heads ship"):
+        LLM(folder, heads=family)
 
 
 def test_heads_of_another_model_are_refused(folder, tmp_path):
