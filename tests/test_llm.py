@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import httpx
 import pytest
 import torch
 
@@ -12,6 +11,8 @@ from medusa_serve.model.checkpoints import save_heads
 from medusa_serve.model.heads import HeadsInfo, MedusaHeads, SequentialHeads
 from medusa_serve.server.app import create_app
 from tests.tiny import greedy, save_tiny_folder
+
+httpx = pytest.importorskip("httpx", reason="the server's tests need httpx: pip install -e '.[test]'")
 
 CHAT = [{"role": "user", "content": "the other one"}]
 

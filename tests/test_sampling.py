@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from scipy import stats
 
 from medusa_serve.config import EngineConfig
 from medusa_serve.model.build import build_runner
 from medusa_serve.types import SamplingParams
-from tests.model.test_filters import processors
+from tests.model.rows import processors
 from tests.oracles import Oracle, engine, run
 from tests.tiny import VOCAB, tiny_model, tiny_prompts
+
+stats = pytest.importorskip("scipy.stats", reason="the chi-square tests need scipy: pip install -e '.[test]'")
 
 SETTINGS = [
     {"temperature": 0.3},

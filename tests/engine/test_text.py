@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from medusa_serve.engine.text import Detokenizer
 from tests.fakes import BOS, EOS, FakeCodec
+
+hypothesis = pytest.importorskip("hypothesis", reason="the property test needs hypothesis: pip install -e '.[test]'")
+given, settings, st = hypothesis.given, hypothesis.settings, pytest.importorskip("hypothesis.strategies")
 
 SMILE = list("🙂".encode())
 

@@ -5,7 +5,7 @@ import torch
 
 from medusa_serve.model.accept import Limits, accept
 from medusa_serve.model.tree import Tree
-from tests.model.test_filters import sampling
+from tests.model.rows import sampling
 
 VOCAB = 64
 #      root ─┬─ 1 ── 3 ── 4

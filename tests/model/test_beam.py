@@ -10,7 +10,7 @@ from medusa_serve.model.beam import SequentialDrafter
 from medusa_serve.model.heads import SequentialHeads
 from medusa_serve.model.noise import gumbel
 from medusa_serve.model.tree import ancestors
-from tests.model.test_filters import sampling
+from tests.model.rows import sampling
 
 VOCAB, HIDDEN, DEPTH = 6, 16, 3
 

@@ -11,13 +11,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx
+import pytest
 
 from medusa_serve.config import ServerConfig
 from medusa_serve.errors import InvalidRequest
 from medusa_serve.server.app import create_app
 from medusa_serve.server.serve import Server, bind, url_of
 from medusa_serve.types import Completion, Delta, EngineStatus, SamplingParams
+
+httpx = pytest.importorskip("httpx", reason="the server's tests need httpx: pip install -e '.[test]'")
 
 Script = Callable[[str, list[int], SamplingParams], list[Delta]]
 

@@ -3,12 +3,13 @@
 import json
 from typing import Any
 
-import httpx
 import pytest
 
 from medusa_serve.config import ServerConfig
 
 from .standins import HandLLM, ask, error_of
+
+httpx = pytest.importorskip("httpx", reason="the server's tests need httpx: pip install -e '.[test]'")
 
 MARK = "zqxj"  # stands in every value a client could find echoed
 USER = {"role": "user", "content": MARK}

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 
 from medusa_serve.config import EngineConfig, ServerConfig
@@ -15,6 +14,8 @@ from medusa_serve.types import SamplingParams
 
 from ..fakes import EOS, FakeCodec, FakeRunner
 from .standins import ask, error_of, events, generate, open_post, serving, unchunk, wait_for
+
+httpx = pytest.importorskip("httpx", reason="the server's tests need httpx: pip install -e '.[test]'")
 
 HEALTH = {"method": "GET", "url": "/health"}
 

@@ -9,7 +9,6 @@ import textwrap
 import time
 from pathlib import Path
 
-import httpx
 import pytest
 
 from medusa_serve.config import ServerConfig
@@ -17,6 +16,8 @@ from medusa_serve.errors import InvalidConfig
 from medusa_serve.server.serve import bind, url_of
 
 from .standins import HandLLM, HandManager, events, open_post, serving, unchunk
+
+httpx = pytest.importorskip("httpx", reason="the server's tests need httpx: pip install -e '.[test]'")
 
 ROOT = Path(__file__).parents[2]
 

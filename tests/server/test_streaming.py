@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import httpx
 import pytest
 
 from medusa_serve.config import ServerConfig
@@ -17,6 +16,8 @@ from medusa_serve.server.streaming import EventStream, Switchboard, events_of
 from medusa_serve.types import Delta, SamplingParams
 
 from .standins import HandLLM, HandManager, completion, events, open_post, serving, unchunk, wait_for
+
+httpx = pytest.importorskip("httpx", reason="the server's tests need httpx: pip install -e '.[test]'")
 
 Send = Callable[[Any], Any]
 
