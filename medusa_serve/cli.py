@@ -1,4 +1,4 @@
-"""The command line: `serve` (the default), `generate` and `bench`. torch is imported only when a model is loaded.
+"""The command line: `serve` (the default), `generate`, `train`, `bench`. torch is imported when a model is loaded.
 
 Exit codes: 0; 1 for an error (one line on stderr); 2 for a nonsense option (one line); 130 after Ctrl-C.
 """
@@ -24,7 +24,7 @@ from .types import Completion, SamplingParams
 if TYPE_CHECKING:
     from .llm import LLM
 
-COMMANDS = ("serve", "generate", "bench")
+COMMANDS = ("serve", "generate", "train", "bench")
 EXAMPLE = "Explain photosynthesis to a child."
 
 
@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_engine_options(generate)
     _add_sampling_options(generate)
     generate.set_defaults(run=_generate, parser=generate)
+    _add_train(commands)
     bench = commands.add_parser(
         "bench", help="measure this machine", description="Measure this machine; takes minutes.", allow_abbrev=False
     )
@@ -85,6 +86,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_train(commands: Any) -> None:
+    about = "Train heads on the model's own answers to prompts; given again after an interruption, it goes on."
+    train = commands.add_parser("train", help="train heads for a model", description=about, allow_abbrev=False)
+    train.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME")
+    train.add_argument("--prompts", required=True, metavar="FILE", help="one a line, JSONL, or a datasets id")
+    train.add_argument("--minutes", required=True, type=float, metavar="T", help="for answers and training together")
+    train.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
+    train.add_argument("--family", default="sequential", help="sequential (the default) or medusa")
+    train.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    train.add_argument("--dtype", default="auto")
+    train.set_defaults(run=_train, parser=train)
+
+
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help=f"{DEFAULT_MODEL}, a hub id or a folder")
@@ -94,6 +108,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--slots", type=int, metavar="N", help="sequences that decode together")
     group.add_argument("--max-context", type=int, metavar="N", help="tokens of prompt and completion together")
     group.add_argument("--tree", default="auto", help="auto, off, a number of nodes, or a JSON file of medusa_choices")
+    group.add_argument("--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens of one pass at most")
     group.add_argument("--no-lookup", action="store_true", help="do not draft from the sequence's own tokens")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -102,6 +117,7 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="any other host than the default needs a key")
     group.add_argument("--port", type=int, default=8000, help="0: any free one")
+    group.add_argument("--max-queue", type=int, default=64, metavar="N", help="requests that may wait for a slot")
     group.add_argument("--api-key", metavar="KEY", help="or MEDUSA_SERVE_API_KEY; made where one is needed")
 
 
@@ -129,6 +145,8 @@ def _engine_config(options: argparse.Namespace) -> EngineConfig:
         max_context=options.max_context,
         tree=options.tree,
         lookup=not options.no_lookup,
+        prefill_chunk=options.prefill_chunk,
+        max_queue=getattr(options, "max_queue", EngineConfig.max_queue),
     )
 
 
@@ -308,6 +326,25 @@ def curl_line(url: str, key: str | None, has_chat_template: bool) -> str:
 
 def _print(*lines: str) -> None:
     print(*lines, sep="\n", flush=True)
+
+
+# ---- train -------------------------------------------------------------------------------------------------------
+
+
+def _train(options: argparse.Namespace) -> int:
+    from .training.pipeline import train_from_prompts
+
+    try:
+        config = EngineConfig(model=options.model, device=options.device, dtype=options.dtype)
+        measured = train_from_prompts(
+            config, options.prompts, minutes=options.minutes, out=options.out, family=options.family
+        )
+    except InvalidConfig as error:
+        _refuse(options, error)
+    sizes = "  ".join(f"{nodes}: {value:.2f}" for nodes, value in measured.greedy.items())
+    print(f"The heads are in {options.out}. Forecast of tokens per step by tree nodes, greedy: {sizes}")
+    print(f"Serve them: python -m medusa_serve --model {options.model} --heads {options.out}")
+    return 0
 
 
 # ---- bench -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,208 @@
+"""The model's own answers to prompts, at mixed temperatures: what the heads learn from.
+
+Self-distillation: heads draft what this very model says next, so its own answers are the best text to learn from
+(Medusa, Cai et al. 2024, §3.1.3). They come from the project's own engine, many sequences at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..config import check_int
+from ..errors import InvalidConfig, InvalidRequest, LoadError, QueueFull
+from ..types import Delta, SamplingParams, TextCodec
+from .prompts import Prompt
+from .shards import done_indexes, open_folder, write_shard
+
+LOOP = 8  # tokens; an answer in which some run of so many stands three times is a loop
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """How answers are made.
+
+    temperatures  prompt i gets one of them, by its index and the seed; 0 is greedy
+    max_tokens    of an answer
+    max_prompt    longer prompts (in tokens) are left out
+    seconds       stop starting and finishing answers after so long; None: all prompts
+    cut_loops     an answer is cut where a run of 8 tokens begins for the third time: loops are easy and would flatter
+    shard_answers answers of a shard: what a killed run loses at most
+    """
+
+    temperatures: tuple[float, ...] = (0.0, 0.3, 0.7, 1.0)
+    max_tokens: int = 256
+    max_prompt: int = 640
+    seconds: float | None = None
+    cut_loops: bool = True
+    shard_answers: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperatures or not all(isinstance(t, (int, float)) and 0 <= t <= 100 for t in self.temperatures):
+            raise InvalidConfig("temperatures must be numbers from 0 to 100, at least one.", param="temperatures")
+        if self.seconds is not None and not self.seconds > 0:
+            raise InvalidConfig("seconds must be positive.", param="seconds")
+        check_int(self, "max_tokens", 2, 2**20)
+        check_int(self, "max_prompt", 1, 2**20)
+        check_int(self, "shard_answers", 1, 2**20)
+        check_int(self, "seed", 0, 2**31 - 1)
+
+
+class Job(NamedTuple):
+    """One answer to make: a function of the prompt's index and the config, whoever makes it and in whatever order."""
+
+    prompt: int
+    seed: int
+    temperature: float
+    prompt_ids: tuple[int, ...]
+
+
+class Made(NamedTuple):
+    """How far a run has come; `seconds` and the counts are of this run."""
+
+    answers: int
+    tokens: int
+    seconds: float
+    total: int
+
+    @property
+    def line(self) -> str:
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        return f"answers {self.answers}/{self.total}  tokens {self.tokens:,}  {rate:,.0f} tokens/s"
+
+
+# Answers as they finish, in any order. The iterator may be closed early; it then gives up what is under way.
+Generate = Callable[[Iterator[Job]], Iterator[tuple[Job, Sequence[int]]]]
+
+
+def distill(
+    generate: Generate,
+    codec: TextCodec,
+    prompts: Sequence[Prompt],
+    out: str | Path,
+    config: DistillConfig,
+    *,
+    model_name: str,
+    vocab_size: int,
+    progress: Callable[[Made], None] = lambda made: None,
+) -> Made:
+    """Answer the prompts into the folder `out`, going on where an earlier run stopped.
+
+    Raises LoadError before any work when `out` holds something else, or answers made with other options.
+    """
+    open_folder(out, describe(config, prompts, model_name, vocab_size))
+    done = done_indexes(out)
+    started, made, rows = time.monotonic(), Made(0, 0, 0.0, len(prompts) - len(done)), []
+    answers = generate(jobs(codec, prompts, config, done))
+    try:
+        for job, ids in answers:
+            ids = ids[: first_loop(ids)] if config.cut_loops else ids
+            if ids:
+                rows.append((*job, ids))
+            made = Made(made.answers + 1, made.tokens + len(ids), time.monotonic() - started, made.total)
+            if len(rows) >= config.shard_answers:
+                write_shard(out, rows)
+                rows = []
+            progress(made)
+            if config.seconds is not None and made.seconds > config.seconds:
+                break
+    finally:  # also when interrupted: what is finished is kept
+        if rows:
+            write_shard(out, rows)
+        close = getattr(answers, "close", None)
+        if close is not None:
+            close()
+    return made
+
+
+def describe(config: DistillConfig, prompts: Sequence[Prompt], model_name: str, vocab_size: int) -> dict[str, Any]:
+    """What must agree for a run to go on in the same folder; the time limit and the shard size may change."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(prompt.text.encode("utf-8", "surrogatepass") + b"\0")
+    return {
+        "model": model_name,
+        "vocab_size": vocab_size,
+        "prompts": digest.hexdigest(),
+        "temperatures": list(config.temperatures),
+        "max_tokens": config.max_tokens,
+        "max_prompt": config.max_prompt,
+        "cut_loops": config.cut_loops,
+        "seed": config.seed,
+    }
+
+
+def jobs(codec: TextCodec, prompts: Sequence[Prompt], config: DistillConfig, done: Iterable[int]) -> Iterator[Job]:
+    """The jobs that are left. Prompts that the template refuses or that are too long are passed over."""
+    skip = set(done)
+    for index, prompt in enumerate(prompts):
+        if index in skip:
+            continue
+        number = int.from_bytes(hashlib.sha256(f"{config.seed}:{index}".encode()).digest()[:8], "little")
+        try:
+            ids = encode(codec, prompt.text)
+        except InvalidRequest:
+            continue
+        if 0 < len(ids) <= config.max_prompt:
+            temperature = float(config.temperatures[number % len(config.temperatures)])
+            yield Job(index, number >> 33, temperature, tuple(ids))
+
+
+def encode(codec: TextCodec, text: str) -> list[int]:
+    """A prompt as the server would send it: with the chat template where there is one. Heads trained on another
+    template than they serve accept little."""
+    return codec.encode_chat([{"role": "user", "content": text}]) if codec.has_chat_template else codec.encode(text)
+
+
+def first_loop(ids: Sequence[int]) -> int | None:
+    """Where a run of 8 tokens begins for the third time; None where none does."""
+    count: dict[tuple[int, ...], int] = {}
+    for start in range(len(ids) - LOOP + 1):
+        run = tuple(ids[start : start + LOOP])
+        count[run] = count.get(run, 0) + 1
+        if count[run] == 3:
+            return start
+    return None
+
+
+def engine_generate(manager: Any, max_tokens: int) -> Generate:
+    """Answers by a running batch manager (LLM.manager): the queue is kept full, a refused prompt is passed over."""
+
+    def generate(todo: Iterator[Job]) -> Iterator[tuple[Job, Sequence[int]]]:
+        inbox: queue.SimpleQueue[list[tuple[str, Delta]]] = queue.SimpleQueue()
+        open_jobs: dict[str, Job] = {}
+        job = next(todo, None)
+        try:
+            while job is not None or open_jobs:
+                while job is not None:
+                    params = SamplingParams(max_tokens=max_tokens, temperature=job.temperature, seed=job.seed)
+                    try:
+                        open_jobs[manager.submit(job.prompt_ids, params, inbox.put)] = job
+                    except QueueFull:
+                        if not open_jobs:
+                            raise
+                        break  # the rest follows as ours finish
+                    except InvalidRequest:
+                        pass  # too long for this context
+                    job = next(todo, None)
+                if open_jobs:
+                    yield from _finished(inbox.get(), open_jobs)
+        finally:
+            for sequence_id in open_jobs:
+                manager.cancel(sequence_id)
+
+    return generate
+
+
+def _finished(deltas: list[tuple[str, Delta]], open_jobs: dict[str, Job]) -> Iterator[tuple[Job, Sequence[int]]]:
+    for sequence_id, delta in deltas:
+        if delta.error is not None:
+            raise LoadError(f"The engine failed while making answers: {delta.error.message}") from delta.error
+        if delta.completion is not None:
+            yield open_jobs.pop(sequence_id), delta.completion.token_ids

@@ -1,0 +1,162 @@
+"""From prompts to heads in one call: load the model, make its answers, train, and say what came out.
+
+train_from_prompts("smollm2-135m", "prompts.txt", minutes=20, out="my-heads")
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import EngineConfig
+from ..engine.batch_manager import BatchManager
+from ..errors import InvalidConfig, LoadError
+from ..model.build import build_runner
+from ..model.loader import LoadedModel, load_model
+from .distill import DistillConfig, Generate, Made, distill, engine_generate
+from .finish import Measured
+from .prompts import Prompt, read_prompts, split
+from .shards import read_answers
+from .train_heads import Report, TrainConfig, check_output, is_out_of_memory, train
+
+DISTILL_SHARE = 0.4  # of the minutes asked for go into answers
+SLOTS = {"cpu": 16, "cuda": 512}
+PREFILL_TOKENS = 16384
+
+Note = Callable[[str], None]
+
+
+class NoText:
+    """A codec for an engine whose text nobody reads: turning ids into text would cost more than the decode step."""
+
+    has_chat_template = False
+
+    def encode(self, text: str) -> list[int]:
+        return []
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        return []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return ""
+
+
+@contextmanager
+def answering(loaded: LoadedModel, config: DistillConfig, slots: int) -> Iterator[Generate]:
+    """The serving engine without heads, lookup and text, its prefill passes packed full."""
+    eos, context = sorted(loaded.eos_ids), config.max_prompt + config.max_tokens
+    limit = min(context, loaded.max_positions or context)
+    plain = EngineConfig(
+        model=loaded.name,
+        heads="none",
+        tree="off",
+        lookup=False,
+        slots=slots,
+        max_context=limit,
+        prefill_chunk=PREFILL_TOKENS,
+        max_queue=slots,
+    )
+    built = build_runner(loaded.model, plain, eos_ids=eos, max_positions=loaded.max_positions)
+    manager = BatchManager(built.runner, NoText(), plain, model_name=loaded.name)
+    manager.start()
+    try:
+        yield engine_generate(manager, config.max_tokens)
+    finally:
+        manager.close()
+
+
+def make_answers(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    out: str | Path,
+    config: DistillConfig,
+    *,
+    slots: int | None = None,
+    note: Note = print,
+) -> Made:
+    """Distil into the folder `out`, halving the slots while they do not fit; goes on where an earlier run stopped."""
+    vocab = loaded.model.get_input_embeddings().num_embeddings
+    slots, line, deadline = slots or SLOTS[loaded.device.type], ProgressLine(), None
+    if config.seconds is not None:
+        deadline = time.monotonic() + config.seconds
+    while True:
+        try:
+            with answering(loaded, config, slots) as generate:
+                made = distill(
+                    generate, loaded.codec, prompts, out, config,
+                    model_name=loaded.name, vocab_size=vocab, progress=lambda made: line.show(made.line),
+                )  # fmt: skip
+            line.end(made.line)
+            return made
+        except (LoadError, RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) and not is_out_of_memory(error.__cause__ or error) or slots <= 1:
+                raise
+            slots //= 2
+        note(f"{2 * slots} sequences at once do not fit into memory; going on with {slots}")
+        if loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if deadline is not None:
+            config = replace(config, seconds=max(1.0, deadline - time.monotonic()))
+
+
+def train_from_prompts(
+    model: str | EngineConfig,
+    prompts: str | Path,
+    *,
+    minutes: float,
+    out: str | Path,
+    family: str = "sequential",
+    answers: str | Path | None = None,
+    note: Note = print,
+    **options: Any,
+) -> Measured:
+    """Answers for 40 % of the minutes, training for the rest; the heads are in `out`, ready for --heads.
+
+    answers: a folder to keep the answers in (default: `<out>.answers`, which is left there for another try). options:
+    TrainConfig's fields. Given again after an interruption, it goes on: answers that are there are not made again.
+    """
+    if not minutes > 0:
+        raise InvalidConfig("minutes must be positive.", param="minutes")
+    unknown = set(options) - set(TrainConfig.__dataclass_fields__)
+    if unknown:
+        raise InvalidConfig(f"Unknown option {sorted(unknown)[0]!r}.", param=sorted(unknown)[0])
+    source = model if isinstance(model, EngineConfig) else EngineConfig(model=model)
+    config = TrainConfig(family=family, out=str(out), minutes=minutes * (1 - DISTILL_SHARE), **options)  # type: ignore[arg-type]
+    check_output(config)  # before anything is loaded
+    training, _ = split(read_prompts(prompts))
+    folder = Path(answers or f"{str(out).rstrip('/')}.answers")
+    loaded = load_model(source)
+    started = Path(f"{str(out).rstrip('/')}.training").exists()
+    if not started:  # a training under way must not see other answers than it began with
+        make_answers(loaded, training, folder, DistillConfig(seconds=60 * minutes * DISTILL_SHARE), note=note)
+    line = ProgressLine()
+
+    def show(report: Report) -> None:
+        line.end(report.line)
+
+    return train(loaded.model, read_answers(folder), config, model_name=loaded.name, progress=show, note=note)
+
+
+class ProgressLine:
+    """One line on stderr that is rewritten on a terminal, and printed now and then elsewhere (a notebook, a log)."""
+
+    def __init__(self, every: float = 0.5, every_elsewhere: float = 15.0) -> None:
+        self._tty = sys.stderr.isatty()
+        self._every = every if self._tty else every_elsewhere
+        self._shown = 0.0
+
+    def show(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self._shown >= self._every:
+            self._shown = now
+            print(f"\r{text}\x1b[K" if self._tty else text, end="" if self._tty else "\n", file=sys.stderr, flush=True)
+
+    def end(self, text: str) -> None:
+        print(f"\r{text}\x1b[K" if self._tty else text, file=sys.stderr, flush=True)

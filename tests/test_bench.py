@@ -1,0 +1,32 @@
+"""The figures in the README are those of the results folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from medusa_serve.bench import BenchConfig, read_prompts, table
+from medusa_serve.errors import InvalidConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_readme_shows_what_was_measured():
+    result = json.loads((ROOT / "notebooks/results/engine_cpu.json").read_text(encoding="utf-8"))
+    assert f"```text\n{table(result)}\n```" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert result["streams"]["ratio"] >= 3.0
+    assert result["plain"]["ratio"] >= 1.0
+    assert result["lookup"]["tokens_per_step"] > 1.3
+    assert result["lookup"]["texts_equal_plain"] == result["lookup"]["prompts"]
+
+
+def test_prompts_are_there():
+    prompts = read_prompts()
+    assert len(prompts.questions) >= 8
+    assert len(prompts.rewrites) == len(prompts.tasks) * len(prompts.passages)
+
+
+@pytest.mark.parametrize("field", ["tokens", "rounds", "streams"])
+def test_nonsense_is_refused(field):
+    with pytest.raises(InvalidConfig, match=field):
+        BenchConfig(**{field: 0})

@@ -1,0 +1,136 @@
+"""Ranks, tables and forecasts against walks by hand.
+
+pytest tests/training/test_calibrate.py
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from medusa_serve.model.noise import gumbel
+from medusa_serve.model.tree import most_probable
+from medusa_serve.training.calibrate import (
+    NONE,
+    PAST_END,
+    Ranks,
+    accepted,
+    conditional_ranks,
+    fit_tau,
+    forecast,
+    tokens_per_step,
+    top_shares,
+    true_ranks,
+)
+from medusa_serve.training.loss import Output
+
+
+def random_ranks(seed=0, depths=4):
+    random = np.random.default_rng(seed)
+    counts = random.integers(1, 30, size=20)
+    rank = random.geometric(0.5, size=(counts.sum(), depths)) - 1
+    rank[random.random(rank.shape) < 0.1] = NONE
+    row = 0
+    for count in counts:
+        for i in range(count):
+            rank[row + i, count - i :] = PAST_END
+        row += count
+    return Ranks(rank, counts, random.random(20) < 0.3)
+
+
+def test_the_forecast_is_a_brute_force_walk():
+    """Each answer, each step: go down the tree's paths as long as one holds the true ranks, then emit one more."""
+    ranks = random_ranks()
+    table = conditional_ranks(ranks)
+    for size, got in forecast(ranks).items():
+        paths = set(most_probable(table, size))
+        steps = emitted = first = 0
+        for count in ranks.count:
+            done = 0
+            while done < count:
+                right = 0
+                while right < 4 and tuple(ranks.rank[first + done, : right + 1].tolist()) in paths:
+                    right += 1
+                done, steps = done + right + 1, steps + 1
+            emitted, first = emitted + count, first + count
+        assert got == pytest.approx(emitted / steps)
+    values = list(forecast(ranks).values())
+    assert values == sorted(values)
+    assert values[-1] > 1.5
+
+
+def test_accepted_counts_the_draft_tokens_that_are_right():
+    paths = ((0,), (1,), (0, 0), (1, 2))
+    rows = [
+        [0, 0, 0],
+        [0, 1, 0],
+        [1, 2, 0],
+        [1, 0, 0],
+        [2, 0, 0],
+        [PAST_END] * 3,
+        [0, PAST_END, PAST_END],
+        [NONE, 0, 0],
+    ]
+    assert accepted(np.array(rows), paths).tolist() == [2, 1, 2, 1, 0, 0, 1, 0]
+    assert accepted(np.array(rows), ()).tolist() == [0] * 8
+
+
+def test_a_tree_of_the_root_alone_is_plain_decoding():
+    assert tokens_per_step(random_ranks(), ()) == 1.0
+
+
+def test_conditional_ranks_look_only_at_rows_whose_earlier_tokens_were_candidates():
+    rank = np.array([[0, 1], [0, 0], [NONE, 0], [1, 0], [0, PAST_END]])
+    table = conditional_ranks(Ranks(rank, np.array([5]), np.array([False])), num_ranks=3)
+    assert table[0] == pytest.approx([0.6, 0.2, 1e-6])
+    assert table[1] == pytest.approx([2 / 3, 1 / 3, 1e-6])
+
+
+def test_top_shares_count_every_position_with_a_target():
+    rank = np.array([[0, 1], [4, PAST_END], [NONE, 7], [0, 0]])
+    ranks = Ranks(rank, np.array([4]), np.array([False]))
+    assert top_shares(ranks, 1) == pytest.approx([0.5, 1 / 3])
+    assert top_shares(ranks, 5) == pytest.approx([0.75, 2 / 3])
+
+
+def test_chosen_keeps_the_rows_of_the_sequences():
+    ranks = random_ranks()
+    mask = ranks.looped
+    kept = ranks.chosen(mask)
+    assert kept.count.sum() == len(kept.rank)
+    assert kept.joined(ranks.chosen(~mask)).count.sum() == ranks.count.sum()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_true_ranks_are_those_of_a_sort(temperature):
+    random = torch.Generator().manual_seed(0)
+    features, weight = torch.randn(7, 2, 5, generator=random), torch.randn(9, 5, generator=random)
+    token_map = torch.tensor([20, 3, 7, 11, 2, 30, 8, 1, 0])
+    targets = torch.tensor([[20, 3], [7, 99], [0, 1], [2, 2], [30, 8], [11, 11], [3, 20]])
+    left = torch.tensor([2, 2, 2, 1, 2, 2, 2])
+    seed, position = torch.arange(7) * 13, torch.arange(7) + 5
+    got = true_ranks(features, targets, left, Output(weight), token_map, 100,
+                     temperature=temperature, seed=seed, position=position)  # fmt: skip
+    for row in range(7):
+        for depth in range(2):
+            z = weight @ features[row, depth]
+            if temperature:
+                z = z / temperature + gumbel(seed[row], position[row] + depth, token_map)
+            order = token_map[z.argsort(descending=True)].tolist()
+            target = int(targets[row, depth])
+            want = PAST_END if depth >= left[row] else order.index(target) if target in order else NONE
+            assert got[row, depth] == want, (row, depth)
+
+
+def test_equal_logits_have_ranks_of_their_own():
+    targets = torch.arange(4)[:, None]
+    got = true_ranks(torch.ones(4, 1, 2), targets, torch.ones(4), Output(torch.ones(4, 2)), None, 4)
+    assert got.flatten().tolist() == [0, 1, 2, 3]
+
+
+def test_tau_recovers_the_sharpness_of_the_scores():
+    random = torch.Generator().manual_seed(0)
+    z = torch.randn(4000, 8, generator=random) * 2
+    targets = torch.distributions.Categorical(logits=z / 2.5).sample()
+    tau = fit_tau(z, targets, Output(torch.eye(8)), None, 8)
+    assert tau == pytest.approx(2.5, rel=0.15)
+    assert fit_tau(z[:0], targets[:0], Output(torch.eye(8)), None, 8) == 1.0

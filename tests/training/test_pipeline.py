@@ -1,0 +1,116 @@
+"""From a folder and a prompt file to heads, on a tiny model; and the campaign, all stages.
+
+pytest tests/training/test_pipeline.py
+"""
+
+import json
+
+import pytest
+import torch
+
+from medusa_serve.config import EngineConfig
+from medusa_serve.errors import InvalidConfig, LoadError
+from medusa_serve.model.loader import load_model
+from medusa_serve.training import campaign, pipeline
+from medusa_serve.training.distill import DistillConfig
+from medusa_serve.training.pipeline import answering, make_answers, train_from_prompts
+from medusa_serve.training.prompts import Prompt
+from medusa_serve.training.shards import read_answers
+from tests.tiny import save_tiny_folder
+
+SMALL = {"inner": 16, "readout": 8, "num_heads": 2, "draft_vocab": 100, "held_out": 8}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    lines = [{"prompt": f"Tell me about {i}", "category": "ab"[i % 2]} for i in range(300)]
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(line) for line in lines), "utf-8")
+    return tmp_path / "p.jsonl"
+
+
+def test_prompts_become_heads(folder, prompt_file, tmp_path, capsys):
+    engine = EngineConfig(model=str(folder), device="cpu", dtype="float32")
+    notes = []
+    measured = train_from_prompts(
+        engine, prompt_file, minutes=0.15, out=tmp_path / "heads", note=notes.append, report_seconds=1.0, **SMALL
+    )
+    assert (tmp_path / "heads" / "heads.safetensors").is_file()
+    assert len(read_answers(tmp_path / "heads.answers")) > 20
+    assert measured.greedy[4] >= 1.0
+    assert "forecast" in capsys.readouterr().err
+    with pytest.raises(LoadError, match="exists"):
+        train_from_prompts(engine, prompt_file, minutes=1, out=tmp_path / "heads")
+
+
+def test_nonsense_is_refused_before_the_model_is_loaded(prompt_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "load_model", None)
+    for options in ({"minutes": 0}, {"minutes": 1, "layers": 3}, {"minutes": 1, "family": "hydra"}):
+        with pytest.raises(InvalidConfig):
+            train_from_prompts("x", prompt_file, out=tmp_path / "o", **options)
+    with pytest.raises(LoadError, match="no file"):
+        train_from_prompts("x", tmp_path / "none.txt", minutes=1, out=tmp_path / "o")
+
+
+def test_slots_are_halved_until_they_fit(folder, tmp_path, monkeypatch):
+    loaded = load_model(EngineConfig(model=str(folder), device="cpu", dtype="float32"), progress=False)
+    asked = []
+
+    def tight(loaded, config, slots):
+        asked.append(slots)
+        if slots > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return answering(loaded, config, slots)
+
+    monkeypatch.setattr(pipeline, "answering", tight)
+    notes = []
+    config = DistillConfig(max_tokens=3, max_prompt=200)
+    make_answers(loaded, [Prompt("a b")], tmp_path / "a", config, slots=8, note=notes.append)
+    assert asked == [8, 4, 2]
+    assert notes[0] == "8 sequences at once do not fit into memory; going on with 4"
+
+
+ARGS = ["--device", "cpu", "--dtype", "float32", "--distill-seconds", "3", "--max-tokens", "16", "--max-prompt", "300",
+        "--minutes-sequential", "0.03", "--minutes-medusa", "0.03", "--depth", "2", "--inner", "16", "--readout", "8",
+        "--draft-vocab", "100", "--slots", "8", "--held-out", "8"]  # fmt: skip
+
+
+def test_the_campaign_makes_both_families_and_tables(folder, prompt_file, tmp_path, capsys):
+    where = ["--model", str(folder), "--prompts", str(prompt_file), "--work", str(tmp_path / "w"), "--out"]
+    out = tmp_path / "o"
+    assert campaign.main([*where, str(out), *ARGS]) == 0
+    for family in ("medusa", "sequential"):
+        assert (out / family / "heads.safetensors").is_file()
+        result = json.loads((out / f"forecast-{family}.json").read_text())
+        assert result["eval-greedy"]["all"]["all"]["answers"] >= 1
+        assert result["eval-sampled"]["all"]["all"]["64"] >= 1.0
+    assert len([path for path in out.rglob("*") if path.is_file()]) == 6  # few and small: they travel
+    printed = capsys.readouterr().out
+    assert "tokens per step with the best static tree" in printed
+    # again: what is there is not made again, and a failing part does not end the others
+    assert campaign.main([*where, str(out), *ARGS, "--stage", "train,eval"]) == 1
+    printed = capsys.readouterr().out
+    assert "train sequential FAILED" in printed
+    assert "exists; choose another" in printed
+    assert printed.count("tokens per step with the best static tree") == 2
+
+
+def test_a_killed_training_leaves_its_last_heads_in_out(folder, prompt_file, tmp_path, monkeypatch, capsys):
+    where = ["--model", str(folder), "--prompts", str(prompt_file), "--work", str(tmp_path / "w")]
+    where += ["--out", str(tmp_path / "o"), *ARGS, "--family", "medusa"]
+    assert campaign.main([*where, "--stage", "distill"]) == 0
+
+    def broken(*args, **options):
+        raise RuntimeError("no disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("medusa_serve.training.train_heads.finish", broken)
+        assert campaign.main([*where, "--stage", "train"]) == 1
+    assert (tmp_path / "o" / "medusa-interim" / "heads.safetensors").is_file()
+    assert campaign.main([*where, "--stage", "train"]) == 0  # goes on, and finishes
+    assert "going on from step" in capsys.readouterr().out
+    assert (tmp_path / "o" / "medusa" / "heads.safetensors").is_file()
