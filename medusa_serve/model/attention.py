@@ -9,10 +9,12 @@ so keys and values are read once.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from . import splitk
 from .tree import Draft
 
 
@@ -42,6 +44,12 @@ class View:
     @property
     def num_new(self) -> int:
         return self.positions.shape[1]
+
+    @cached_property
+    def bits(self) -> torch.Tensor:
+        """(B, N) int64: the tree as ancestor bits."""
+        assert self.tree is not None
+        return splitk.ancestor_bits(self.tree)
 
     def visible(self, window: int | None) -> torch.Tensor:
         """(B, N, T) bool. Windows compare positions, never columns."""
@@ -134,6 +142,8 @@ def attend(
         return reference_attention(query, keys, values, view, scaling, window, softcap, sinks)
     if query.device.type == "cpu":
         return _by_row(query, keys, values, view, scaling, window)
+    if splitk.fits(query, values, view):
+        return splitk.tree_attention(query, keys, values, view, scaling, window)
     return _by_batch(query, keys, values, view, scaling, window)
 
 

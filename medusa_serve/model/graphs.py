@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .splitk import MAX_DIM, available
+
 if TYPE_CHECKING:
     from .plan import Shape
     from .runner import ModelRunner
@@ -28,11 +30,15 @@ class StepGraphs:
         self._active = torch.zeros(runner.num_slots, dtype=torch.bool, device=device)
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._pool: Any = None
+        cache = runner.forward.cache  # type: ignore[union-attr]
+        self._device_lengths = available(device) and max(cache.keys.shape[-1], cache.values.shape[-1]) <= MAX_DIM
 
     def run(self, host_slots: list[int], width: int, shape: Shape, sampled: bool, filtered: bool) -> list[list[int]]:
         """One step of these slots; → their lines of runner.step's facts."""
         rows = _power_of_two(max(host_slots) + 1, self._runner.num_slots)
-        width = min(_power_of_two(max(width, MIN_WIDTH)), self._runner.tables.history.shape[1])
+        columns = self._runner.tables.history.shape[1]
+        # split-K attention reads lengths on the device: no width to choose, and one graph for all lengths
+        width = columns if self._device_lengths else min(_power_of_two(max(width, MIN_WIDTH)), columns)
         key = (rows, width, shape, sampled, filtered)
         if key not in self._graphs:
             self._capture(key)
