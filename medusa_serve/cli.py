@@ -31,10 +31,15 @@ EXAMPLE = "Explain photosynthesis to a child."
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        parser.error(f"there is no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}")
     if not arguments or arguments[0] not in (*COMMANDS, "-h", "--help", "--version"):
         arguments.insert(0, "serve")
     logging.basicConfig(level=logging.WARNING, format="medusa_serve: %(message)s")
-    options = _parser().parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:  # reported by the command's own parser, whose help lists the options there are
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return int(options.run(options))
     except MedusaServeError as error:
@@ -58,9 +63,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     about = "An LLM server for notebooks that emits several tokens per pass of the model."
-    parser = _Parser(prog="medusa_serve", description=about, allow_abbrev=False)
+    parser = _Parser(prog="python -m medusa_serve", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"medusa_serve {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="[COMMAND]", title="commands (serve is the default)")
     serve = commands.add_parser(
         "serve", help="serve a model over HTTP (the default command)", description=about, allow_abbrev=False
     )
@@ -89,13 +94,13 @@ def _parser() -> argparse.ArgumentParser:
 def _add_train(commands: Any) -> None:
     about = "Train heads on the model's own answers to prompts; given again after an interruption, it goes on."
     train = commands.add_parser("train", help="train heads for a model", description=about, allow_abbrev=False)
-    train.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME")
+    train.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help=f"{DEFAULT_MODEL}, a hub id or a folder")
     train.add_argument("--prompts", required=True, metavar="FILE", help="one a line, JSONL, or a datasets id")
     train.add_argument("--minutes", required=True, type=float, metavar="T", help="for answers and training together")
     train.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
     train.add_argument("--family", default="sequential", help="sequential (the default) or medusa")
     train.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    train.add_argument("--dtype", default="auto")
+    train.add_argument("--dtype", default="auto", help="of the base model")
     train.set_defaults(run=_train, parser=train)
 
 
@@ -105,8 +110,10 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--heads", default="auto", metavar="NAME", help="auto, none, or a file or folder of heads")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--dtype", default="auto", help="auto, " + ", ".join(d for d in DTYPES[1:] if d != "float64"))
-    group.add_argument("--slots", type=int, metavar="N", help="sequences that decode together")
-    group.add_argument("--max-context", type=int, metavar="N", help="tokens of prompt and completion together")
+    group.add_argument("--slots", type=int, metavar="N", help="sequences that decode together (default: from memory)")
+    group.add_argument(
+        "--max-context", type=int, metavar="N", help="tokens of prompt and completion (default: the model's, capped)"
+    )
     group.add_argument("--tree", default="auto", help="auto, off, a number of nodes, or a JSON file of medusa_choices")
     group.add_argument("--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens of one pass at most")
     group.add_argument("--no-lookup", action="store_true", help="do not draft from the sequence's own tokens")
@@ -116,7 +123,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
 def _add_server_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="any other host than the default needs a key")
-    group.add_argument("--port", type=int, default=8000, help="0: any free one")
+    group.add_argument("--port", type=int, default=8000, help="8000 by default; 0: any free one")
     group.add_argument("--max-queue", type=int, default=64, metavar="N", help="requests that may wait for a slot")
     group.add_argument("--api-key", metavar="KEY", help="or MEDUSA_SERVE_API_KEY; made where one is needed")
 
@@ -124,12 +131,12 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="the prompt, or - to read it from stdin")
     group = parser.add_argument_group("sampling")
-    group.add_argument("--max-tokens", type=int, metavar="N")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="of the answer (default: 256, or what fits)")
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (the default) is greedy")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    group.add_argument("--top-k", type=int, default=0, metavar="K")
-    group.add_argument("--min-p", type=float, default=0.0, metavar="P")
-    group.add_argument("--seed", type=int, metavar="N")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="likeliest tokens of this mass (1: all)")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="likeliest K tokens (0: all)")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="at least P times the likeliest (0: all)")
+    group.add_argument("--seed", type=int, metavar="N", help="of the sampling (default: drawn, and reported)")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given several times")
     group.add_argument("--system", metavar="TEXT", help="system message")
     group.add_argument("--raw", action="store_true", help="the prompt as it is, without the chat template")
@@ -273,7 +280,8 @@ def _serve_until_stopped(engine: EngineConfig, config: ServerConfig, *, as_json:
     with bind(config) as sock, asyncio.Runner() as runner:
         url = url_of(sock)
         if not as_json:
-            _print(f"medusa_serve {__version__} at {url}, loading {engine.model} …", _key_line(config, key_is_ours))
+            where = url if config.is_loopback else f"{url} (listening on {config.host}: use this machine's address)"
+            _print(f"medusa_serve {__version__} at {where}, loading {engine.model} …", _key_line(config, key_is_ours))
         source = BackgroundLoad(load)
         server = Server(source, config)
 

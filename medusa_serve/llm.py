@@ -4,7 +4,7 @@ start here."""
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ class LLM:
 
     def generate_ids(self, encoded: Sequence[Sequence[int]], params: SamplingParams | None = None) -> list[Completion]:
         """The same for prompts that are token ids already."""
+        params = _checked(params)
         inbox: queue.SimpleQueue[list[tuple[str, Delta]]] = queue.SimpleQueue()
         done: dict[str, Completion] = {}
         waiting, ids = list(reversed(encoded)), []
@@ -85,7 +86,7 @@ class LLM:
             while waiting or open_ids:
                 while waiting:
                     try:
-                        ids.append(self.manager.submit(waiting[-1], params or SamplingParams(), inbox.put))
+                        ids.append(self.manager.submit(waiting[-1], params, inbox.put))
                     except QueueFull:
                         if not open_ids:
                             raise
@@ -107,7 +108,7 @@ class LLM:
         """The Deltas of one prompt as steps finish; the last one carries the Completion. Leaving the loop early
         cancels."""
         inbox: queue.SimpleQueue[list[tuple[str, Delta]]] = queue.SimpleQueue()
-        sequence_id = self.manager.submit(self._encode(prompt), params or SamplingParams(), inbox.put)
+        sequence_id = self.manager.submit(self._encode(prompt), _checked(params), inbox.put)
         ended = False
         try:
             while not ended:
@@ -145,10 +146,20 @@ def _config(model: str | EngineConfig | None, options: dict[str, Any]) -> Engine
     return replace(base, **options)
 
 
+def _checked(params: SamplingParams | None) -> SamplingParams:
+    if params is not None and not isinstance(params, SamplingParams):
+        raise InvalidRequest(f"params must be SamplingParams, not {type(params).__name__}.", param="params")
+    return params or SamplingParams()
+
+
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many: a list of dicts is one conversation."""
-    if isinstance(prompts, str) or (prompts and all(isinstance(item, dict) for item in prompts)):
+    if isinstance(prompts, str) or (
+        isinstance(prompts, Sequence) and prompts and all(isinstance(item, dict) for item in prompts)
+    ):
         return [prompts]  # type: ignore[list-item]
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise InvalidRequest("A prompt is a string or a list of messages; give one, or a list of them.", param="prompt")
     return list(prompts)  # type: ignore[arg-type]
 
 

@@ -85,6 +85,19 @@ def test_a_prompt_that_cannot_be_served_is_refused(llm, prompt, params, error):
         llm.generate([prompt], params)
 
 
+@pytest.mark.parametrize("prompt", [7, None, {"role": "user", "content": "x"}, [7]])
+def test_what_is_no_prompt_is_refused(llm, prompt):
+    with pytest.raises(InvalidRequest, match="A prompt is a string or a list of messages"):
+        llm.generate(prompt)
+
+
+def test_params_of_another_kind_are_refused(llm):
+    with pytest.raises(InvalidRequest, match="params must be SamplingParams, not dict"):
+        llm.generate("a", {"max_tokens": 2})
+    with pytest.raises(InvalidRequest, match="params"):
+        next(llm.stream("a", 4))
+
+
 def test_unknown_options_are_errors(folder):
     with pytest.raises(InvalidConfig, match="slotz"):
         LLM(folder, slotz=3)

@@ -127,8 +127,9 @@ def _read_pickle(file: Path, wanted: Callable[[str], bool]) -> tuple[list[str], 
         # mmap: of a whole model only the heads' pages are read
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # the unpickler meets arbitrary bytes: any exception means "not plain tensors"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise LoadError(f"{file} is not a file of plain tensors and was not loaded ({reason[:160]}).") from None
+        raise LoadError(
+            f"{file} is not a file of plain tensors ({type(error).__name__}) and was not loaded."
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise LoadError(f"{file} holds a {type(state).__name__}, not a dictionary of named tensors.")
     tensors = {name: value for name, value in state.items() if wanted(name)}

@@ -123,7 +123,7 @@ def health_of(desk: Desk) -> tuple[int, dict[str, Any]]:
         return 503, {"status": "draining", "message": error.message}
     except MedusaServeError as error:
         # with a key the server may be public, and the reason may name files of this machine
-        public = "The model could not be loaded; the server's log says why."
+        public = "The model could not be loaded; the server's console says why."
         return 503, {"status": "failed", "message": error.message if desk.config.api_key is None else public}
     status = llm.manager.status()
     if status.state == "ok":

@@ -80,8 +80,7 @@ class BackgroundLoad:
         try:
             llm = factory()
         except MedusaServeError as error:
-            log.error("The model could not be loaded: %s", error.message)
-            failure = (type(error), error.message)
+            failure = (type(error), error.message)  # whoever calls `get` tells it
         except BaseException as error:  # SystemExit too: in a thread nobody else would hear of it
             log.exception("Loading the model failed.")
             failure = (LoadError, f"The model could not be loaded: {type(error).__name__}: {error}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import signal
 import socket
 import threading
@@ -18,6 +19,8 @@ from ..errors import InvalidConfig, MedusaServeError, ShuttingDown
 from .app import create_app
 from .loading import BackgroundLoad, ServedLLM, loaded
 from .streaming import Switchboard
+
+log = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 65536
 CLOSE_S = 2  # after the drain: for clients to read their last event
@@ -91,6 +94,11 @@ class Server(uvicorn.Server):
             manager = loaded(self._source).manager
         except MedusaServeError:
             return  # nothing is loaded, so nothing runs
+        running = self._switchboard.num_open
+        if running:
+            log.warning(
+                "stopping: %d open requests may finish within %.0f s; Ctrl-C again ends them", running, self._drain_s
+            )
         # a thread that nobody joins: draining an engine that hangs must not keep us
         draining = threading.Thread(target=manager.drain, args=(self._drain_s,), name="medusa-drain", daemon=True)
         draining.start()

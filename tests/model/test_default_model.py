@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from medusa_serve.errors import LoadError
-from medusa_serve.model import default_model
+from medusa_serve.model import default_model, from_gguf
 from medusa_serve.model.default_model import (
     SMOLLM2,
     PackagedModel,
@@ -194,6 +194,7 @@ def _flip(path: Path) -> None:
     ("name", "damage"),
     [
         ("model.safetensors", _cut),
+        ("model.safetensors", _flip),
         ("model.safetensors", Path.unlink),
         ("tokenizer.json", _flip),
         ("config.json", _flip),
@@ -247,7 +248,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_is_used(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(default_model, "_tokenizer", interrupted)
+        patch.setattr(from_gguf, "_tokenizer", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ensure_default_model(tmp_path, progress=False, source=source, fetch=shop)
     assert not (tmp_path / "tiny-1").exists()
