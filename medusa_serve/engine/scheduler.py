@@ -16,6 +16,8 @@ FIRST_CHUNK = 16  # prompt tokens of a chunk between decode steps while its cost
 MAX_WAIT_S = 0.1  # what a decoding sequence may wait for a prefill chunk, or MAX_WAIT_STEPS plain steps if longer
 MAX_WAIT_STEPS = 3
 WAIT_SHARE = 0.8  # of it are planned; the rest is for the error of the estimate
+ADMIT_SHARE = 8  # where prefill passes are packed, one waits for 1/8 as many new sequences as decode now …
+ADMIT_TURNS = 8  # … but no longer than so many turns
 ROW_BUDGET = 16  # rows x nodes of one pass, while nothing better was measured
 
 
@@ -51,6 +53,8 @@ class Scheduler:
         self._free = set(self._all)
         self._resting: dict[int, Resting] = {}
         self._order = 0
+        self._admitting: bool | None = None  # decided once a turn
+        self._turns_waited = 0
         self._plain_steps: deque[float] = deque(maxlen=64)
         self._prefill_s: float | None = None  # per prompt token, a running estimate
         self.waiting: deque[Sequence] = deque()
@@ -67,6 +71,10 @@ class Scheduler:
         """
         if not self.waiting or not self._free:
             return None
+        if self._admitting is None:
+            self._admitting = self._worth_a_pass()
+        if not self._admitting:
+            return None
         seq = self.waiting.popleft()
         slot, num_reused = self._choose_slot(seq)
         self._free.remove(slot)
@@ -75,6 +83,18 @@ class Scheduler:
         seq.slot, seq.num_reused, seq.num_prefilled = slot, num_reused, num_reused
         seq.state = State.PREFILLING
         return seq
+
+    def _worth_a_pass(self) -> bool:
+        """Whether to admit in this turn. A prefill pass costs a GPU the same for one prompt as for many, and all that
+        decode wait for it: under a full load, with some sequence ending at every step, they gather for a few turns."""
+        ready = min(len(self.waiting), len(self._free))
+        decoding = sum(seq.state is State.DECODING for seq in self.running.values())
+        enough = min(getattr(self._runner, "prefill_rows", 1), decoding // ADMIT_SHARE)
+        if ready < enough and self._turns_waited < ADMIT_TURNS:
+            self._turns_waited += 1
+            return False
+        self._turns_waited = 0
+        return True
 
     def _choose_slot(self, seq: Sequence) -> tuple[int, int]:
         """(slot, leading prompt ids that are in its KV cache)."""
@@ -106,6 +126,7 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """What the next turn runs; empty when there is nothing to do."""
+        self._admitting = None
         decoding = [slot for slot, seq in self.running.items() if seq.state is State.DECODING]
         prefill = self._prefill_chunks(self._chunk_size() if decoding else self._prefill_chunk)
         return Plan(prefill, tuple(sorted(decoding)), self._nodes(self.running[slot] for slot in decoding))

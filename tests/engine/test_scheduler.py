@@ -220,3 +220,25 @@ def test_token_limit():
     with pytest.raises(ContextTooLong) as too_many:
         limit(5, 996)
     assert too_many.value.param == "max_tokens"
+
+
+def test_where_passes_are_packed_newcomers_gather_for_a_few_turns():
+    """64 decode: one newcomer waits for seven more, or eight turns; with few that decode it comes at once."""
+    runner = FakeRunner(num_slots=80)
+    runner.prefill_rows = 64
+    scheduler = Scheduler(runner, 512)
+    for _ in range(64):
+        scheduler.add(sequence(3))
+    for seq in [scheduler.admit() for _ in range(64)]:  # nobody decodes yet: all come at once
+        decode(seq, 5)
+    scheduler.plan()
+    scheduler.add(sequence(3))
+    turns = 0
+    while scheduler.admit() is None:
+        scheduler.plan()
+        turns += 1
+    assert turns == 8
+    scheduler.plan()
+    for _ in range(8):
+        scheduler.add(sequence(3))
+    assert all(scheduler.admit() is not None for _ in range(8))
