@@ -46,7 +46,7 @@ def test_the_tiny_models_say_something(family):
 @pytest.mark.parametrize(("heads", "tree"), list(itertools.product(HEADS, TREES)))
 def test_greedy_ids_equal_generate(family, heads, tree, tmp_path):
     model, prompts, truth = family
-    for index, (lookup, slots, chunk, join) in enumerate([(True, 2, 512, 0), (False, 8, 7, 3), (True, 5, 3, 2)]):
+    for index, (lookup, slots, chunk, join) in enumerate([(True, 4, 512, 0), (False, 8, 7, 3), (True, 6, 3, 2)]):
         config = EngineConfig(
             slots=slots, max_context=256, prefill_chunk=chunk, lookup=lookup, tree=tree_option(tree, heads, tmp_path)
         )
