@@ -49,7 +49,7 @@ def test_the_own_machine_block_pins_torch_and_serves_and_tests() -> None:
         assert "pip install torch==2.13.0 -r requirements.txt" in line
     assert serve.endswith("&& python -m medusa_serve")
     assert "[test]" in test
-    assert test.endswith("&& python -m pytest")
+    assert test.endswith("&& python -m pytest -n 2 --dist loadfile")
 
 
 def test_the_colab_block_never_names_torch() -> None:
