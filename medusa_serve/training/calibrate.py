@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from ..model.noise import gumbel
-from ..model.tree import RankPath, most_probable
+from ..model.tree import NUM_RANKS, RankPath, most_probable
 from .loss import Output
 
-NUM_RANKS = 10
 SIZES = (4, 8, 16, 32, 64)  # nodes, the root counts
 
 
