@@ -1,4 +1,4 @@
-"""The command line: `serve` (the default), `generate`, `train`, `bench`. torch is imported when a model is loaded.
+"""The command line: `serve` (the default), `generate`, `train`, `heads`, `bench`. torch comes with the first model.
 
 Exit codes: 0; 1 for an error (one line on stderr); 2 for a nonsense option (one line); 130 after Ctrl-C.
 """
@@ -16,7 +16,8 @@ import threading
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from . import __version__
+from . import __version__, heads_commands
+from .bench import acceptance, drafting
 from .config import DEFAULT_MODEL, DTYPES, EngineConfig, ServerConfig
 from .errors import InvalidConfig, InvalidRequest, MedusaServeError
 from .types import Completion, SamplingParams
@@ -24,7 +25,7 @@ from .types import Completion, SamplingParams
 if TYPE_CHECKING:
     from .llm import LLM
 
-COMMANDS = ("serve", "generate", "train", "bench")
+COMMANDS = ("serve", "generate", "train", "heads", "bench")
 EXAMPLE = "Explain photosynthesis to a child."
 
 
@@ -79,37 +80,63 @@ def _parser() -> argparse.ArgumentParser:
     _add_sampling_options(generate)
     generate.set_defaults(run=_generate, parser=generate)
     _add_train(commands)
-    bench = commands.add_parser(
-        "bench", help="measure this machine", description="Measure this machine; takes minutes.", allow_abbrev=False
-    )
-    bench.add_argument("what", choices=["engine"], help="engine: plain decoding, concurrent streams, lookup")
-    bench.add_argument("--tokens", type=int, default=96, metavar="N", help="of each answer")
-    bench.add_argument("--rounds", type=int, default=5, metavar="N", help="repetitions, of which the median counts")
-    bench.add_argument("--out", metavar="FILE", help="write the figures there as JSON")
-    _add_engine_options(bench)
-    bench.set_defaults(run=_bench, parser=bench)
+    _add_heads(commands)
+    _add_bench(commands)
     return parser
+
+
+def _add_heads(commands: Any) -> None:
+    about = "look into files of heads, convert them, try them on a model"
+    heads = commands.add_parser("heads", help=about, description=about, allow_abbrev=False)
+    check = heads_commands.add_parsers(heads.add_subparsers(required=True, metavar="WHAT", title="what"))
+    _add_model_options(check, heads=False)
+
+
+def _add_bench(commands: Any) -> None:
+    about = "measure this machine; takes minutes"
+    bench = commands.add_parser("bench", help=about, description=about, allow_abbrev=False)
+    kinds = bench.add_subparsers(required=True, metavar="WHAT", title="what")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return kinds.add_parser(name, help=text, description=f"Measure {text}.", allow_abbrev=False)
+
+    engine = add("engine", "plain decoding, concurrent streams, lookup")
+    engine.add_argument("--tokens", type=int, default=96, metavar="N", help="of each answer")
+    engine.add_argument("--rounds", type=int, default=5, metavar="N", help="repetitions, of which the median counts")
+    engine.add_argument("--out", metavar="FILE", help="write the figures there as JSON")
+    _add_engine_options(engine)
+    engine.set_defaults(run=_bench, parser=engine)
+    for module, name, text in (
+        (acceptance, "acceptance", "tokens per step by category of prompt and size of tree"),
+        (drafting, "drafting", "what drafting costs, as a share of a plain step"),
+    ):
+        _add_model_options(parser := add(name, text))
+        module.add_options(parser)
 
 
 def _add_train(commands: Any) -> None:
     about = "Train heads on the model's own answers to prompts; given again after an interruption, it goes on."
     train = commands.add_parser("train", help="train heads for a model", description=about, allow_abbrev=False)
-    train.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help=f"{DEFAULT_MODEL}, a hub id or a folder")
     train.add_argument("--prompts", required=True, metavar="FILE", help="one a line, JSONL, or a datasets id")
     train.add_argument("--minutes", required=True, type=float, metavar="T", help="for answers and training together")
     train.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
     train.add_argument("--family", default="sequential", help="sequential (the default) or medusa")
-    train.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    train.add_argument("--dtype", default="auto", help="of the base model")
+    _add_model_options(train, heads=False)
     train.set_defaults(run=_train, parser=train)
 
 
-def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+def _add_model_options(parser: argparse.ArgumentParser, *, heads: bool = True) -> Any:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help=f"{DEFAULT_MODEL}, a hub id or a folder")
-    group.add_argument("--heads", default="auto", metavar="NAME", help="auto, none, or a file or folder of heads")
+    if heads:
+        group.add_argument("--heads", default="auto", metavar="NAME", help="auto, none, or a file or folder of heads")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--dtype", default="auto", help="auto, " + ", ".join(d for d in DTYPES[1:] if d != "float64"))
+    return group
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+    group = _add_model_options(parser)
     group.add_argument("--slots", type=int, metavar="N", help="sequences that decode together (default: from memory)")
     group.add_argument(
         "--max-context", type=int, metavar="N", help="tokens of prompt and completion (default: the model's, capped)"
@@ -359,7 +386,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from .bench import BenchConfig, bench_engine, table
+    from .bench.engine import BenchConfig, bench_engine, table
 
     try:
         config, bench = _engine_config(options), BenchConfig(tokens=options.tokens, rounds=options.rounds)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .config import MAX_NODES, EngineConfig
+from .config import EngineConfig
 from .engine.batch_manager import BatchManager
 from .errors import InvalidConfig, InvalidRequest, QueueFull
 from .presets import FAMILIES, shipped_heads
@@ -179,16 +179,17 @@ def _drafter(config: EngineConfig, loaded: Any) -> tuple[Any, str, list[str]]:
     heads, info = load_heads(
         path, hidden_size=hidden, vocab_size=vocab, dtype=model.dtype, device=model.device, base_model=model
     )
-    return _drafter_of(heads, info), info.family, [f"{info.family} heads from {path}", *info.warnings]
+    return _drafter_of(heads, info, config.tree), info.family, [f"{info.family} heads from {path}", *info.warnings]
 
 
-def _drafter_of(heads: Any, info: Any) -> Any:
-    """Parallel heads fill a static tree by their calibrated ranks, sequential ones search a tree at each step."""
-    from .model.beam import SequentialDrafter
+def _drafter_of(heads: Any, info: Any, tree: str) -> Any:
+    """A tree of each step's own; but a user's tree file places the candidates of parallel heads by rank."""
+    from .model.beam import ParallelDrafter, SequentialDrafter
     from .model.draft import MedusaDrafter
-    from .model.tree import DEFAULT_RANKS, NUM_RANKS, most_probable
+    from .model.tree import NUM_RANKS
 
     if info.family != "medusa":
-        return SequentialDrafter(heads, info.tau)
-    order = most_probable((info.ranks or DEFAULT_RANKS)[: info.num_heads], MAX_NODES)
-    return MedusaDrafter(heads, info.num_heads, NUM_RANKS, order)
+        return SequentialDrafter(heads, info.tau, info.noise_tau)
+    if tree != "auto" and not tree.isdigit():
+        return MedusaDrafter(heads, info.num_heads, NUM_RANKS, ())  # size() brings the file's paths
+    return ParallelDrafter(heads, info.tau, info.noise_tau)

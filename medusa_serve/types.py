@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from .errors import InvalidRequest, MedusaServeError
 
@@ -76,8 +76,7 @@ def _check_float(name: str, value: Any, low: float, high: float, *, open_low: bo
         raise InvalidRequest(f"{name} must be a number in {bracket}{low:g}, {high:g}].", param=name)
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutput:
+class StepOutput(NamedTuple):
     """What one row of one pass gave: ids only. `token_ids` is empty only when `failed`.
 
     num_drafted  draft nodes that were verified (the root not counted; empty nodes not counted)
@@ -213,10 +212,22 @@ class EngineStatus:
     message: str | None = None
 
 
+Output = TypeVar("Output")
+
+
+class Started(Protocol[Output]):
+    """A pass that was started."""
+
+    def outputs(self) -> list[Output]:
+        """One a row, in order; waits for the device."""
+
+
 class Runner(Protocol):
     """The model runner as the engine sees it: slots and ids. All calls come from the engine thread.
 
-    A call that raises leaves every sequence as it was: it may be repeated, with fewer rows.
+    A call that raises leaves every sequence as it was: it may be repeated, with fewer rows. Passes run in the order in
+    which they were started. A row that has met EOS or its limit emits nothing more, so that the next step may be
+    started before the last one's outputs are read; outputs of a freed slot's former sequence still come.
     """
 
     num_slots: int
@@ -224,6 +235,7 @@ class Runner(Protocol):
     vocab_size: int
     eos_ids: frozenset[int]
     node_choices: tuple[int, ...]  # the N this runner can verify, ascending, beginning with 1 (plain decoding)
+    overlaps: bool  # calls return before the device is done: worth starting a step before reading the last one
     can_reuse: bool  # a prefix left in a slot's KV cache can be kept
     activity: str | None  # "compiling …" while a call may take long; None otherwise
 
@@ -231,10 +243,10 @@ class Runner(Protocol):
         """Put a sequence into a free slot. `limit`: total tokens (prompt and completion) at most; `num_reused`: leading
         prompt ids whose KV rows are already there (< len(prompt_ids)). `params.seed` is set."""
 
-    def prefill(self, chunks: Seq[PrefillChunk]) -> list[StepOutput | None]:
+    def prefill(self, chunks: Seq[PrefillChunk]) -> Started[StepOutput | None]:
         """Advance prompts; where a prompt is complete, the output holds the first emitted token, else None."""
 
-    def decode(self, slots: Seq[int], nodes: int) -> list[StepOutput]:
+    def decode(self, slots: Seq[int], nodes: int) -> Started[StepOutput]:
         """One step of these rows with a tree of `nodes` nodes (one of node_choices), in the order of `slots`."""
 
     def free(self, slot: int) -> None:
@@ -254,6 +266,9 @@ class TextCodec(Protocol):
 
     def encode_chat(self, messages: Seq[dict[str, str]]) -> list[int]:
         """Chat template with the generation prompt. Raises InvalidRequest when there is none or it refuses."""
+
+    def encode_many(self, prompts: Seq[str]) -> list[list[int] | None]:
+        """Each as one user's message (raw text without a chat template); None where the template refuses."""
 
     def decode(self, ids: Seq[int]) -> str:
         """Ids to text without special tokens and without clean-up of spaces."""

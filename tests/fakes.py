@@ -53,6 +53,11 @@ class FakeCodec:
             raise InvalidRequest("The model has no chat template.", param="messages")
         return self.encode("".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:")
 
+    def encode_many(self, prompts: Seq[str]) -> list[list[int] | None]:
+        if not self.has_chat_template:
+            return [self.encode(prompt) for prompt in prompts]
+        return [self.encode_chat([{"role": "user", "content": prompt}]) for prompt in prompts]
+
     def decode(self, ids: Seq[int]) -> str:
         data = b"".join(bytes([i]) if i < 256 else WORDS[i - FIRST_WORD] for i in ids if i not in (BOS, EOS))
         text = data.decode(errors="replace")
@@ -71,6 +76,16 @@ class _Slot:
     limit: int
     pending: int | None = None
     done: bool = False
+
+
+@dataclass(frozen=True)
+class Done:
+    """A pass that was over when its call returned."""
+
+    made: list
+
+    def outputs(self) -> list:
+        return self.made
 
 
 @dataclass
@@ -94,6 +109,7 @@ class FakeRunner:
     vocab_size: int = FakeCodec.vocab_size
     eos_ids: frozenset[int] = frozenset({EOS})
     node_choices: tuple[int, ...] = (1, 4, 8, 16)
+    overlaps: bool = False
     can_reuse: bool = True
     activity: str | None = None
     row_budget: int = 16
@@ -130,11 +146,11 @@ class FakeRunner:
         self._accepts[slot] = itertools.cycle(self.accept)
         self.admitted.append((slot, len(prompt_ids), num_reused))
 
-    def prefill(self, chunks: Seq[PrefillChunk]) -> list[StepOutput | None]:
+    def prefill(self, chunks: Seq[PrefillChunk]) -> Done:
         self.calls.append(("prefill", tuple((c.slot, c.count) for c in chunks)))
         self._begin("prefill", [c.slot for c in chunks])
         self._cost(self.prefill_s[0] + self.prefill_s[1] * sum(c.count for c in chunks))
-        return [self._prefill(chunk) for chunk in chunks]
+        return Done([self._prefill(chunk) for chunk in chunks])
 
     def _prefill(self, chunk: PrefillChunk) -> StepOutput | None:
         slot, kv = self.slots[chunk.slot], self.kv[chunk.slot]
@@ -148,15 +164,18 @@ class FakeRunner:
         self._emit(slot, kv)
         return StepOutput(chunk.slot, (slot.pending,), finished=slot.done, draft_ready=self._ready(slot))
 
-    def decode(self, slots: Seq[int], nodes: int) -> list[StepOutput]:
+    def decode(self, slots: Seq[int], nodes: int) -> Done:
         self.calls.append(("decode", tuple(slots), nodes))
         assert nodes in self.node_choices
         self._begin("decode", list(slots))
         self._cost(self.decode_s)
-        return [self._decode(slot, nodes) for slot in slots]
+        return Done([self._decode(slot, nodes) for slot in slots])
 
     def _decode(self, number: int, nodes: int) -> StepOutput:
         slot, kv = self.slots[number], self.kv[number]
+        failed = self.nan in slot.prompt and slot.pending is None
+        if self.overlaps and (slot.done or failed):  # the engine starts a step before it has read the last one
+            return StepOutput(number, (), failed=failed)
         assert slot.pending is not None, "decode before prefill"
         assert not slot.done, "decode after the end"
         drafted = nodes - 1 if slot.params.speculation else 0

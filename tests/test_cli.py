@@ -65,6 +65,16 @@ def run(*arguments: str) -> int:
         (["generate", "hi", *["--stop", "a"] * 5], "at most 4"),
         (["generate", "hi", "--raw", "--system", "x"], "--system"),
         (["generate", "hi", "--max-tok", "4"], "--max-tok"),  # no abbreviations
+        (["bench"], "WHAT"),
+        (["bench", "frobnicate"], "frobnicate"),
+        (["bench", "engine", "--rounds", "0"], "rounds must be"),
+        (["bench", "engine", "--nodes", "4"], "--nodes"),  # an option of the others
+        (["bench", "acceptance"], "--prompts"),
+        (["bench", "drafting", "--tree", "8"], "--tree"),
+        (["heads"], "WHAT"),
+        (["heads", "frobnicate"], "frobnicate"),
+        (["heads", "check", "x", "--dtype", "int3"], "dtype must be"),
+        (["heads", "convert", "x", "y"], "--to"),
     ],
 )
 def test_nonsense_is_one_line_and_code_2(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """The composition root over a tiny folder: LLM, and the app over a real LLM."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 
 from medusa_serve import LLM, EngineConfig, SamplingParams, ServerConfig
 from medusa_serve.errors import ContextTooLong, InvalidConfig, InvalidRequest, LoadError
+from medusa_serve.model.beam import ParallelDrafter
 from medusa_serve.model.checkpoints import save_heads
+from medusa_serve.model.draft import MedusaDrafter
 from medusa_serve.model.heads import HeadsInfo, MedusaHeads, SequentialHeads
 from medusa_serve.server.app import create_app
 from tests.tiny import greedy, save_tiny_folder
@@ -111,23 +114,44 @@ def _info(num_heads: int, hidden: int, vocab: int, tied: bool) -> HeadsInfo:
     )
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_heads_from_a_folder_draft_and_change_nothing(folder, tmp_path, tied):
-    """Random heads: the tree is verified at every step, and the text stays."""
+CHOICES = [[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("tied", "tree", "drafter"),
+    [(True, "16", ParallelDrafter), (False, "16", ParallelDrafter), (True, "file", MedusaDrafter)],
+)
+def test_heads_from_a_folder_draft_and_change_nothing(folder, tmp_path, tied, tree, drafter):
+    """Random heads: the tree, of each step or a user's own, is verified at every step, and the text stays."""
+    params = [SamplingParams(max_tokens=24, ignore_eos=True, temperature=t, seed=3) for t in (0.0, 0.8)]
     with LLM(folder, slots=2, max_context=128, heads="none", tree="off") as plain:
         vocab = plain.manager._runner.vocab_size
-        want = plain.generate([CHAT, "the one"], SamplingParams(max_tokens=24, ignore_eos=True))
+        want = [plain.generate([CHAT, "the one"], one) for one in params]
     torch.manual_seed(0)
     heads = MedusaHeads(32, 3, 1, vocab_size=None if tied else vocab)
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     info = _info(3, 32, vocab, tied)
     path = save_heads(heads, info, tmp_path / "heads", layout="C" if tied else "B", dtype=torch.float32)
-    with LLM(folder, slots=2, max_context=128, heads=str(path), tree="16") as llm:
+    file = tmp_path / "tree.json"
+    file.write_text(json.dumps(CHOICES))
+    tree = str(file) if tree == "file" else tree
+    with LLM(folder, slots=2, max_context=128, heads=str(path), tree=tree) as llm:
         assert llm.describe()["heads"] == "medusa"
-        done = llm.generate([CHAT, "the one"], SamplingParams(max_tokens=24, ignore_eos=True))
-    assert [c.token_ids for c in done] == [c.token_ids for c in want]
-    assert all(c.drafted > 0 for c in done)
+        assert isinstance(llm.manager._runner.drafter, drafter)
+        for one, plain_texts in zip(params, want, strict=True):
+            done = llm.generate([CHAT, "the one"], one)
+            assert [c.token_ids for c in done] == [c.token_ids for c in plain_texts]
+            assert all(c.drafted > 0 for c in done)
+
+
+def test_a_tree_file_is_for_parallel_heads(folder, tmp_path):
+    heads = SequentialHeads(32, inner=16, readout=16, max_depth=3)
+    path = save_heads(heads, replace(_info(3, 32, 0, True), family="sequential"), tmp_path / "heads")
+    file = tmp_path / "tree.json"
+    file.write_text(json.dumps(CHOICES))
+    with pytest.raises(LoadError, match="parallel heads"):
+        LLM(folder, heads=str(path), tree=str(file))
 
 
 def test_sequential_heads_draft_a_tree_of_each_step_and_change_nothing(folder, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medusa_serve import LLM, EngineConfig, SamplingParams
-from medusa_serve.bench import BenchConfig, _served, bench_engine, read_prompts, table
+from medusa_serve.bench.engine import BenchConfig, _served, bench_engine, read_prompts, table
 from medusa_serve.model.loader import load_model
 from tests.tiny import greedy
 

@@ -91,7 +91,7 @@ def joint_counts(params: dict, drafter: Oracle | None, rounds: int) -> tuple[tor
                 runner.tables.heads.tokens[slot] = torch.arange(runner.tables.heads.tokens.shape[1]) % vocab
                 runner.tables.heads.depths[slot] = 1  # the first step speculates, too
         while short := [slot for slot in range(slots) if len(tokens[slot]) < 2]:
-            for out in runner.decode(short, 16):
+            for out in runner.decode(short, 16).outputs():
                 tokens[out.slot] += out.token_ids
         for first, second, *_ in tokens:
             observed[first, second] += 1

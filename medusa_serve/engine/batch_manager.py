@@ -13,13 +13,14 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 
 from ..config import EngineConfig
-from ..errors import EngineDead, GenerationFailed, MedusaServeError, QueueFull, ShuttingDown
-from ..types import Delta, EngineStatus, PrefillChunk, Runner, SamplingParams, Sink, StepOutput, TextCodec
-from .isolate import RowFailed, run_rows
+from ..errors import EngineDead, GenerationFailed, InvalidRequest, MedusaServeError, QueueFull, ShuttingDown
+from ..types import Delta, EngineStatus, Runner, SamplingParams, Sink, StepOutput, TextCodec
+from .flights import Flights
+from .isolate import RowFailed
 from .metrics import Metrics, Outcome
 from .scheduler import Scheduler
-from .sequence import Sequence, State, token_limit
-from .text import Detokenizer
+from .sequence import Sequence, token_limit
+from .text import Detokenizer, Silent
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class BatchManager:
     def __init__(
         self,
         runner: Runner,
-        codec: TextCodec,
+        codec: TextCodec | None,
         config: EngineConfig,
         *,
         model_name: str,
@@ -53,7 +54,8 @@ class BatchManager:
         stall_s: float = 60.0,
         close_s: float = 10.0,
     ) -> None:
-        """stall_s: no step is called stalled before this age. close_s: `close` waits for a step at most this long."""
+        """codec: None runs on ids alone: no text, no stop strings, and only last Deltas (for many answers at once) ·
+        stall_s: no step is called stalled before this age. close_s: `close` waits for a step at most this long."""
         self.metrics = Metrics(slots=runner.num_slots)
         self._runner, self._codec, self._config, self._model_name = runner, codec, config, model_name
         self._clock, self._stall_s, self._close_s = clock, stall_s, close_s
@@ -61,6 +63,7 @@ class BatchManager:
         self._lock = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._open: dict[str, Sequence] = {}  # accepted, not ended; whoever pops a sequence owes its last delta
+        self._flights = Flights(runner, self._scheduler, self.metrics, clock, self._take)
         self._outbox: dict[Sink, list[tuple[Sequence, Delta]]] = {}
         self._thread: threading.Thread | None = None
         self._draining = self._closing = self._runner_closed = False
@@ -85,11 +88,13 @@ class BatchManager:
         """
         if not isinstance(sink, Hashable):
             raise TypeError("The sink must be hashable: deltas are grouped by it.")
+        if self._codec is None and params.stop:
+            raise InvalidRequest("An engine that runs on ids alone knows no stop strings.", param="stop")
         prompt = tuple(prompt_ids)
         limit = token_limit(prompt, params, max_context=self._runner.max_context, vocab_size=self._runner.vocab_size)
         if params.seed is None:
             params = replace(params, seed=secrets.randbelow(2**53))  # a JSON number holds it exactly
-        text = Detokenizer(self._codec, params.stop, self._runner.eos_ids)
+        text = Silent() if self._codec is None else Detokenizer(self._codec, params.stop, self._runner.eos_ids)
         seq = Sequence(f"gen-{uuid.uuid4().hex}", prompt, params, limit, sink, text, key)
         seq.submitted = self._clock()
         with self._lock:
@@ -180,14 +185,17 @@ class BatchManager:
             while (seq := self._scheduler.admit()) is not None:
                 self._admit(seq)
             plan = self._scheduler.plan()
-            self._prefill(plan.prefill)
-            self._decode(plan.decode, plan.nodes)
+            before = len(self._flights)
+            self._flights.prefill(plan.prefill)
+            self._flights.decode(plan.decode, plan.nodes)
+            landed = self._flights.land(before)  # the turn before this one, while the device is busy
             self._deliver()
-            if plan.prefill or plan.decode:
+            turned = bool(plan.prefill or plan.decode or landed)
+            if turned:
                 self.metrics.turn(self._clock() - started)
             elif not busy:
                 self._scheduler.audit()
-            return bool(busy or plan.prefill or plan.decode)
+            return busy or turned
         finally:
             with self._lock:
                 self._heartbeat, self._step_started = self._clock(), None
@@ -234,40 +242,7 @@ class BatchManager:
         self._runner.admit(seq.slot, seq.prompt_ids, seq.params, seq.limit, seq.num_reused)
         self.metrics.prefilled(reused=seq.num_reused)
 
-    def _prefill(self, chunks: tuple[PrefillChunk, ...]) -> None:
-        if not chunks:
-            return
-        started = self._clock()
-        outputs, whole = run_rows(self._runner.prefill, self._runner.prefill, chunks)
-        if whole:
-            self._scheduler.note_prefill(sum(chunk.count for chunk in chunks), self._clock() - started)
-        else:
-            self.metrics.retried()
-        for chunk, out in zip(chunks, outputs, strict=True):
-            seq = self._scheduler.running[chunk.slot]
-            if not isinstance(out, RowFailed):
-                seq.num_prefilled += chunk.count
-                self.metrics.prefilled(computed=chunk.count)
-            if out is not None:
-                seq.first_token = self._clock()
-                self._take(seq, out)
-
-    def _decode(self, slots: tuple[int, ...], nodes: int) -> None:
-        if not slots:
-            return
-        started = self._clock()
-        # A row alone decodes plainly: the same text with the least memory.
-        outputs, whole = run_rows(
-            lambda rows: self._runner.decode(rows, nodes), lambda rows: self._runner.decode(rows, 1), slots
-        )
-        if whole:
-            self._scheduler.note_decode(nodes, self._clock() - started)
-        else:
-            self.metrics.retried()
-        for slot, out in zip(slots, outputs, strict=True):
-            self._take(self._scheduler.running[slot], out)
-
-    def _take(self, seq: Sequence, out: StepOutput | RowFailed) -> None:
+    def _take(self, seq: Sequence, out: StepOutput | RowFailed, *, decoding: bool) -> None:
         """What a pass emitted for one sequence: text, counters, the end."""
         if isinstance(out, RowFailed):
             self._fail(seq, f"The model failed on this sequence ({out.reason}).")
@@ -275,23 +250,22 @@ class BatchManager:
         if out.failed:
             self._fail(seq, "The model gave no finite numbers for this sequence.")
             return
-        decoding = seq.state is State.DECODING
+        if not decoding:
+            seq.first_token = self._clock()
         try:
-            delta, reason = seq.take(out, self._runner.eos_ids)
+            took = seq.take(out, self._runner.eos_ids, decoding=decoding)
         except Exception as error:  # the tokenizer failed on these ids, or the runner's word is odd: this sequence only
             log.warning("Sequence %s failed.", seq.id, exc_info=True)
             text = error.message if isinstance(error, GenerationFailed) else f"({type(error).__name__})"
             self._fail(seq, f"This sequence could not be continued: {text}")
             return
-        self.metrics.emitted(len(delta.token_ids))
-        if decoding:
-            self.metrics.decoded(drafted=out.num_drafted, accepted=delta.accepted[0])
-        seq.state = State.DECODING
-        if reason is None:
-            self._outbox.setdefault(seq.sink, []).append((seq, delta))
-        else:
+        self.metrics.emitted(len(took.ids), drafted=out.num_drafted, accepted=took.accepted if decoding else None)
+        if took.reason is not None:
             seq.finished = self._clock()
-            self._end(seq, reason, replace(delta, completion=seq.completion(self._model_name, reason)))
+            last = replace(took.delta(), completion=seq.completion(self._model_name, took.reason))
+            self._end(seq, took.reason, last)
+        elif self._codec is not None:
+            self._outbox.setdefault(seq.sink, []).append((seq, took.delta()))
 
     def _fail(self, seq: Sequence, message: str) -> None:
         self._end(seq, "error", Delta("", error=GenerationFailed(message)), failed=True)

@@ -8,6 +8,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ..types import Started
+
 log = logging.getLogger(__name__)
 
 Row = TypeVar("Row")
@@ -21,31 +23,32 @@ class RowFailed:
     reason: str
 
 
-def run_rows(
-    call: Callable[[Seq[Row]], list[Result]], alone: Callable[[Seq[Row]], list[Result]], rows: Seq[Row]
-) -> tuple[list[Result | RowFailed], bool]:
-    """One result a row, and whether `call(rows)` succeeded. When it raises, `alone([row])` is tried for each row.
+def start_rows(
+    call: Callable[[Seq[Row]], Started[Result]], alone: Callable[[Seq[Row]], Started[Result]], rows: Seq[Row]
+) -> tuple[Callable[[], list[Result | RowFailed]], bool]:
+    """Start a pass: (what gives one result a row, whether `call(rows)` succeeded). When it raises, `alone([row])` is
+    run to its end for each row.
 
     Relies on the runner's promise that a call that raises leaves every sequence as it was. Exceptions are dropped
-    before the next try: their tracebacks would keep device memory alive just when it may be short.
-    Raises RuntimeError when the runner gives another number of results than rows.
+    before the next try: their tracebacks would keep device memory alive just when it may be short. The results raise
+    RuntimeError when the runner gives another number of them than rows.
     """
     try:
-        results = call(rows)
+        started = call(rows)
     except Exception:
         log.debug("A call of the runner failed; its rows run alone.", exc_info=True)
     else:
-        return list(_checked(results, len(rows))), True
+        return lambda: list(_checked(started.outputs(), len(rows))), True
     outputs: list[Result | RowFailed] = []
     for row in rows:
         try:
-            results = alone([row])
+            results = alone([row]).outputs()
         except Exception as error:
             log.warning("A row fails alone too: %r", row, exc_info=True)
             outputs.append(RowFailed(type(error).__name__))
         else:
             outputs.append(_checked(results, 1)[0])
-    return outputs, False
+    return lambda: outputs, False
 
 
 def _checked(results: Seq[Result], expected: int) -> Seq[Result]:

@@ -58,17 +58,15 @@ class Metrics:
             self._prefilled += computed
             self._reused += reused
 
-    def emitted(self, tokens: int) -> None:
+    def emitted(self, tokens: int, *, drafted: int = 0, accepted: int | None = None) -> None:
+        """What a pass gave one sequence. `accepted`: delivered draft tokens of a decode step; None: a prefill pass."""
         with self._lock:
             self._emitted += tokens
-
-    def decoded(self, *, drafted: int, accepted: int) -> None:
-        """One decode step of one sequence; `accepted` counts delivered draft tokens."""
-        with self._lock:
-            self._steps += 1
-            self._drafted += drafted
-            self._accepted += accepted
-            self._num_accepted[accepted] += 1
+            if accepted is not None:
+                self._steps += 1
+                self._drafted += drafted
+                self._accepted += accepted
+                self._num_accepted[accepted] += 1
 
     def first_token(self, seconds: float) -> None:
         """From submission to the delivery of the first token."""

@@ -16,6 +16,8 @@ FIRST_CHUNK = 16  # prompt tokens of a chunk between decode steps while its cost
 MAX_WAIT_S = 0.1  # what a decoding sequence may wait for a prefill chunk, or MAX_WAIT_STEPS plain steps if longer
 MAX_WAIT_STEPS = 3
 WAIT_SHARE = 0.8  # of it are planned; the rest is for the error of the estimate
+RECENT = 8  # prefill passes that tell what one costs: few, as prompts and neighbours change
+GROWTH = 4  # a chunk is so many times the largest measured one at most
 ADMIT_SHARE = 8  # where prefill passes are packed, one waits for 1/8 as many new sequences as decode now …
 ADMIT_TURNS = 8  # … but no longer than so many turns
 ROW_BUDGET = 16  # rows x nodes of one pass, while nothing better was measured
@@ -56,7 +58,7 @@ class Scheduler:
         self._admitting: bool | None = None  # decided once a turn
         self._turns_waited = 0
         self._plain_steps: deque[float] = deque(maxlen=64)
-        self._prefill_s: float | None = None  # per prompt token, a running estimate
+        self._passes: deque[tuple[int, float]] = deque(maxlen=RECENT)  # prefill passes: prompt tokens, seconds
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}
 
@@ -145,22 +147,23 @@ class Scheduler:
 
     def _chunk_size(self) -> int:
         """Prompt tokens of a chunk that others wait for."""
-        if self._prefill_s is None:
+        if not self._passes:
             return min(FIRST_CHUNK, self._prefill_chunk)
         plain = statistics.median(self._plain_steps) if self._plain_steps else 0.0
         budget = WAIT_SHARE * max(MAX_WAIT_S, MAX_WAIT_STEPS * plain)
-        if self._prefill_s * self._prefill_chunk <= budget:
+        fixed, each = cost_of_prefill(self._passes)
+        if fixed >= budget:  # waiting is unavoidable, and smaller chunks would only repeat it
             return self._prefill_chunk
-        return max(1, int(budget / self._prefill_s))
+        fits = int((budget - fixed) / each) if each else self._prefill_chunk
+        return max(1, min(fits, GROWTH * max(count for count, _ in self._passes), self._prefill_chunk))
 
     def _nodes(self, decoding: Iterable[Sequence]) -> int:
         ready = [seq.draft_ready for seq in decoding if seq.speculates]
         return choose_nodes(self._runner.node_choices, ready, getattr(self._runner, "row_budget", ROW_BUDGET))
 
     def note_prefill(self, count: int, seconds: float) -> None:
-        """A chunk of `count` tokens took this long. The estimate follows fast: prompts and machines differ."""
-        measured = seconds / count
-        self._prefill_s = measured if self._prefill_s is None else (self._prefill_s + measured) / 2
+        """A pass over `count` prompt tokens took this long."""
+        self._passes.append((count, seconds))
 
     def note_decode(self, nodes: int, seconds: float) -> None:
         """A decode step with trees of `nodes` took this long."""
@@ -177,6 +180,17 @@ class Scheduler:
             raise RuntimeError(f"Slots {sorted(used)} do not have one owner each.")
         if not self._free.issuperset(self._resting):
             raise RuntimeError(f"Slots {sorted(self._resting)} rest, but only {sorted(self._free)} are free.")
+
+
+def cost_of_prefill(passes: Seq[tuple[int, float]]) -> tuple[float, float]:
+    """(seconds of any pass, seconds of each prompt token), neither below 0: the line of least squares through (tokens,
+    seconds). From passes of one size alone, all of it is put on the tokens."""
+    counts, seconds = [count for count, _ in passes], [each for _, each in passes]
+    count, second = statistics.fmean(counts), statistics.fmean(seconds)
+    spread = sum((x - count) ** 2 for x in counts)
+    slope = sum((x - count) * (y - second) for x, y in passes) / spread if spread else second / count
+    slope = min(max(slope, 0.0), second / count)
+    return second - slope * count, slope
 
 
 def common_prefix(a: Seq[int], b: Seq[int]) -> int:

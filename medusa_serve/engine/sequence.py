@@ -5,10 +5,11 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..errors import ContextTooLong, GenerationFailed, InvalidRequest
 from ..types import Completion, Delta, FinishReason, SamplingParams, Sink, StepOutput
-from .text import Detokenizer
+from .text import Detokenizer, Silent
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -18,6 +19,18 @@ class State(enum.Enum):
     PREFILLING = "prefilling"
     DECODING = "decoding"
     FINISHED = "finished"
+
+
+class Took(NamedTuple):
+    """What a sequence kept of a pass: ids, how many of them were drafted, their certain text, and why it is over."""
+
+    ids: tuple[int, ...]
+    accepted: int
+    text: str
+    reason: FinishReason | None
+
+    def delta(self) -> Delta:
+        return Delta(self.text, (len(self.ids),), (self.accepted,), self.ids)
 
 
 @dataclass(slots=True, eq=False)
@@ -40,7 +53,7 @@ class Sequence:
     params: SamplingParams
     limit: int
     sink: Sink
-    detokenizer: Detokenizer
+    detokenizer: Detokenizer | Silent
     key: str = ""
     state: State = State.WAITING
     cancelled: bool = False
@@ -60,10 +73,6 @@ class Sequence:
     delivered: float | None = None
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.token_ids)
-
-    @property
     def num_to_prefill(self) -> int:
         return len(self.prompt_ids) - self.num_prefilled
 
@@ -78,14 +87,14 @@ class Sequence:
             return self.prompt_ids + tuple(self.token_ids[:-1])
         return self.prompt_ids[: self.num_prefilled]
 
-    def take(self, out: StepOutput, eos_ids: frozenset[int]) -> tuple[Delta, FinishReason | None]:
-        """Append what a pass emitted; the delta to deliver, and why the sequence is finished, if it is.
+    def take(self, out: StepOutput, eos_ids: frozenset[int], *, decoding: bool) -> Took:
+        """Append what a pass emitted. decoding: it was a decode step, not a prefill pass.
 
         Ids after EOS, after the id that completes a stop string, and beyond the limit are dropped and not counted.
         Raises GenerationFailed when the runner's word and ours differ: the sequence would never end.
         """
-        decoding = self.state is State.DECODING
-        ids = out.token_ids[: self.limit - self.num_tokens]
+        known = len(self.prompt_ids) + len(self.token_ids)
+        ids = out.token_ids[: self.limit - known]
         at_eos = None if self.params.ignore_eos else next((n for n, i in enumerate(ids, 1) if i in eos_ids), None)
         text, used, stopped = self.detokenizer.feed(ids[:at_eos])
         ids = ids[:used]
@@ -98,14 +107,15 @@ class Sequence:
         reason: FinishReason | None = None
         if stopped or used == at_eos:
             reason = "stop"
-        elif self.num_tokens >= self.limit:
+        elif known + len(ids) >= self.limit:
             reason = "length"
         elif out.finished or not ids:
             raise GenerationFailed("The model runner ended this sequence without EOS and before its limit.")
         if reason and not stopped:
             text += self.detokenizer.flush()
-        self.text.append(text)
-        return Delta(text, (len(ids),), (accepted,), ids), reason
+        if text:
+            self.text.append(text)
+        return Took(ids, accepted, text, reason)
 
     def completion(self, model: str, reason: FinishReason) -> Completion:
         """The final answer of a finished sequence."""

@@ -89,6 +89,16 @@ class Detokenizer:
         return text[: len(text) - keep]
 
 
+class Silent:
+    """A Detokenizer where nobody reads the text."""
+
+    def feed(self, ids: Seq[int]) -> tuple[str, int, bool]:
+        return "", len(ids), False
+
+    def flush(self) -> str:
+        return ""
+
+
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a proper beginning of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

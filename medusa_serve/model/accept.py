@@ -65,3 +65,8 @@ def accept(logits: torch.Tensor, draft: Draft, max_depth: int, sampling: Samplin
             break  # asking costs nothing on a CPU; on a GPU every depth runs
     emitted = torch.stack(tokens, dim=1)
     return Walk(emitted, torch.stack(nodes, dim=1), (emitted >= 0).sum(dim=1), finished, finite)
+
+
+def ended(pending: torch.Tensor, limits: Limits) -> torch.Tensor:
+    """(B): rows whose pending token was the last one: EOS, or the limit is met. They must not go on."""
+    return (limits.eos == pending[:, None]).any(dim=1) | (limits.length + 1 >= limits.total)

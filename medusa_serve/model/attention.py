@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import splitk
+from .transfer import to_device
 from .tree import Draft
 
 
@@ -28,6 +29,7 @@ class View:
     positions (B, N) · columns (B, N): where the new tokens' keys are written
     tree (B, N, N): new token i sees new token j; None: a causal run, where a token sees all columns up to its position
     width: T where all rows are read at once
+    packed: the model sees all rows side by side as one, (1, B·N)
     """
 
     slots: torch.Tensor
@@ -38,12 +40,17 @@ class View:
     columns: torch.Tensor
     tree: torch.Tensor | None
     width: int
+    packed: bool = False
     _visible: dict[int | None, torch.Tensor] = field(default_factory=dict)
     _bias: dict[tuple[int | None, int | None, int], torch.Tensor | None] = field(default_factory=dict)
 
     @property
     def num_new(self) -> int:
         return self.positions.shape[1]
+
+    def unpack(self, x: torch.Tensor) -> torch.Tensor:
+        """What a layer computed for the rows: (1, heads, B·N, dim) → (B, heads, N, dim) where they are packed."""
+        return x[0].unflatten(1, self.positions.shape).transpose(0, 1) if self.packed else x
 
     @cached_property
     def bits(self) -> torch.Tensor:
@@ -119,8 +126,8 @@ def chain_view(
     What stands to the left of a shorter run is padding: its keys go to the column `scratch`, which nobody reads.
     """
     new = max(counts)
-    slots, length = torch.tensor(host_slots, device=device), torch.tensor(host_length, device=device)
-    index = torch.arange(new, device=device) - (new - torch.tensor(counts, device=device))[:, None]
+    slots, length, count = to_device([host_slots, host_length, counts], device)
+    index = torch.arange(new, device=device) - (new - count)[:, None]
     positions = length[:, None] + index.clamp(min=0)
     columns = torch.where(index >= 0, positions, scratch)
     ends = [start + count for start, count in zip(host_length, counts, strict=True)]

@@ -39,14 +39,17 @@ def build_runner(
     context, context_why = plan_context(config, max_positions, device)
     shapes = plan_shapes(config, drafter)
     columns = context + SLACK
-    plugged, slots, slots_why, error, plain_because = _plug_in(model, config, columns, max_positions)
+    hidden_inputs = _hidden_inputs(drafter)
+    plugged, slots, slots_why, error, plain_because = _plug_in(model, config, columns, max_positions, hidden_inputs)
     if plain_because is not None:
         shapes = {1: shapes[1]}
     drafter = drafter if len(shapes) > 1 else None
     num_lookup = max(shape.num_lookup for shape in shapes.values())
     tables = SlotTables(slots, columns, eos_ids, drafter.max_nodes if drafter else 0, num_lookup, device)
     notes = [f"{slots} slots ({slots_why}) of {context} tokens ({context_why})"]
-    forward = plugged or PlainForward(model, slots, lambda slot, length: tables.history[slot, :length])
+    forward = plugged or PlainForward(
+        model, slots, lambda slot, length: tables.history[slot, :length], _hidden_inputs(drafter)
+    )
     if plugged is None:
         notes.append(f"this model decodes plainly, one row at a time, because {plain_because}")
     vocab_size = model.get_input_embeddings().num_embeddings
@@ -62,15 +65,20 @@ def build_runner(
     return Built(runner, notes, error)
 
 
+def _hidden_inputs(drafter: Any) -> tuple[int, ...]:
+    """The hidden states that the drafter's heads read: what they say, or the last one."""
+    return getattr(getattr(drafter, "heads", None), "hidden_indexes", (-1,))
+
+
 def _plug_in(
-    model: Any, config: EngineConfig, columns: int, max_positions: int | None
+    model: Any, config: EngineConfig, columns: int, max_positions: int | None, hidden_inputs: tuple[int, ...]
 ) -> tuple[TreeForward | None, int, str, float | None, str | None]:
     """(forward, slots, why so many, the self-test's error, None), or without a forward and with the reason last."""
     try:
         prompts, wanted = references(model, model.device)
         per_column = sum(kv * (key + value) for kv, key, value in kv_shapes(model)) * model.dtype.itemsize
         slots, why = plan_slots(config, per_column, columns, model.device)
-        forward = TreeForward(model, slots, columns, max_positions)
+        forward = TreeForward(model, slots, columns, max_positions, hidden_inputs)
         try:
             error = check(forward, prompts, wanted, slots)
         except Exception:

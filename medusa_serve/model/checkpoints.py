@@ -50,6 +50,7 @@ def load_heads(
     parsed = parse(found)
     heads = build(parsed, path, found.config)
     info = _info(heads, parsed, path, found.config)
+    heads.hidden_indexes = info.hidden_inputs
     notes = _fit(heads, path, hidden_size, vocab_size)
     named = found.config.get("base_model_name_or_path")
     if base_name and isinstance(named, str) and named not in ("", "N/A") and _stem(named) != _stem(base_name):
@@ -104,13 +105,14 @@ def build(parsed: Parsed, path: str | Path, config: Config) -> Heads:
             )
         else:
             hidden, width = size("norm", 0), size("cell.0.w_out.weight", 0)
+            read = size("mix.weight" if "mix.weight" in state else "start_proj.weight", 1)
             heads = SequentialHeads(
                 hidden,
                 width=width,
                 inner=size("cell.0.w_out.weight", 1),
                 readout=size("readout.w_out.weight", 1),
                 layers=sum(name.startswith("cell.") and name.endswith(".norm") for name in state),
-                hidden_inputs=max(1, size("start_proj.weight", 1) // max(hidden, 1)),
+                hidden_inputs=max(1, read // max(hidden, 1)),
                 embed_size=size("cell.0.w_in.weight", 1) - width,
                 max_depth=_depth(config),
                 **shared,
@@ -167,13 +169,13 @@ def _info(heads: Heads, parsed: Parsed, path: str | Path, config: Config) -> Hea
     rows, mapped = heads.output.vocab_size, heads.output.token_map
     vocab = rows if rows and mapped is None else _number(config.get("vocab_size")) or 0
     bias = not isinstance(heads, MedusaHeads) or heads.bias is not None
-    ranks, tau = _calibration(config, parsed.warnings)
+    ranks, tau, noise_tau = _calibration(config, parsed.warnings)
     inputs = config.get("hidden_inputs") if parsed.layout == "native" else None
     if isinstance(inputs, list) and all(isinstance(index, int) for index in inputs):
         parsed.hidden_inputs = tuple(inputs)
-    if isinstance(heads, SequentialHeads) and len(parsed.hidden_inputs) != heads.hidden_inputs:
-        have = len(parsed.hidden_inputs)
-        raise LoadError(f"The heads in {path} read {heads.hidden_inputs} hidden states, the config names {have}.")
+    read, named = heads.hidden_inputs if isinstance(heads, SequentialHeads) else 1, len(parsed.hidden_inputs)
+    if read != named:
+        raise LoadError(f"The heads in {path} read {read} hidden states, the config names {named}.")
     provenance = config.get("provenance")
     info = HeadsInfo(
         family=heads.family,
@@ -190,6 +192,7 @@ def _info(heads: Heads, parsed: Parsed, path: str | Path, config: Config) -> Hea
         hidden_inputs=parsed.hidden_inputs,
         ranks=ranks,
         tau=tau,
+        noise_tau=noise_tau,
         provenance=provenance if isinstance(provenance, dict) else {},
     )
     return replace(info, warnings=(*parsed.warnings, *_disagreements(info, config)))
@@ -227,21 +230,24 @@ def _disagreements(info: HeadsInfo, config: Config) -> list[str]:
     return out
 
 
-def _calibration(config: Config, warnings: list[str]) -> tuple[list[list[float]] | None, list[float] | None]:
-    """(ranks, tau) of the config; what is not lists of numbers in range is left out with a warning."""
+def _calibration(
+    config: Config, warnings: list[str]
+) -> tuple[list[list[float]] | None, list[float] | None, list[float] | None]:
+    """(ranks, tau, noise_tau) of the config; what is not lists of numbers in range is left out with a warning."""
     stored = config.get("calibration")
     if stored is None:
-        return None, None
+        return None, None, None
     fields: Config = stored if isinstance(stored, dict) else {"ranks": 0, "tau": 0}
-    ranks, tau = fields.get("ranks"), fields.get("tau")
+    ranks, taus = fields.get("ranks"), [fields.get("tau"), fields.get("noise_tau")]
     rows = ranks if isinstance(ranks, list) else []
     if ranks is not None and not (rows and all(_numbers(row, 0.0, 1.0) for row in rows)):
         warnings.append("The calibration's ranks are not lists of probabilities and were ignored.")
         ranks = None
-    if tau is not None and not _numbers(tau, 1e-3, 1e3):
-        warnings.append("The calibration's tau is not a list of positive numbers and was ignored.")
-        tau = None
-    return ranks, tau
+    for place, name in enumerate(("tau", "noise_tau")):
+        if taus[place] is not None and not _numbers(taus[place], 1e-3, 1e3):
+            warnings.append(f"The calibration's {name} is not a list of positive numbers and was ignored.")
+            taus[place] = None
+    return ranks, taus[0], taus[1]
 
 
 def _numbers(values: Any, low: float, high: float) -> bool:
@@ -295,7 +301,8 @@ def save_heads(
         torch.save(state, part)
     else:
         save_file(state, part, metadata={"format": "pt"})
-    calibration = {"ranks": info.ranks, "tau": info.tau} if info.ranks or info.tau else None
+    fitted = {name: getattr(info, name) for name in ("ranks", "tau", "noise_tau")}
+    calibration = {name: value for name, value in fitted.items() if value} or None
     extras = {"calibration": calibration, "provenance": info.provenance or None}
     config |= {name: value for name, value in extras.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")

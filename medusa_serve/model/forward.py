@@ -8,36 +8,80 @@ PlainForward  the model's own cache, one row at a time: for models whose attenti
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicCache
 
+from ..errors import LoadError
 from .attention import View, attend
 from .cache import SlotCache
 
 
 class HiddenTap:
-    """Keeps the input of the output layer: the last hidden state that the heads need, while the model still applies
-    its own post-processing of the logits (soft caps, scales)."""
+    """Keeps the hidden states of a pass that the heads read, while the model still applies its own post-processing of
+    the logits (soft caps, scales).
 
-    def __init__(self, model: Any) -> None:
-        self.hidden: torch.Tensor | None = None
-        layer = model.get_output_embeddings()
-        self._handle = layer.register_forward_pre_hook(self._keep) if layer is not None else None
+    indexes, as of transformers' `hidden_states`: 0 and up the input of the decoder layer with this number, -1 the input
+    of the output layer, after the final norm. Raises LoadError where the model has no such layer.
+    """
 
-    def _keep(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        self.hidden = args[0]
+    def __init__(self, model: Any, indexes: Sequence[int] = (-1,)) -> None:
+        self._kept: dict[int, torch.Tensor] = {}
+        self._handles: list[Any] = []
+        output = model.get_output_embeddings()
+        if output is None:
+            return
+        wanted: dict[int, torch.nn.Module] = {-1: output}
+        if any(index != -1 for index in indexes):
+            layers = decoder_layers(model)
+            indexes = [_normal(index, len(layers)) for index in indexes]
+            wanted |= {index: layers[index] for index in indexes if index >= 0}
+        self._indexes = tuple(indexes)
+        for index, module in wanted.items():
+            self._handles.append(module.register_forward_pre_hook(partial(self._keep, index), with_kwargs=True))
 
-    def take(self) -> torch.Tensor | None:
-        hidden, self.hidden = self.hidden, None
-        return hidden
+    def _keep(self, index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._kept[index] = args[0] if args else kwargs["hidden_states"]
+
+    def take(self, at: torch.Tensor | None = None) -> torch.Tensor | None:
+        """What the last pass left, side by side in the order of the indexes: (B, N, M·H), where N are the positions
+        that the output layer saw: `at`, or the last ones."""
+        kept, self._kept = self._kept, {}
+        if -1 not in kept:
+            return None
+        last = kept[-1]
+        if at is not None and last.shape[1] != len(at):
+            last = last[:, at]
+        chosen = slice(-last.shape[1], None) if at is None else at
+        parts = [last if index == -1 else kept[index][:, chosen] for index in self._indexes]
+        if any(part.shape != last.shape for part in parts):
+            raise LoadError("The heads read hidden states that this model's layers do not pass on one by one.")
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def close(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
+
+
+def decoder_layers(model: Any) -> torch.nn.ModuleList:
+    """The list of the model's decoder layers, whatever it is called: the outermost one that is as long as the config
+    says. Raises LoadError where there is none."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return module
+    raise LoadError("The heads read hidden states between layers, and no list of decoder layers is found in the model.")
+
+
+def _normal(index: int, layers: int) -> int:
+    """An index of `hidden_states` as HiddenTap knows it."""
+    if not -layers - 1 <= index <= layers:
+        raise LoadError(f"The heads read hidden state {index}, the model has only {layers} layers.")
+    return -1 if index in (-1, layers) else index % (layers + 1)
 
 
 class SlabCache(Cache):
@@ -51,7 +95,8 @@ class SlabCache(Cache):
         self.columns: Any = None
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        return self.slab.write(layer_idx, self.view.slots, self.columns, key_states, value_states)
+        keys, values = self.view.unpack(key_states), self.view.unpack(value_states)
+        return self.slab.write(layer_idx, self.view.slots, self.columns, keys, values)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if self.view is None else max(self.view.host_length)
@@ -72,19 +117,28 @@ class TreeForward:
 
     supports_trees = True
 
-    def __init__(self, model: Any, slots: int, columns: int, max_positions: int | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        slots: int,
+        columns: int,
+        max_positions: int | None,
+        hidden_inputs: Sequence[int] = (-1,),
+    ) -> None:
+        """hidden_inputs: as HiddenTap's indexes, M of them"""
         self.model, self.max_positions = model, max_positions
         self.cache = SlotCache(kv_shapes(model), slots, columns, model.dtype, model.device)
         self._slab_cache = SlabCache(self.cache)
         self._takes = set(inspect.signature(model.forward).parameters)
         self._before = model.config._attn_implementation
         self._name = f"medusa_tree_{id(self):x}"
+        self._tap = HiddenTap(model, hidden_inputs)
         AttentionInterface.register(self._name, self._attention)
         model.set_attn_implementation(self._name)  # only warns when it cannot
         if model.config._attn_implementation != self._name or "position_ids" not in self._takes:
+            self._tap.close()
             self.detach()
             raise PlugInError("its attention cannot be replaced")
-        self._tap = HiddenTap(model)
 
     def _attention(
         self,
@@ -103,28 +157,41 @@ class TreeForward:
         if position_bias is not None:
             raise PlugInError("its attention adds a position bias")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return attend(query, key, value, self._slab_cache.view, scaling, sliding_window, softcap, s_aux), None
+        view = self._slab_cache.view
+        out = attend(view.unpack(query), key, value, view, scaling, sliding_window, softcap, s_aux)
+        return (out.flatten(0, 1)[None] if view.packed else out), None
 
     def run(
         self, tokens: torch.Tensor, view: View, last_only: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """tokens (B, N), -1 empty → logits (B, N, V), hidden (B, N, H); with last_only of the last token alone."""
-        positions = view.positions
-        if self.max_positions is not None:  # nodes behind it are never accepted, but learned positions must exist
-            positions = positions.clamp(max=self.max_positions - 1)
-        extra = {"logits_to_keep": 1} if last_only and "logits_to_keep" in self._takes else {}
-        cache = self._slab_cache
-        cache.view, cache.columns = view, view.columns
-        try:
-            out = self.model(
-                input_ids=tokens.clamp(min=0), position_ids=positions, past_key_values=cache, use_cache=True, **extra
-            )
-        finally:
-            cache.view = cache.columns = None
+        """tokens (B, N), -1 empty → logits (B, N, V), hidden (B, N, M·H); with last_only of the last token alone."""
+        out = self._pass(tokens, view.positions, view, 1 if last_only else None)
         logits, hidden = out.logits, self._tap.take()
         if not last_only:
             return logits, hidden
         return logits[:, -1:], None if hidden is None else hidden[:, -1:]
+
+    def run_packed(
+        self, tokens: torch.Tensor, view: View, at: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """tokens (P, N) of a packed view, at (R) places among the P·N → logits (R, 1, V), hidden (R, 1, M·H) there."""
+        out = self._pass(tokens.view(1, -1), view.positions.reshape(1, -1), view, at)
+        logits, hidden = out.logits, self._tap.take(at)
+        logits = logits if logits.shape[1] == len(at) else logits[:, at]
+        return logits.transpose(0, 1), None if hidden is None else hidden.transpose(0, 1)
+
+    def _pass(self, tokens: torch.Tensor, positions: torch.Tensor, view: View, keep: int | torch.Tensor | None) -> Any:
+        if self.max_positions is not None:  # nodes behind it are never accepted, but learned positions must exist
+            positions = positions.clamp(max=self.max_positions - 1)
+        extra = {"logits_to_keep": keep} if keep is not None and "logits_to_keep" in self._takes else {}
+        cache = self._slab_cache
+        cache.view, cache.columns = view, view.columns
+        try:
+            return self.model(
+                input_ids=tokens.clamp(min=0), position_ids=positions, past_key_values=cache, use_cache=True, **extra
+            )
+        finally:
+            cache.view = cache.columns = None
 
     def commit(self, view: View, nodes: torch.Tensor) -> None:
         self.cache.commit(view.slots, view.length, nodes)
@@ -149,15 +216,21 @@ class PlainForward:
 
     supports_trees = False
 
-    def __init__(self, model: Any, slots: int, history: Callable[[int, int], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        slots: int,
+        history: Callable[[int, int], torch.Tensor],
+        hidden_inputs: Sequence[int] = (-1,),
+    ) -> None:
         """history(slot, length): the slot's first `length` token ids, to rebuild a cache that a failed pass left
-        half-written."""
+        half-written · hidden_inputs: as HiddenTap's indexes"""
         self.model, self._history = model, history
         self._takes = set(inspect.signature(model.forward).parameters)
         self._cache_name = next((name for name in ("past_key_values", "cache_params") if name in self._takes), None)
         self._caches: list[Any] = [None] * slots
         self._seen = [0] * slots
-        self._tap = HiddenTap(model)
+        self._tap = HiddenTap(model, hidden_inputs)
 
     def run(
         self, tokens: torch.Tensor, view: View, last_only: bool = False

@@ -7,10 +7,12 @@ steps, in thread-local mode: a notebook's main thread may use CUDA meanwhile (as
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .packed import Packed, pack, views
 from .splitk import MAX_DIM, available
 
 if TYPE_CHECKING:
@@ -29,45 +31,71 @@ class StepGraphs:
         self._slots = torch.arange(runner.num_slots, device=device)
         self._active = torch.zeros(runner.num_slots, dtype=torch.bool, device=device)
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._inputs: dict[int, torch.Tensor] = {}  # of prefill passes, by blocks
         self._pool: Any = None
         cache = runner.forward.cache  # type: ignore[union-attr]
         self._device_lengths = available(device) and max(cache.keys.shape[-1], cache.values.shape[-1]) <= MAX_DIM
 
-    def run(self, host_slots: list[int], width: int, shape: Shape, sampled: bool, filtered: bool) -> list[list[int]]:
-        """One step of these slots; → their lines of runner.step's facts."""
-        rows = _power_of_two(max(host_slots) + 1, self._runner.num_slots)
-        columns = self._runner.tables.history.shape[1]
+    @property
+    def packs(self) -> bool:
+        """Whether prefill passes can be captured: their attention must read lengths on the device."""
+        return self._device_lengths
+
+    def run(self, host_slots: list[int], width: int, shape: Shape, sampled: bool, filtered: bool) -> torch.Tensor:
+        """One step of these slots; → runner.step's facts by slot, overwritten by the next step."""
+        runner = self._runner
+        rows = _power_of_two(max(host_slots) + 1, runner.num_slots)
+        columns = runner.tables.history.shape[1]
         # split-K attention reads lengths on the device: no width to choose, and one graph for all lengths
         width = columns if self._device_lengths else min(_power_of_two(max(width, MIN_WIDTH)), columns)
-        key = (rows, width, shape, sampled, filtered)
-        if key not in self._graphs:
-            self._capture(key)
-        graph, facts = self._graphs[key]
-        wanted = torch.zeros(self._runner.num_slots, dtype=torch.bool)
-        wanted[host_slots] = True
-        self._active.copy_(wanted)
-        graph.replay()
-        lines = facts.tolist()
-        return [lines[slot] for slot in host_slots]
+        slots, active = self._slots[:rows], self._active[:rows]
 
-    def _capture(self, key: tuple[int, int, Shape, bool, bool]) -> None:
-        """With every row inactive, so that neither the warm-up nor the capture changes a sequence."""
-        rows, width, shape, sampled, filtered = key
-        runner = self._runner
-        runner.activity = f"capturing a step of {rows} rows × {shape.num_nodes} nodes"
-        try:
+        def body() -> torch.Tensor:
+            return runner.step(slots, active, list(range(rows)), [0] * rows, width, shape, sampled, filtered)
+
+        key = (rows, width, shape, sampled, filtered)
+        if key not in self._graphs:  # with every row inactive, neither warm-up nor capture changes a sequence
             self._active.zero_()
-            slots, active = self._slots[:rows], self._active[:rows]
-            everywhere = (slots, active, list(range(rows)), [0] * rows, width, shape, sampled, filtered)
+            self._capture(key, body, f"a step of {rows} rows × {shape.num_nodes} nodes")
+        wanted = torch.zeros(runner.num_slots, dtype=torch.bool)
+        wanted[host_slots] = True
+        self._active.copy_(wanted.pin_memory(), non_blocking=True)
+        graph, facts = self._graphs[key]
+        graph.replay()
+        return facts
+
+    def prefill(self, packed: Packed, sampled: bool, filtered: bool) -> torch.Tensor:
+        """One packed prefill pass; → the facts of its R rows, overwritten by the next one."""
+        runner, blocks, rows = self._runner, len(packed.slots), len(packed.rows)
+        key = ("prefill", blocks, sampled, filtered)
+        if blocks not in self._inputs:
+            self._inputs[blocks] = torch.empty_like(packed.flat, device=runner.device)
+        inputs = views(self._inputs[blocks], blocks, rows)
+        if key not in self._graphs:
+            empty = pack([], rows, runner.num_slots, least=blocks)
+            inputs.flat.copy_(empty.flat)
+            width = runner.tables.history.shape[1]
+            self._capture(
+                key, lambda: runner.prefill_step(inputs, width, sampled, filtered), f"a prefill of {blocks} blocks"
+            )
+        inputs.flat.copy_(packed.flat.pin_memory(), non_blocking=True)
+        graph, facts = self._graphs[key]
+        graph.replay()
+        return facts
+
+    def _capture(self, key: Any, body: Callable[[], torch.Tensor], what: str) -> None:
+        runner = self._runner
+        runner.activity = f"capturing {what}"
+        try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):
-                    runner.step(*everywhere)
+                    body()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                facts = runner.step(*everywhere)
+                facts = body()
             self._pool = self._pool or graph.pool()
             self._graphs[key] = (graph, facts)
         finally:

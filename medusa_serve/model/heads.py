@@ -31,13 +31,12 @@ class HeadsInfo:
 
     layout      A … H and "hydra" as in checkpoint_layouts.py, or "native"
     num_heads   medusa, hydra: K; sequential: the deepest depth it was trained for
-    num_layers  residual blocks per head; sequential: blocks per cell
+    num_layers, bias  residual blocks per head (sequential: per cell), and whether they have a bias
     vocab_size  rows of the heads' own output layer, the base vocabulary when tied (0: not known from the file)
-    bias        the residual blocks have one
     token_map   size of the draft vocabulary, 0 without one
     hidden_inputs  hidden states the heads read, as indexes of transformers' `hidden_states` (-1: after the final norm)
     ranks       per depth, P(rank r is right | path right so far), from calibration
-    tau         per depth, the temperature at which softmax(log q / tau) is the probability of a candidate
+    tau, noise_tau  per depth: softmax(log q / tau), and softmax((log q / T + G) / noise_tau) under noise, are P(token)
     """
 
     family: Family
@@ -54,6 +53,7 @@ class HeadsInfo:
     hidden_inputs: tuple[int, ...] = (-1,)
     ranks: list[list[float]] | None = None
     tau: list[float] | None = None
+    noise_tau: list[float] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
@@ -202,10 +202,8 @@ class GatedBlock(nn.Module):
         nn.init.normal_(self.w_out.weight, std=0.3 * inner**-0.5)  # small: the residual stream dominates at first
 
     def forward(self, parts: list[Tensor], constant: Tensor) -> Tensor:
-        """parts: tensors [R, w] with Σ w = width_in, each normalised on its own; constant [R, 2 I] → [R, width_out].
-
-        On its own, because a state and an embedding have unlike scales, and the larger would drown the other.
-        """
+        """parts: tensors [R, w] with Σ w = width_in, each normalised on its own, for the larger would drown the other;
+        constant [R, 2 I] → [R, width_out]."""
         x = torch.cat([rms_norm(part) for part in parts], dim=-1) * self.norm
         a, b = (self.w_in(x) + constant).chunk(2, dim=-1)
         return self.w_out(F.silu(a) * b)
@@ -235,18 +233,19 @@ def embed(embedding: Any, token: Tensor, dtype: torch.dtype) -> Tensor:
 class SequentialHeads(nn.Module):
     """One shared recurrent cell that sees the tokens drafted so far (ReDrafter's idea, Zhang et al. 2024).
 
-        s_0 = P hidden                                   start: the base's own last hidden state(s)
+        s_0 = P mix(hidden)                              start: the base's own last hidden state, or M of them mixed
         s_d = s_{d-1} + cell([s_{d-1}, E(token_d)])      token_1 is the pending token, then the drafted ones
         logits_d = out(RMSNorm(s_d + readout(s_d)))      of token_{d+1}
 
     The hidden state also enters every block as a constant. Its products with the blocks' weights do not depend on the
     depth, so `start` computes them once and the state carries them: [s | one constant per cell block | readout's].
-    s begins as the normalised hidden state (P as the identity): a fresh head is close to the base's distribution.
-    `width`, `inner`, `readout`, `layers`, `hidden_inputs` set the size: 5.9 M parameters for H = 576 by default.
+    s begins as the normalised last hidden state (P and mix as identities): a fresh head is close to the base's
+    distribution. 5.9 M parameters for H = 576 by default.
     """
 
     family: Family = "sequential"
     token_map = property(lambda self: self.output.token_map, doc="[V'] base ids of the draft vocabulary, or None")
+    state_sizes = property(lambda self: (sum(self._splits),) * self.max_depth, doc="Width of the state at each depth")
 
     def __init__(
         self,
@@ -267,25 +266,21 @@ class SequentialHeads(nn.Module):
         width, embed_size = width or hidden_size, embed_size or hidden_size
         self.hidden_size, self.width, self.embed_size = hidden_size, width, embed_size
         self.hidden_inputs, self.max_depth = hidden_inputs, max_depth
+        self.hidden_indexes: tuple[int, ...] = (-1,)  # which ones, for the runner; whoever knows sets it
         self._splits = [width, *[2 * inner] * layers, 2 * readout]
-        self.start_proj = nn.Linear(hidden_inputs * hidden_size, sum(self._splits))
-        self.cell = nn.ModuleList(
-            GatedBlock(width + (0 if layer else embed_size), inner, width) for layer in range(layers)
-        )
+        self.mix = nn.Linear(hidden_inputs * hidden_size, hidden_size) if hidden_inputs > 1 else None
+        self.start_proj = nn.Linear(hidden_size, sum(self._splits))
+        self.cell = nn.ModuleList(GatedBlock(w, inner, width) for w in (width + embed_size, *[width] * (layers - 1)))
         self.readout = GatedBlock(width, readout, width)
         self.to_hidden = None if width == hidden_size else nn.Linear(width, hidden_size, bias=False)
         self.norm = nn.Parameter(torch.ones(hidden_size))
         self.output = OutputLayer(hidden_size, vocab_size=vocab_size, token_map=token_map)
         self._embedding: tuple[Any, ...] = (None,)  # a tuple hides it: never saved or moved with the heads
-        with torch.no_grad():
-            nn.init.normal_(self.start_proj.weight, std=0.5 * self.start_proj.in_features**-0.5)
-            nn.init.zeros_(self.start_proj.bias)
-            nn.init.eye_(self.start_proj.weight[:width])
-
-    @property
-    def state_sizes(self) -> tuple[int, ...]:
-        """Width of the state at each depth: here always the same."""
-        return (sum(self._splits),) * self.max_depth
+        for linear, rows, std in ((self.start_proj, width, 0.5), (self.mix, hidden_size, 0.1)):
+            if linear is not None:
+                nn.init.normal_(linear.weight, std=std * hidden_size**-0.5)
+                nn.init.zeros_(linear.bias)
+                nn.init.eye_(linear.weight[:rows, :hidden_size])
 
     def attach(self, base_output: nn.Module | Tensor, base_embedding: Any) -> None:
         """Borrow the base's output layer (when tied) and its input embedding (a module, or a weight [V, E])."""
@@ -294,29 +289,35 @@ class SequentialHeads(nn.Module):
 
     def match_scale(self, hidden: Tensor) -> None:
         """Before training: gain of the norm = rms of the base's hidden states [R, H]; logits as sharp as the base's."""
-        with torch.no_grad():
-            self.norm.fill_(hidden.float().square().mean().sqrt())
+        nn.init.constant_(self.norm, float(hidden.float().square().mean().sqrt()))
 
     def start(self, hidden: Tensor, token: Tensor) -> Tensor:
         """hidden [B, M·H] (M hidden inputs side by side, the model's last one first), pending token [B] → state."""
-        parts = hidden.to(self.norm.dtype).unflatten(-1, (self.hidden_inputs, self.hidden_size))
-        return self.advance(self.start_proj(rms_norm(parts).flatten(-2)), token)
+        return self.advance(self._begin(hidden), token)
+
+    def _begin(self, hidden: Tensor) -> Tensor:
+        parts = rms_norm(hidden.to(self.norm.dtype).unflatten(-1, (-1, self.hidden_size))).flatten(-2)
+        return self.start_proj(parts if self.mix is None else self.mix(parts))
 
     def advance(self, state: Tensor, token: Tensor) -> Tensor:
         """state [R, S], the token drafted from it [R] → state one depth further [R, S]."""
         s, *constants, last = state.split(self._splits, dim=-1)
-        extra = [embed(self._embedding[0], token, state.dtype)]
+        return torch.cat([self._next(s, constants, token), *constants, last], dim=-1)
+
+    def _next(self, s: Tensor, constants: list[Tensor], token: Tensor) -> Tensor:
+        extra = [embed(self._embedding[0], token, s.dtype)]
         for block, constant in zip(self.cell, constants, strict=True):
-            s = s + block([s, *extra], constant)
-            extra = []
-        return torch.cat([s, *constants, last], dim=-1)
+            s, extra = s + block([s, *extra], constant), []
+        return s
 
     def features(self, state: Tensor) -> Tensor:
         """state [R, S] → [R, H], the inputs of the output layer."""
         s, *_, constant = state.split(self._splits, dim=-1)
+        return self._read(s, constant)
+
+    def _read(self, s: Tensor, constant: Tensor) -> Tensor:
         x = s + self.readout([s], constant)
-        x = x if self.to_hidden is None else self.to_hidden(x)
-        return rms_norm(x) * self.norm
+        return rms_norm(x if self.to_hidden is None else self.to_hidden(x)) * self.norm
 
     def project(self, features: Tensor) -> Tensor:
         """[R, H] → [R, V']."""
@@ -328,12 +329,11 @@ class SequentialHeads(nn.Module):
 
     def unroll(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Training: hidden [B, M·H], tokens [B, D] (the pending token, then the true ones) → features [B, D, H]."""
-        state = self.start(hidden, tokens[:, 0])
-        out = [self.features(state)]
-        for depth in range(1, tokens.shape[1]):
-            state = self.advance(state, tokens[:, depth])
-            out.append(self.features(state))
-        return torch.stack(out, dim=1)
+        s, *constants, last = self._begin(hidden).split(self._splits, dim=-1)
+        states = []
+        for token in tokens.unbind(1):
+            states.append(s := self._next(s, constants, token))
+        return self._read(torch.stack(states, dim=1), last[:, None])
 
 
 class HydraHeads(nn.Module):

@@ -88,6 +88,25 @@ class Codec:
             raise InvalidRequest(message, param="messages") from error
         return self._ids(text, special=False, param="messages")  # the template wrote the special tokens itself
 
+    def encode_many(self, prompts: Sequence[str]) -> list[list[int] | None]:
+        """Many prompts in one call of the tokenizer, which spreads them over the cores without holding the GIL."""
+        texts = [self._user_turn(prompt) for prompt in prompts]
+        good = [text for text in texts if text is not None]
+        if not good:
+            return [None] * len(texts)
+        with self._lock:
+            special = not self.has_chat_template
+            found = self._tokenizer(good, add_special_tokens=special, truncation=False, verbose=False).input_ids
+        ids = iter(found)
+        return [None if text is None else list(next(ids)) for text in texts]
+
+    def _user_turn(self, prompt: str) -> str | None:
+        try:
+            prompt.encode()
+            return self._render([{"role": "user", "content": prompt}]) if self.has_chat_template else prompt
+        except Exception:  # a lone surrogate, or whatever a template raises
+            return None
+
     def decode(self, ids: Sequence[int]) -> str:
         with self._lock:
             return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -8,16 +8,19 @@ from collections.abc import Sequence
 
 import torch
 
+from ..config import MAX_NODES
 from ..types import PrefillChunk, SamplingParams, StepOutput
-from .accept import Limits, Walk, accept
+from .accept import Limits, Walk, accept, ended
 from .attention import chain_view, tree_view
 from .draft import Drafter
 from .filters import Sampling
 from .forward import PlainForward, TreeForward
 from .graphs import StepGraphs
 from .lookup import lookup
+from .packed import Packed, Run, block_view, pack
 from .plan import Shape
-from .tables import SlotTables
+from .tables import Admission, SlotTables
+from .transfer import Started, to_device
 from .tree import assemble
 
 ROW_BUDGET = {"cpu": 16, "cuda": 256}  # rows × nodes of one pass, until step times are measured
@@ -49,85 +52,126 @@ class ModelRunner:
         self.can_reuse = forward.supports_trees
         self.activity: str | None = None
         self.row_budget = ROW_BUDGET[self.device.type]
-        self.prefill_rows = PREFILL_ROWS[self.device.type] if forward.supports_trees else 1
+        self.prefill_rows = min(self.num_slots, PREFILL_ROWS[self.device.type]) if forward.supports_trees else 1
         self._shapes = shapes
         self.node_choices = tuple(sorted(shapes))
         self._graphs = StepGraphs(self) if self.device.type == "cuda" and forward.supports_trees else None
+        self.overlaps = self._graphs is not None
         self._host_length = [0] * self.num_slots
+        self._owner = [0] * self.num_slots  # how many sequences a slot has had
+        self._admitted: list[Admission] = []
         self._prompts: list[list[int]] = [[] for _ in range(self.num_slots)]
         self._poisoned: set[int] = set()
 
     def admit(self, slot: int, prompt_ids: Sequence[int], params: SamplingParams, limit: int, num_reused: int) -> None:
-        self.tables.admit(slot, prompt_ids, params, limit, num_reused)
+        self._admitted.append(Admission(slot, prompt_ids, params, limit, num_reused))
+        self.tables.note(slot, params)
         self._host_length[slot] = num_reused
         self._prompts[slot] = list(prompt_ids)
+        self._owner[slot] += 1
+
+    def _put_admitted(self) -> None:
+        """Newcomers enter the tables together: one transfer, however many they are."""
+        if self._admitted:
+            self.tables.admit(self._admitted)
+            self._admitted = []
 
     @torch.inference_mode()
-    def prefill(self, chunks: Sequence[PrefillChunk]) -> list[StepOutput | None]:
-        groups = [chunks[i : i + self.prefill_rows] for i in range(0, len(chunks), self.prefill_rows)]
-        passes = [self._prefill_pass(group) for group in groups]  # all of them before anything is kept
-        return [out for group, done in zip(groups, passes, strict=True) for out in self._keep_prefill(group, *done)]
+    def prefill(self, chunks: Sequence[PrefillChunk]) -> Started[StepOutput | None]:
+        self._put_admitted()
+        runs = [self._run_of(chunk) for chunk in chunks]
+        groups = [runs[i : i + self.prefill_rows] for i in range(0, len(runs), self.prefill_rows)]
+        if self._graphs is not None and self._graphs.packs:
+            facts = [self._prefill_packed(group) for group in groups]
+        else:
+            passes = [self._prefill_pass(group) for group in groups]  # all of them before anything is kept
+            facts = [self._keep_runs(group, *done) for group, done in zip(groups, passes, strict=True)]
+        for run in runs:
+            self._host_length[run.slot] += len(run.tokens)
+        host_slots = [run.slot for run in runs]
+        owners = [self._owner[slot] for slot in host_slots]
 
-    def _prefill_pass(self, chunks: Sequence[PrefillChunk]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def read(lines: list[list[int]]) -> list[StepOutput | None]:
+            outputs = self._outputs(host_slots, owners, lines, grow=False)
+            return [out if run.whole or out.failed else None for out, run in zip(outputs, runs, strict=True)]
+
+        return Started(torch.cat(facts), read)
+
+    def _run_of(self, chunk: PrefillChunk) -> Run:
+        start, prompt = self._host_length[chunk.slot], self._prompts[chunk.slot]
+        end = start + chunk.count
+        return Run(chunk.slot, start, prompt[start:end], end == len(prompt))
+
+    def _prefill_pass(self, runs: Sequence[Run]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The next tokens of several prompts, at the right end of their rows → logits (B, 1, V), hidden (B, 1, H)."""
-        slots = [chunk.slot for chunk in chunks]
-        starts = [self._host_length[slot] for slot in slots]
-        counts = [chunk.count for chunk in chunks]
+        counts = [len(run.tokens) for run in runs]
         scratch = self.tables.history.shape[1] - 1
+        slots, starts = [run.slot for run in runs], [run.start for run in runs]
         view = chain_view(slots, starts, counts, self.device, scratch)
-        rows = []
-        for slot, start, count in zip(slots, starts, counts, strict=True):
-            rows.append([0] * (view.num_new - count) + self._prompts[slot][start : start + count])
-        return self.forward.run(torch.tensor(rows, device=self.device), view, last_only=True)
+        rows = [[0] * (view.num_new - count) + list(run.tokens) for run, count in zip(runs, counts, strict=True)]
+        return self.forward.run(to_device(rows, self.device), view, last_only=True)
 
-    def _keep_prefill(
-        self, chunks: Sequence[PrefillChunk], logits: torch.Tensor, hidden: torch.Tensor | None
-    ) -> list[StepOutput | None]:
-        """Where a prompt is complete, its last token is the root of a tree of one: the walk emits the first token."""
-        finite = torch.isfinite(logits.amax(dim=(1, 2))).tolist()
-        outputs: list[StepOutput | None] = [None] * len(chunks)
-        complete = []
-        for row, chunk in enumerate(chunks):
-            slot = chunk.slot
-            self._host_length[slot] += chunk.count
-            if not finite[row]:  # a poisoned slot must not rest, even if its sequence is cancelled
-                self._poisoned.add(slot)
-                outputs[row] = StepOutput(slot, (), finished=True, failed=True)
-            elif self._host_length[slot] == len(self._prompts[slot]):
-                self._host_length[slot] -= 1
-                complete.append(row)
-        host_slots = [chunk.slot for chunk in chunks]
-        lengths = torch.tensor([self._host_length[slot] for slot in host_slots], device=self.device)
-        self.tables.length[torch.tensor(host_slots, device=self.device)] = lengths
-        if complete:
-            done = self._first_tokens([host_slots[row] for row in complete], logits[complete], _rows(hidden, complete))
-            for row, out in zip(complete, done, strict=True):
-                outputs[row] = out
-        return outputs
+    def _keep_runs(self, runs: Sequence[Run], logits: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
+        host_slots, whole = [run.slot for run in runs], [int(run.whole) for run in runs]
+        lengths = [run.start + len(run.tokens) - run.whole for run in runs]
+        slots, length, active = to_device([host_slots, lengths, whole], self.device)
+        return self._first_tokens(slots, length, active, logits, hidden, *self.tables.flags(host_slots))
+
+    def _prefill_packed(self, runs: Sequence[Run]) -> torch.Tensor:
+        assert self._graphs is not None
+        packed = pack(runs, self.prefill_rows, self.num_slots)
+        return self._graphs.prefill(packed, *self.tables.flags([run.slot for run in runs]))[: len(runs)]
+
+    def prefill_step(self, packed: Packed, width: int, sampled: bool, filtered: bool) -> torch.Tensor:
+        """A packed prefill pass, device work alone; → facts of its R rows as of `step`."""
+        blocks, columns = len(packed.slots), self.tables.history.shape[1]
+        view = block_view(packed, columns, [0] * blocks, [0] * blocks, width)
+        assert isinstance(self.forward, TreeForward)
+        logits, hidden = self.forward.run_packed(packed.tokens, view, packed.last)
+        return self._first_tokens(packed.rows, packed.lengths, packed.whole, logits, hidden, sampled, filtered)
 
     def _first_tokens(
-        self, host_slots: list[int], logits: torch.Tensor, hidden: torch.Tensor | None
-    ) -> list[StepOutput]:
-        tables, slots = self.tables, torch.tensor(host_slots, device=self.device)
-        sampling = tables.sampling(slots, *tables.flags(host_slots))
-        root = tables.head_nodes(slots)
-        draft = assemble(tables.pending(slots), root, tables.lookup[slots], tables.node_limit[slots], 1, 0, 0)
+        self,
+        slots: torch.Tensor,
+        length: torch.Tensor,
+        whole: torch.Tensor,
+        logits: torch.Tensor,
+        hidden: torch.Tensor | None,
+        sampled: bool,
+        filtered: bool,
+    ) -> torch.Tensor:
+        """Where a prompt is complete, its last token is the root of a tree of one: the walk emits the first token.
+        length -1: the row stays as it is."""
+        tables = self.tables
+        tables.length[slots] = torch.where(length >= 0, length, tables.length[slots])
+        draft = assemble(
+            tables.pending(slots), tables.head_nodes(slots), tables.lookup[slots], tables.node_limit[slots], 1, 0, 0
+        )
+        sampling = tables.sampling(slots, sampled, filtered)
         walk = accept(logits, draft, 0, sampling, tables.limits(slots))
-        facts = self._keep(slots, torch.ones_like(walk.finite), walk, hidden, torch.zeros_like(slots), sampling)
-        return self._outputs(host_slots, facts.tolist())
+        return self._keep(slots, whole.bool(), walk, hidden, torch.zeros_like(slots), sampling)
 
     @torch.inference_mode()
-    def decode(self, slots: Sequence[int], nodes: int) -> list[StepOutput]:
+    def decode(self, slots: Sequence[int], nodes: int) -> Started[StepOutput]:
+        self._put_admitted()
         host_slots, shape = list(slots), self._shapes[nodes]
         lengths = [self._host_length[slot] for slot in host_slots]
         flags = self.tables.flags(host_slots)
         if self._graphs is not None:
-            facts = self._graphs.run(host_slots, max(lengths) + nodes, shape, *flags)
+            # the step in flight may have added a tree to what the host knows
+            facts = self._graphs.run(host_slots, max(lengths) + MAX_NODES + nodes, shape, *flags)
         else:
             rows = torch.tensor(host_slots, device=self.device)
             active = torch.ones_like(rows, dtype=torch.bool)
-            facts = self.step(rows, active, host_slots, lengths, max(lengths) + nodes, shape, *flags).tolist()
-        return self._outputs(host_slots, facts)
+            facts = self.step(rows, active, host_slots, lengths, max(lengths) + nodes, shape, *flags)
+        owners = [self._owner[slot] for slot in host_slots]
+        by_slot = self._graphs is not None
+
+        def read(lines: list[list[int]]) -> list[StepOutput]:
+            mine = [lines[slot] for slot in host_slots] if by_slot else lines
+            return self._outputs(host_slots, owners, mine)
+
+        return Started(facts, read)
 
     def step(
         self,
@@ -147,6 +191,7 @@ class ModelRunner:
         """
         tables = self.tables
         limits: Limits = tables.limits(slots)
+        active = active & ~ended(tables.pending(slots), limits)  # the host, a step behind, may not know yet
         draft = assemble(
             tables.pending(slots), tables.head_nodes(slots), tables.lookup[slots], tables.node_limit[slots], *shape
         )
@@ -194,34 +239,46 @@ class ModelRunner:
         tables.keep_draft(slots, active, heads, found)
         return ready
 
-    def _outputs(self, host_slots: list[int], facts: list[list[int]]) -> list[StepOutput]:
+    def _outputs(
+        self, host_slots: list[int], owners: list[int], facts: list[list[int]], grow: bool = True
+    ) -> list[StepOutput]:
+        """grow: what was emitted lengthens the sequence (a first token does not: its place was counted before)."""
         outputs = []
-        for slot, (count, finished, finite, drafted, ready, *tokens) in zip(host_slots, facts, strict=True):
+        for slot, owner, (count, finished, finite, drafted, ready, *tokens) in zip(
+            host_slots, owners, facts, strict=True
+        ):
+            mine = owner == self._owner[slot]  # else the slot was given to another sequence meanwhile
             if finite:
-                self._host_length[slot] += count
+                if grow and mine:
+                    self._host_length[slot] += count
                 kept = tuple(tokens[:count])
                 outputs.append(StepOutput(slot, kept, drafted, bool(finished), False, ready))
             else:
-                self._poisoned.add(slot)
+                self._poison(slot)
                 outputs.append(StepOutput(slot, (), drafted, finished=True, failed=True))
         return outputs
+
+    def _poison(self, slot: int) -> None:
+        """Masked NaN rows of V would still give NaN: such a slot is zeroed before it rests or serves again."""
+        if self._prompts[slot]:
+            self._poisoned.add(slot)
+        else:
+            self.forward.zero(slot)  # freed while the step was under way
 
     def free(self, slot: int) -> None:
         if slot in self._poisoned or not self.can_reuse:
             self.forward.zero(slot)
             self._poisoned.discard(slot)
+        self._admitted = [row for row in self._admitted if row.slot != slot]  # ended before its first pass
         self._host_length[slot] = 0
         self._prompts[slot] = []
 
     def close(self) -> None:
         if self._graphs is not None:
+            torch.cuda.synchronize(self.device)  # a step may be under way
             self._graphs.close()
         self.forward.close()
         del self.forward, self.tables, self.drafter, self._graphs
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _rows(tensor: torch.Tensor | None, rows: list[int]) -> torch.Tensor | None:
-    return None if tensor is None else tensor[rows]

@@ -7,13 +7,25 @@ Invariant: everything that survives a step on the device is indexed by slot; the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from ..types import SamplingParams
 from .accept import Limits, Walk
 from .filters import Sampling
+from .transfer import to_device
 from .tree import HeadNodes
+
+
+class Admission(NamedTuple):
+    """A new sequence of a slot; `num_cached` tokens of its prompt are in the KV cache already."""
+
+    slot: int
+    prompt: Sequence[int]
+    params: SamplingParams
+    total: int
+    num_cached: int
 
 
 class SlotTables:
@@ -41,19 +53,32 @@ class SlotTables:
         self._eos_ids = tuple(eos_ids)
         self._params: list[SamplingParams | None] = [None] * slots
 
-    def admit(self, slot: int, prompt: Sequence[int], params: SamplingParams, total: int, num_cached: int) -> None:
-        """Fill a slot's row for a new sequence of which `num_cached` tokens are in the KV cache already."""
-        device = self.history.device
-        self.history[slot, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64, device=device)
-        self.length[slot], self.total[slot] = num_cached, total
-        self.node_limit[slot] = torch.iinfo(torch.int64).max if params.speculation else 1
-        self.eos[slot] = -1
-        if self._eos_ids and not params.ignore_eos:
-            self.eos[slot] = torch.tensor(self._eos_ids, device=device)
-        self.heads.tokens[slot], self.lookup[slot] = -1, -1
-        self.temperature[slot], self.top_p[slot], self.min_p[slot] = params.temperature, params.top_p, params.min_p
-        self.top_k[slot], self.seed[slot] = params.top_k, params.seed or 0
+    def note(self, slot: int, params: SamplingParams) -> None:
+        """The host's part of an admission: what kind of step the slot asks for."""
         self._params[slot] = params
+
+    def admit(self, rows: Sequence[Admission]) -> None:
+        """Fill the slots' rows for new sequences: three transfers, however many they are."""
+        device, longest = self.history.device, max(len(row.prompt) for row in rows)
+        history = torch.zeros(len(rows), longest, dtype=torch.int64)
+        whole, real = [], []
+        for number, (slot, prompt, params, total, num_cached) in enumerate(rows):
+            history[number, : len(prompt)] = torch.tensor(prompt)
+            limit = torch.iinfo(torch.int64).max if params.speculation else 1
+            eos = [-1 if params.ignore_eos else token for token in self._eos_ids or (-1,)]
+            whole.append([slot, num_cached, total, limit, params.top_k, params.seed or 0, *eos])
+            real.append([params.temperature, params.top_p, params.min_p])
+        columns = to_device(torch.tensor(whole, dtype=torch.int64), device)
+        slots = columns[:, 0]
+        for number, table in enumerate((self.length, self.total, self.node_limit, self.top_k, self.seed), 1):
+            table[slots] = columns[:, number]
+        self.eos[slots] = columns[:, 6:]
+        reals = to_device(torch.tensor(real, dtype=torch.float32), device)
+        for number, table in enumerate((self.temperature, self.top_p, self.min_p)):
+            table[slots] = reals[:, number]
+        self.history[slots, :longest] = to_device(history, device)
+        self.heads.tokens[slots] = -1
+        self.lookup[slots] = -1
 
     def flags(self, host_slots: Sequence[int]) -> tuple[bool, bool]:
         """Whether any of these rows samples, and whether any of them filters."""

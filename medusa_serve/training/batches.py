@@ -8,6 +8,7 @@ from. Row i is the base's hidden state h_t at t = p - 1 + i:
     its teacher is the base at t + 1 + d            that is, the hidden state of row i + d, one position further
 
 Rows of a sequence stand side by side, so the teacher of (row g, depth d) is row g + d's: no index table is needed.
+Together n rows and their teachers are n + 1 states that follow one another, from h_{p-1} on.
 """
 
 from __future__ import annotations
@@ -21,13 +22,12 @@ from torch import Tensor
 
 from .shards import Answers
 
-WINDOW = 64  # batches that are sorted by length together: little padding, and still a random order
-
 
 @dataclass(frozen=True)
 class Batch:
-    """ids (B, S), zeros behind a sequence's end · for the R rows: at (R) index into the flattened ids of t ·
-    place (R) i, and left (R) n - i: depth d has a target where d < left · sequence (B) numbers within the answers."""
+    """ids, (B, S) with zeros behind a sequence's end, or the text of all answers (N) · for the R rows: at (R) index
+    into the flattened ids of t · place (R) i, and left (R) n - i: depth d has a target where d < left · sequence (B)
+    numbers within the answers."""
 
     ids: Tensor
     at: Tensor
@@ -44,7 +44,7 @@ class Batch:
         token and the true drafts; first 2: the targets."""
         flat = self.ids.flatten()
         index = self.at[:, None] + first + torch.arange(depths, device=flat.device)
-        return flat[index.clamp(max=flat.numel() - 1)]
+        return flat[index.clamp(max=flat.numel() - 1)].long()
 
 
 def usable(answers: Answers, max_length: int) -> np.ndarray:
@@ -52,54 +52,56 @@ def usable(answers: Answers, max_length: int) -> np.ndarray:
     return np.flatnonzero((answers.answer_len >= 2) & (answers.prompt_len >= 1) & (answers.length <= max_length))
 
 
+def spread(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Runs of these lengths (B), `total` elements side by side → which run each is in, and its place there (total).
+
+    `total` is given, so that a device is not waited for.
+    """
+    ends = counts.cumsum(0)
+    index = torch.arange(total, device=counts.device)
+    run = torch.searchsorted(ends, index, right=True)
+    return run, index - (ends - counts)[run]
+
+
 def make_batch(answers: Answers, numbers: np.ndarray) -> Batch:
     """These sequences, in this order."""
     lengths = answers.length[numbers]
     width = int(lengths.max())
     ids = np.zeros((len(numbers), width), np.int64)
-    at, place, left = [], [], []
     for row, number in enumerate(numbers):
         ids[row, : lengths[row]] = answers.sequence(number)
-        first, count = int(answers.prompt_len[number]) - 1, int(answers.answer_len[number]) - 1
-        at.append(np.arange(count) + row * width + first)
-        place.append(np.arange(count))
-        left.append(count - np.arange(count))
-    rows = [torch.from_numpy(np.concatenate(parts).astype(np.int64)) for parts in (at, place, left)]
-    return Batch(torch.from_numpy(ids), rows[0], rows[1], rows[2], numbers)
+    counts = torch.from_numpy(answers.answer_len[numbers].astype(np.int64) - 1)
+    first = torch.from_numpy(np.arange(len(numbers)) * width + answers.prompt_len[numbers] - 1)
+    run, place = spread(counts, int(counts.sum()))
+    return Batch(torch.from_numpy(ids), first[run] + place, place, counts[run] - place, numbers)
 
 
-def plan_epoch(answers: Answers, numbers: np.ndarray, batch_tokens: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The batches of an epoch, each `batch_tokens` with its padding at most (but one sequence at least).
-
-    A function of its arguments alone, so that a resumed run sees the same batches.
-    """
-    random = np.random.default_rng([seed, epoch])
-    order = random.permutation(numbers)
-    mean = max(1.0, float(answers.length[numbers].mean())) if len(numbers) else 1.0
-    size = max(1, int(WINDOW * batch_tokens / mean))
-    batches: list[np.ndarray] = []
-    for start in range(0, len(order), size):
-        window = order[start : start + size]
-        window = window[np.argsort(answers.length[window], kind="stable")]
-        found = list(_fill(window, answers.length[window], batch_tokens))
-        batches += [found[i] for i in random.permutation(len(found))]
+def plan_epoch(answers: Answers, numbers: np.ndarray, batch_rows: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The batches of an epoch: all sequences in a random order, cut where `batch_rows` would be exceeded (but one
+    sequence at least). A function of its arguments alone, so that a resumed run sees the same batches."""
+    order = np.random.default_rng([seed, epoch]).permutation(numbers)
+    ends = np.cumsum(answers.answer_len[order] - 1)
+    batches, start, before = [], 0, 0
+    while start < len(order):
+        end = max(start + 1, int(np.searchsorted(ends, before + batch_rows, side="right")))
+        batches.append(order[start:end])
+        start, before = end, int(ends[end - 1])
     return batches
 
 
+def by_length(answers: Answers, numbers: np.ndarray) -> np.ndarray:
+    """The same sequences, the shortest first, so that passes over them have little padding."""
+    return numbers[np.lexsort((numbers, answers.length[numbers]))]
+
+
 def in_order(answers: Answers, numbers: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Batches of these sequences in the order given."""
-    start = 0
-    for end in range(1, len(numbers) + 1):
-        width = int(answers.length[numbers[start : end + 1]].max())
-        if end == len(numbers) or (end + 1 - start) * width > batch_tokens:
+    """Batches of these sequences in the order given, each `batch_tokens` with its padding at most (but one sequence
+    at least)."""
+    start = widest = 0
+    for end, length in enumerate(answers.length[numbers].tolist()):
+        widest = max(widest, length)
+        if end > start and (end + 1 - start) * widest > batch_tokens:
             yield numbers[start:end]
-            start = end
-
-
-def _fill(window: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Cut sequences of ascending length into batches."""
-    start = 0
-    for end in range(1, len(window) + 1):
-        if end == len(window) or (end + 1 - start) * int(lengths[end]) > batch_tokens:
-            yield window[start:end]
-            start = end
+            start, widest = end, length
+    if start < len(numbers):
+        yield numbers[start:]

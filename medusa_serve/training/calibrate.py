@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from ..model.tree import NUM_RANKS, RankPath, most_probable
 from .loss import Output
 
 SIZES = (4, 8, 16, 32, 64)  # nodes, the root counts
+FIT_ROWS = 2048  # rows that fit a tau: its error is then about 2 %
+TAUS = tuple(0.05 * 200 ** (i / 26) for i in range(27))  # 0.05 … 10, between which a fit looks
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,21 @@ class Ranks:
 NONE, PAST_END = 1 << 30, -1
 
 
+class Noise(NamedTuple):
+    """What the answers of R rows were sampled with, (R) each: temperature · seed · position of depth 0's target."""
+
+    temperature: Tensor
+    seed: Tensor
+    position: Tensor
+
+    def of(self, rows: slice | Tensor) -> Noise:
+        return Noise(*(each[rows] for each in self))
+
+    def scores(self, z: Tensor, depth: int, ids: Tensor) -> Tensor:
+        """log q / T + G, as the drafter ranks: z (R, V') logits of a depth, ids (V') → (R, V')."""
+        return z.float() / self.temperature[:, None] + gumbel(self.seed[:, None], self.position[:, None] + depth, ids)
+
+
 @torch.no_grad()
 def true_ranks(
     features: Tensor,
@@ -47,16 +64,10 @@ def true_ranks(
     output: Output,
     token_map: Tensor | None,
     vocab: int,
-    *,
-    temperature: float = 0.0,
-    seed: Tensor | None = None,
-    position: Tensor | None = None,
+    noise: Noise | None = None,
 ) -> Tensor:
-    """(R, D) ranks of the targets (R, D; base ids) among the candidates that `features` (R, D, H) give.
-
-    temperature > 0: ranked as the drafter does, log q / T + G with the noise of (seed (R), position (R) + d), where
-    `position` is depth 0's. Equal logits are ranked by their index, as good as any.
-    """
+    """(R, D) ranks of the targets (R, D; base ids) among the candidates that `features` (R, D, H) give, with the noise
+    of sampled answers where there is some. Equal logits are ranked by their index, as good as any."""
     index = _draft_index(token_map, vocab, targets)
     ids = torch.arange(output.weight.shape[0], device=targets.device) if token_map is None else token_map
     out = torch.empty_like(targets)
@@ -64,10 +75,8 @@ def true_ranks(
         for start in range(0, len(targets), output.chunk()):
             part = slice(start, start + output.chunk())
             z = output.logits(features[part, depth])
-            if temperature > 0:
-                assert seed is not None
-                assert position is not None
-                z = z.float() / temperature + gumbel(seed[part, None], position[part, None] + depth, ids)
+            if noise is not None:
+                z = noise.of(part).scores(z, depth, ids)
             true = index[part, depth].clamp(min=0)[:, None]
             score = z.gather(1, true)
             before = torch.arange(z.shape[1], device=z.device) < true
@@ -148,21 +157,40 @@ def forecast(ranks: Ranks, table: Sequence[Sequence[float]] | None = None) -> di
 
 
 @torch.no_grad()
-def fit_tau(features: Tensor, targets: Tensor, output: Output, token_map: Tensor | None, vocab: int) -> float:
-    """The temperature at which softmax(log q / tau) predicts the true token best (features (R, H), targets (R)): what
-    turns a depth's scores into probabilities, so that nodes of different depths compare."""
+def fit_tau(
+    features: Tensor,
+    targets: Tensor,
+    output: Output,
+    token_map: Tensor | None,
+    vocab: int,
+    noise: Noise | None = None,
+    depth: int = 0,
+) -> float:
+    """The temperature at which softmax(log q / tau), or softmax((log q / T + G) / tau) of sampled answers, predicts the
+    true tokens best: what turns a depth's scores into probabilities, so that nodes of all depths compare.
+
+    features (R, H), targets (R; base ids) of one depth. A tau below 1: the heads' order is surer than q says. 1.0
+    without rows.
+    """
     index = _draft_index(token_map, vocab, targets)
-    features, index = features[index >= 0][: output.chunk()], index[index >= 0][: output.chunk()]
-    if not len(index):
+    rows = (index >= 0).nonzero()[:, 0]
+    if not len(rows):
         return 1.0
-    z = output.logits(features).float()
+    rows = rows[:: 1 + (len(rows) - 1) // FIT_ROWS]  # spread over all answers
+    ids = torch.arange(output.weight.shape[0], device=targets.device) if token_map is None else token_map
+    costs = torch.zeros(len(TAUS), dtype=torch.float64, device=targets.device)
+    for part in rows.split(output.chunk()):
+        z = output.logits(features[part])
+        z = z.float() if noise is None else noise.of(part).scores(z, depth, ids)
+        true = z.gather(1, index[part, None])[:, 0]
+        costs += torch.stack([((z / tau).logsumexp(dim=-1) - true / tau).double().sum() for tau in TAUS])
+    return _lowest(costs.tolist())
 
-    def cost(log_tau: float) -> float:
-        scaled = z / math.exp(log_tau)
-        return float((scaled.logsumexp(dim=-1) - scaled.gather(1, index[:, None])[:, 0]).mean())
 
-    low, high = math.log(0.1), math.log(10.0)
-    for _ in range(24):  # the cost has one minimum in 1 / tau (it is convex there), so thirds close in on it
-        a, b = low + (high - low) / 3, high - (high - low) / 3
-        low, high = (low, b) if cost(a) < cost(b) else (a, high)
-    return math.exp((low + high) / 2)
+def _lowest(costs: Sequence[float]) -> float:
+    """The tau of least cost: the foot of the parabola through the best of TAUS and its neighbours, in log tau."""
+    at = min(range(1, len(costs) - 1), key=lambda i: costs[i])  # one minimum: the costs are convex in 1 / tau
+    before, here, after = costs[at - 1 : at + 2]
+    bend = before - 2 * here + after
+    shift = (before - after) / (2 * bend) if bend > 0 else 0.0
+    return TAUS[at] * (TAUS[1] / TAUS[0]) ** max(-1.0, min(1.0, shift))

@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--distill-seconds", type=float, default=360.0)
+    parser.add_argument("--temperatures", type=_temperatures, default=DistillConfig().temperatures, metavar="T,…")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--max-prompt", type=int, default=512)
     parser.add_argument("--slots", type=int, default=None, help="sequences that are answered at once")
@@ -92,13 +93,30 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--depth", type=int, default=5)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--decay", type=float, default=0.8)
-    parser.add_argument("--batch-tokens", type=int, default=None)
+    parser.add_argument("--batch-rows", type=int, default=None, help="answer positions of a training step")
     parser.add_argument("--draft-vocab", type=int, default=16384)
+    parser.add_argument("--layers", type=int, default=1, help="blocks of a head, or of the sequential cell")
+    parser.add_argument("--width", type=int, default=None, help="of the sequential cell's state, as the next two")
     parser.add_argument("--inner", type=int, default=1024)
     parser.add_argument("--readout", type=int, default=512)
+    parser.add_argument(
+        "--hidden-inputs",
+        type=_indexes,
+        default=(-1,),
+        metavar="I,…",
+        help="what sequential heads read: --hidden-inputs=-1,20",
+    )
     parser.add_argument("--tag", default="", help="added to the families' names: one run beside another")
     parser.add_argument("--held-out", type=int, default=512)
     return parser
+
+
+def _indexes(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _temperatures(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
 
 
 def say(text: str) -> None:
@@ -138,8 +156,9 @@ def shuffled(prompts: list[Prompt]) -> list[Prompt]:
 
 def distill_training(loaded: LoadedModel, prompts: list[Prompt], options: argparse.Namespace) -> None:
     config = DistillConfig(
-        max_tokens=options.max_tokens, max_prompt=options.max_prompt, seconds=options.distill_seconds
-    )
+        temperatures=options.temperatures, max_tokens=options.max_tokens, max_prompt=options.max_prompt,
+        seconds=options.distill_seconds,
+    )  # fmt: skip
     slots = options.slots
     answer(loaded, prompts, Path(options.work) / "answers", config, slots)
     answers = read_answers(Path(options.work) / "answers")
@@ -169,8 +188,10 @@ def train_family(loaded: LoadedModel, family: Any, options: argparse.Namespace) 
     name = family + options.tag
     config = TrainConfig(
         family=family, out=str(Path(options.work) / "heads" / name), minutes=minutes, num_heads=options.depth,
-        lr=options.lr, decay=options.decay, batch_tokens=options.batch_tokens, draft_vocab=options.draft_vocab,
-        inner=options.inner, readout=options.readout, held_out=options.held_out, licence=LICENCE,
+        lr=options.lr, decay=options.decay, batch_rows=options.batch_rows, draft_vocab=options.draft_vocab,
+        num_layers=options.layers, width=options.width, inner=options.inner, readout=options.readout,
+        hidden_inputs=options.hidden_inputs if family == "sequential" else (-1,),
+        held_out=options.held_out, licence=LICENCE,
         report_seconds=20.0 if loaded.device.type == "cuda" else 60.0,
     )  # fmt: skip
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
@@ -198,6 +219,7 @@ def evaluate(loaded: LoadedModel, family: str, prompts: list[Prompt], options: a
         folder, hidden_size=teacher.hidden_size, vocab_size=teacher.vocab_size, dtype=loaded.dtype,
         device=loaded.device, base_model=loaded.model,
     )  # fmt: skip
+    teacher = Teacher(loaded.model, info.hidden_inputs)
     result: dict[str, Any] = {"family": family, "heads": str(folder), "parameters": info.num_parameters}
     lines = [f"{name}: tokens per step with the best static tree, forecast on the evaluation set"]
     lines.append(f"{'':28}" + "".join(f"{size:>8}" for size in SIZES) + "   answers")

@@ -20,6 +20,7 @@ from ..types import Delta, SamplingParams, TextCodec
 from .prompts import Prompt
 from .shards import done_indexes, open_folder, write_shard
 
+ENCODE = 512  # prompts that are tokenized at once
 LOOP = 8  # tokens; an answer in which some run of so many stands three times is a loop
 
 
@@ -141,17 +142,14 @@ def describe(config: DistillConfig, prompts: Sequence[Prompt], model_name: str, 
 def jobs(codec: TextCodec, prompts: Sequence[Prompt], config: DistillConfig, done: Iterable[int]) -> Iterator[Job]:
     """The jobs that are left. Prompts that the template refuses or that are too long are passed over."""
     skip = set(done)
-    for index, prompt in enumerate(prompts):
-        if index in skip:
-            continue
-        number = int.from_bytes(hashlib.sha256(f"{config.seed}:{index}".encode()).digest()[:8], "little")
-        try:
-            ids = encode(codec, prompt.text)
-        except InvalidRequest:
-            continue
-        if 0 < len(ids) <= config.max_prompt:
-            temperature = float(config.temperatures[number % len(config.temperatures)])
-            yield Job(index, number >> 33, temperature, tuple(ids))
+    left = [index for index in range(len(prompts)) if index not in skip]
+    for start in range(0, len(left), ENCODE):
+        block = left[start : start + ENCODE]
+        for index, ids in zip(block, codec.encode_many([prompts[index].text for index in block]), strict=True):
+            if ids and len(ids) <= config.max_prompt:
+                number = int.from_bytes(hashlib.sha256(f"{config.seed}:{index}".encode()).digest()[:8], "little")
+                temperature = float(config.temperatures[number % len(config.temperatures)])
+                yield Job(index, number >> 33, temperature, tuple(ids))
 
 
 def encode(codec: TextCodec, text: str) -> list[int]:

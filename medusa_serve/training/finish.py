@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..model.checkpoints import save_heads
 from ..model.heads import Heads, HeadsInfo, SequentialHeads, num_parameters
+from ..model.tree import NUM_RANKS
 from .batches import in_order, make_batch
-from .calibrate import PAST_END, Ranks, conditional_ranks, fit_tau, forecast, top_shares, true_ranks
+from .calibrate import PAST_END, Noise, Ranks, conditional_ranks, fit_tau, forecast, top_shares, true_ranks
 from .distill import first_loop
 from .shards import Answers
 from .teacher import Teacher, head_features
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .train_heads import TrainConfig
 
 SAMPLED = 0.7  # the temperature whose acceptance is forecast beside the greedy one
+TAU_ROWS = 8192  # rows that a calibration of tau looks at
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,19 @@ class Measured:
     sampled: dict[int, float]
     ranks: list[list[float]]
     tau: list[float]
+    noise_tau: list[float] | None
     provenance: dict[str, Any]
 
 
 def choose_held_out(answers: Answers, numbers: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(held out, training) sequence numbers: at most a tenth is held out, half of it greedy answers and half answers
-    near T = 0.7, in a fixed random order, greedy first. Greedy ones alone say what greedy decoding accepts."""
+    near T = 0.7 (or at what T there is), in a fixed random order, greedy first. Greedy ones alone say what greedy
+    decoding accepts."""
     order = np.random.default_rng(2024).permutation(numbers)
     count = max(1, min(count, len(order) // 10))
     greedy = order[answers.temperature[order] == 0]
     warm = order[np.abs(answers.temperature[order] - SAMPLED) < 1e-4]
+    warm = warm if len(warm) else order[answers.temperature[order] > 0]
     chosen = [greedy[: max(1, count // 2)], warm[: count // 2]]
     if not len(greedy):  # nothing greedy at hand: any answers, then
         chosen = [order[:count]]
@@ -56,7 +61,42 @@ def choose_held_out(answers: Answers, numbers: np.ndarray, count: int) -> tuple[
     return held, np.setdiff1d(numbers, held)
 
 
-@torch.no_grad()
+class Rows(NamedTuple):
+    """Some answers as the heads see them. lengths: rows of each answer · features (R, D, H) · targets (R, D) base ids ·
+    left (R): depths with a target · noise: of sampled answers"""
+
+    chosen: np.ndarray
+    lengths: np.ndarray
+    features: Tensor
+    targets: Tensor
+    left: Tensor
+    noise: Noise | None
+
+
+def passes(
+    heads: Heads,
+    teacher: Teacher,
+    answers: Answers,
+    numbers: np.ndarray,
+    batch_tokens: int,
+    autocast: Callable[[], Any],
+    sampled: bool,
+) -> Iterator[Rows]:
+    """These answers in order, a batch at a time. sampled: all of them are, each with its own seed and temperature."""
+    for chosen in in_order(answers, numbers, batch_tokens):
+        batch = make_batch(answers, chosen).to(teacher.device)
+        with torch.no_grad(), autocast():
+            features = head_features(heads, teacher.hidden(batch.ids)[0][batch.at], batch)
+        lengths = answers.answer_len[chosen] - 1
+        noise = None
+        if sampled:
+            first = answers.prompt_len[chosen] + 1  # position of the first drafted token, after the pending one
+            facts = (answers.temperature[chosen], answers.seed[chosen], first)
+            warmth, seed, start = (torch.from_numpy(np.repeat(x, lengths)).to(teacher.device) for x in facts)
+            noise = Noise(warmth, seed, start + batch.place)
+        yield Rows(chosen, lengths, features, batch.tokens(heads.max_depth, first=2), batch.left, noise)
+
+
 def measure(
     heads: Heads,
     teacher: Teacher,
@@ -70,23 +110,11 @@ def measure(
     at this temperature, ranked with each one's own noise."""
     output, token_map = teacher.output(heads.token_map), heads.token_map
     parts = []
-    for chosen in in_order(answers, numbers, batch_tokens):
-        batch = make_batch(answers, chosen).to(teacher.device)
-        inputs, _ = teacher.hidden(batch.ids)
-        with autocast():
-            features = head_features(heads, inputs[batch.at], batch)
-        lengths = answers.answer_len[chosen] - 1
-        each = torch.from_numpy(np.repeat(np.arange(len(chosen)), lengths)).to(teacher.device)
-        ranks = true_ranks(
-            features, batch.tokens(heads.max_depth, first=2), batch.left, output, token_map, teacher.vocab_size,
-            temperature=temperature,
-            seed=torch.from_numpy(answers.seed[chosen]).to(teacher.device)[each],
-            position=batch.at % batch.ids.shape[1] + 2,
-        )  # fmt: skip
-        looped = np.array(
-            [first_loop(answers.sequence(n)[int(answers.prompt_len[n]) :].tolist()) is not None for n in chosen]
-        )
-        parts.append(Ranks(ranks.cpu().numpy(), lengths, looped))
+    for rows in passes(heads, teacher, answers, numbers, batch_tokens, autocast, temperature > 0):
+        ranks = true_ranks(rows.features, rows.targets, rows.left, output, token_map, teacher.vocab_size, rows.noise)
+        said = [answers.sequence(n)[int(answers.prompt_len[n]) :].tolist() for n in rows.chosen]
+        looped = np.array([first_loop(answer) is not None for answer in said])
+        parts.append(Ranks(ranks.cpu().numpy(), rows.lengths, looped))
     joined = parts[0]
     for part in parts[1:]:
         joined = joined.joined(part)
@@ -100,29 +128,29 @@ def calibrate_tau(
     numbers: np.ndarray,
     batch_tokens: int,
     autocast: Callable[[], Any],
+    sampled: bool,
 ) -> list[float]:
-    """Per depth, from a part of these answers; rows whose earlier tokens were no candidates are left out."""
-    features, targets, ranks, rows = [], [], [], 0
-    output, token_map, vocab = teacher.output(heads.token_map), heads.token_map, teacher.vocab_size
-    for chosen in in_order(answers, numbers, batch_tokens):
-        batch = make_batch(answers, chosen).to(teacher.device)
-        with torch.no_grad(), autocast():
-            found = head_features(heads, teacher.hidden(batch.ids)[0][batch.at], batch)
-        true = batch.tokens(heads.max_depth, first=2)
-        ranks.append(true_ranks(found, true, batch.left, output, token_map, vocab))
-        features.append(found)
-        targets.append(true)
-        rows += len(true)
-        if rows >= 8192:
+    """Per depth, tau from a part of these greedy answers, or noise_tau from sampled ones; rows whose earlier tokens
+    were no candidates are left out."""
+    parts: list[Rows] = []
+    for rows in passes(heads, teacher, answers, numbers, batch_tokens, autocast, sampled):
+        parts.append(rows)
+        if sum(len(part.left) for part in parts) >= TAU_ROWS:
             break
-    joined, true, rank = torch.cat(features), torch.cat(targets), torch.cat(ranks)
-    alive = torch.ones(len(true), dtype=torch.bool, device=teacher.device)
+    features, targets = torch.cat([part.features for part in parts]), torch.cat([part.targets for part in parts])
+    left = torch.cat([part.left for part in parts])
+    drawn = [part.noise for part in parts if part.noise is not None]
+    noise = Noise(*(torch.cat(each) for each in zip(*drawn, strict=True))) if drawn else None
+    output, token_map, vocab = teacher.output(heads.token_map), heads.token_map, teacher.vocab_size
+    rank = true_ranks(features, targets, left, output, token_map, vocab, noise)
+    alive = torch.ones(len(left), dtype=torch.bool, device=left.device)
     taus = []
     for depth in range(heads.max_depth):
         alive = alive & (rank[:, depth] != PAST_END)
-        tau = fit_tau(joined[alive, depth], true[alive, depth], output, token_map, vocab)
+        mine = None if noise is None else noise.of(alive)
+        tau = fit_tau(features[alive, depth], targets[alive, depth], output, token_map, vocab, mine, depth)
         taus.append(round(tau, 4))
-        alive = alive & (rank[:, depth] < 10)
+        alive = alive & (rank[:, depth] < NUM_RANKS)
     return taus
 
 
@@ -143,7 +171,9 @@ def finish(
     warm = held_out[np.abs(answers.temperature[held_out] - SAMPLED) < 1e-4]
     greedy = measure(heads, teacher, answers, cold, size, autocast)
     table = conditional_ranks(greedy)
-    tau = calibrate_tau(heads, teacher, answers, cold, size, autocast)
+    tau = calibrate_tau(heads, teacher, answers, cold, size, autocast, sampled=False)
+    hot = warm if len(warm) else held_out[answers.temperature[held_out] > 0]
+    noise_tau = calibrate_tau(heads, teacher, answers, hot, size, autocast, sampled=True) if len(hot) else None
     sampled = forecast(measure(heads, teacher, answers, warm, size, autocast, SAMPLED)) if len(warm) else {}
     ahead = forecast(greedy, table)
     provenance = {
@@ -155,10 +185,10 @@ def finish(
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "licence": config.licence,
     }
-    info = describe(heads, teacher, table, tau, provenance)
+    info = describe(heads, teacher, table, tau, provenance, noise_tau)
     path = save_heads(heads, info, config.out)
     shares = top_shares(greedy, 1), top_shares(greedy, 5)
-    return Measured(str(path), float(facts["loss"]), *shares, ahead, sampled, table, tau, provenance)
+    return Measured(str(path), float(facts["loss"]), *shares, ahead, sampled, table, tau, noise_tau, provenance)
 
 
 def describe(
@@ -167,6 +197,7 @@ def describe(
     table: list[list[float]] | None,
     tau: list[float] | None,
     provenance: dict[str, Any],
+    noise_tau: list[float] | None = None,
 ) -> HeadsInfo:
     mapped: Tensor | None = heads.token_map
     return HeadsInfo(
@@ -182,6 +213,7 @@ def describe(
         hidden_inputs=teacher.hidden_inputs,
         ranks=table and [[round(share, 6) for share in row] for row in table],
         tau=tau,
+        noise_tau=noise_tau,
         provenance=provenance,
     )
 

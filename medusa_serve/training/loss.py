@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # logits of a chunk: a few fp32 copies of it exist at a time
+CHUNK = {"cpu": 1 << 23, "cuda": 1 << 26}  # logits of a chunk: a few fp32 copies of it exist at a time
 
 
 class Output(NamedTuple):
@@ -34,6 +34,13 @@ class Output(NamedTuple):
         """x (R, H) → (R, V') float32 (float64 stays)."""
         return torch.log_softmax(self.capped(self.logits(x)) / temperature, dim=-1)
 
+    def probs(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
+        """logits (R, V') → (R, V') float32 (float64 stays)."""
+        if self.softcap is not None or temperature != 1.0:
+            return torch.softmax(self.capped(logits) / temperature, dim=-1)
+        # the cast is part of it: fp16 logits on a GPU are read once
+        return torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
     def capped(self, logits: Tensor) -> Tensor:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
@@ -44,8 +51,9 @@ class Output(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """total: Σ over depths of weight × cross-entropy, a number per row (it is divided by the rows) · per_depth (D) mean
-    cross-entropies · grad (R, D, H) of `total` in the features, times `scale`."""
+    """grad (R, D, H) of the loss in the features, times `scale` · total: Σ over depths of weight × cross-entropy, a
+    number per row (it is divided by the rows) · per_depth (D) mean cross-entropies; the last two NaN unless asked for.
+    """
 
     total: Tensor
     per_depth: Tensor
@@ -60,39 +68,56 @@ def soft_loss(
     output: Output,
     weights: Tensor,
     *,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     temperature: float = 1.0,
     chunk: int | None = None,
+    value: bool = True,
 ) -> Loss:
     """Depth-weighted cross-entropy of students against teachers, and its gradient.
 
     features (R, D, H) of the heads · teacher (R, H): the base's hidden states one position after the rows · place (R):
     index of a row in its sequence; (row g, depth d) counts where place[g + d] >= d, that is, both lie in one sequence
-    · weights (D) · scale multiplies the gradient (fp16) · temperature of the teacher
+    · weights (D) · scale multiplies the gradient (fp16) · temperature of the teacher · value: the loss itself too
     """
     rows, depths, _ = features.shape
     step = chunk or output.chunk()
     grad = torch.zeros_like(features)
     sums = torch.zeros(depths, dtype=torch.float64, device=features.device)
-    counts = torch.stack([(place >= depth).sum() for depth in range(depths)])
     for start in range(0, rows, step):
         end = min(start + step, rows)
-        target = output.log_probs(teacher[start:end], temperature).exp_()
+        target = output.probs(output.logits(teacher[start:end]), temperature)
         for depth in range(min(depths, end)):
             low = max(start, depth)
             mine, p = slice(low - depth, end - depth), target[low - start :]
-            counted = (place[low:end] >= depth).to(p.dtype)
             z = output.logits(features[mine, depth])
-            log_q = torch.log_softmax(output.capped(z), dim=-1)
-            sums[depth] -= (torch.einsum("rv,rv->r", p, log_q) * counted).sum()
-            slope = log_q.exp_().sub_(p).mul_((counted * weights[depth])[:, None])
+            q, counted = output.probs(z), place[low:end] >= depth
+            if value:
+                sums[depth] += (_cross_entropy(output.capped(z), q, p) * counted).sum()
+            slope = _difference(q, p, output.weight.dtype)
             if output.softcap is not None:  # d tanh
                 slope *= 1.0 - (output.capped(z) / output.softcap).square()
-            grad[mine, depth] = (slope.to(output.weight.dtype) @ output.weight).to(grad.dtype)
+            # a row's weight is a factor of its gradient too, which is much narrower than the slope
+            grad[mine, depth] = (slope @ output.weight).to(grad.dtype) * (counted * weights[depth])[:, None]
     per_row = max(rows, 1)
     grad *= scale / per_row  # afterwards: in fp16 the small slopes would vanish before the product
-    total = (sums * weights).sum() / per_row
-    return Loss(total, sums / counts.clamp(min=1), grad)
+    if not value:
+        sums.fill_(torch.nan)
+        return Loss(sums.sum(), sums, grad)
+    counts = torch.stack([(place >= depth).sum() for depth in range(depths)])
+    return Loss((sums * weights).sum() / per_row, sums / counts.clamp(min=1), grad)
+
+
+def _cross_entropy(z: Tensor, q: Tensor, p: Tensor) -> Tensor:
+    """-Σ p log q of each row, for q = softmax(z): as Σ p = 1 it is logsumexp(z) - Σ p z, and log q is never made.
+    All (R, V') → (R)."""
+    most, at = z.max(dim=-1)
+    normaliser = most - q.gather(-1, at[:, None])[:, 0].log()
+    return normaliser - torch.einsum("rv,rv->r", p, z)
+
+
+def _difference(q: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
+    """q - p in `dtype`, q overwritten or cast in the same pass."""
+    return q.sub_(p) if q.dtype == dtype else torch.sub(q, p, out=torch.empty_like(q, dtype=dtype))
 
 
 def plain_loss(

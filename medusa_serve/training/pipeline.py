@@ -33,21 +33,6 @@ PREFILL_TOKENS = 16384
 Note = Callable[[str], None]
 
 
-class NoText:
-    """A codec for an engine whose text nobody reads: turning ids into text would cost more than the decode step."""
-
-    has_chat_template = False
-
-    def encode(self, text: str) -> list[int]:
-        return []
-
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        return []
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return ""
-
-
 @contextmanager
 def answering(loaded: LoadedModel, config: DistillConfig, slots: int) -> Iterator[Generate]:
     """The serving engine without heads, lookup and text, its prefill passes packed full."""
@@ -64,7 +49,7 @@ def answering(loaded: LoadedModel, config: DistillConfig, slots: int) -> Iterato
         max_queue=slots,
     )
     built = build_runner(loaded.model, plain, eos_ids=eos, max_positions=loaded.max_positions)
-    manager = BatchManager(built.runner, NoText(), plain, model_name=loaded.name)
+    manager = BatchManager(built.runner, None, plain, model_name=loaded.name)
     manager.start()
     try:
         yield engine_generate(manager, config.max_tokens)

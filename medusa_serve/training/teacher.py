@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoadError
+from ..model.forward import HiddenTap
 from ..model.heads import Heads, MedusaHeads, SequentialHeads
 from .batches import Batch
 from .loss import Output
@@ -38,25 +39,26 @@ class Teacher:
 
     @torch.no_grad()
     def hidden(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """ids (B, S), padded on the right → what the heads read (B·S, M·H), and the last hidden state (B·S, H).
+        """ids (B, S), padded on the right → what the heads read (B·S, M·H), and the last hidden state (B·S, H), which
+        is the first part of it.
 
         No mask: attention is causal, so padding behind a sequence changes nothing in it.
         """
-        kept: list[Tensor] = []
 
-        def keep(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            kept.append(args[0])
+        def first(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return (args[0][:, :1], *args[1:])  # so that the logits of all positions never exist
 
-        handle = self.output_layer.register_forward_pre_hook(keep)
+        tap = HiddenTap(self.model, self.hidden_inputs)  # as when the heads serve; it sees the input before `first`
+        handle = self.output_layer.register_forward_pre_hook(first)
         try:
-            more = len(self.hidden_inputs) > 1
-            out = self.model(input_ids=ids, use_cache=False, output_hidden_states=more)
+            self.model(input_ids=ids, use_cache=False)
+            states = tap.take()
         finally:
             handle.remove()
-        last = kept[0].flatten(0, 1)
-        others = [out.hidden_states[index].flatten(0, 1) for index in self.hidden_inputs[1:]] if more else []
-        return torch.cat([last, *others], dim=-1) if others else last, last
+            tap.close()
+        assert states is not None
+        states = states.flatten(0, 1)
+        return states, states[:, : self.hidden_size]
 
     def output(self, token_map: Tensor | None) -> Output:
         """The output layer's rows of the draft vocabulary."""
@@ -95,6 +97,7 @@ def new_heads(config: TrainConfig, teacher: Teacher, token_map: Tensor | None) -
                 hidden_inputs=len(config.hidden_inputs), embed_size=teacher.embed_size, max_depth=config.num_heads,
                 token_map=token_map,
             )  # fmt: skip
+            heads.hidden_indexes = teacher.hidden_inputs
     heads = heads.to(teacher.device, torch.float32)
     teacher.attach(heads)
     return heads

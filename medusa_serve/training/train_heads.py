@@ -1,7 +1,8 @@
 """Train heads on a model's own answers: time-budgeted, resumable, ending with calibrated heads in a folder.
 
 Nothing but the heads changes. Their master weights are fp32; the body runs in the base's dtype under autocast, the loss
-in fp32. A run that is interrupted goes on from `<out>.training/state.pt` when the same command is given again.
+in fp32. The base runs once over the answers, as far as there is memory to keep its hidden states (hidden_store.py). A
+run that is interrupted goes on from `<out>.training/state.pt` when the same command is given again.
 """
 
 from __future__ import annotations
@@ -10,113 +11,33 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import check_int
-from ..errors import InvalidConfig, LoadError
+from ..errors import LoadError
 from ..model.checkpoints import save_heads
-from ..model.heads import Heads, SequentialHeads
-from .batches import Batch, make_batch, plan_epoch, usable
+from ..model.heads import SequentialHeads, num_parameters
+from .batches import make_batch, plan_epoch, usable
 from .calibrate import forecast, top_shares
 from .finish import Measured, choose_held_out, describe, finish, measure
+from .hidden_store import HiddenStore, memory_to_spare
 from .loss import soft_loss
 from .shards import Answers
+from .step import MAX_SKIPPED, Stepper, schedule
 from .teacher import Teacher, draft_vocabulary, head_features, new_heads
+from .train_config import Report, TrainConfig
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
-CLIP, FLOOR = 1.0, 0.02  # gradient norm at most; the learning rate ends at this share of its peak
-MAX_SKIPPED = 50  # steps in a row without finite gradients: something is wrong for good
-FREE = ("out", "minutes", "checkpoint_seconds", "report_seconds", "licence")  # may change when a run goes on
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """What is trained, and for how long. Exactly one of minutes and steps is set.
-
-    num_heads      depths: heads of the Medusa family, the deepest depth of the sequential one
-    num_layers     residual blocks a head, or blocks a cell · width, inner, readout: sizes of the sequential cell
-    draft_vocab    the most frequent tokens of the answers; 0: the whole vocabulary
-    batch_tokens   of one step, padding and prompts counted; None: from the device, halved until it fits
-    decay          depth d counts decay^d in the loss
-    held_out       answers that never train; the forecast is made on them
-    """
-
-    family: Literal["medusa", "sequential"]
-    out: str
-    minutes: float | None = None
-    steps: int | None = None
-    num_heads: int = 5
-    num_layers: int = 1
-    width: int | None = None
-    inner: int = 1024
-    readout: int = 512
-    hidden_inputs: tuple[int, ...] = (-1,)
-    draft_vocab: int = 16384
-    batch_tokens: int | None = None
-    max_length: int = 1024
-    lr: float = 1e-3
-    warmup: float = 0.03
-    weight_decay: float = 0.01
-    decay: float = 0.8
-    teacher_temperature: float = 1.0
-    held_out: int = 256
-    seed: int = 0
-    checkpoint_seconds: float = 60.0
-    report_seconds: float = 30.0
-    licence: str = ""
-
-    def __post_init__(self) -> None:
-        if self.family not in ("medusa", "sequential"):
-            raise InvalidConfig(f"family must be medusa or sequential, not {self.family!r}.", param="family")
-        if not isinstance(self.out, str) or not self.out.strip():
-            raise InvalidConfig("out must name a folder.", param="out")
-        if (self.minutes is None) == (self.steps is None):
-            raise InvalidConfig("Set either minutes or steps.", param="minutes")
-        for name, low, high in (("num_heads", 1, 16), ("num_layers", 1, 8), ("inner", 1, 2**16), ("readout", 1, 2**16)):
-            check_int(self, name, low, high)
-        for name, low in (("steps", 1), ("width", 1), ("batch_tokens", 1)):
-            check_int(self, name, low, 2**31, optional=True)
-        for name, low in (("draft_vocab", 0), ("max_length", 4), ("held_out", 1), ("seed", 0)):
-            check_int(self, name, low, 2**31)
-        for name, above in (("minutes", 0), ("lr", 0), ("decay", 0), ("teacher_temperature", 0)):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and above < value < math.inf):
-                raise InvalidConfig(f"{name} must be a positive number, not {value!r}.", param=name)
-        if self.family == "medusa" and tuple(self.hidden_inputs) != (-1,):
-            raise InvalidConfig("Medusa heads read the last hidden state only.", param="hidden_inputs")
-
-
-@dataclass(frozen=True)
-class Report:
-    """Where a run stands. top1, top5: shares per depth on held-out answers; forecast: acceptance by nodes."""
-
-    step: int
-    fraction: float
-    elapsed: float
-    loss: float
-    tokens: int
-    skipped: int
-    top1: list[float]
-    top5: list[float]
-    forecast: dict[int, float]
-
-    @property
-    def line(self) -> str:
-        bar = "█" * int(self.fraction * 20)
-        per = " ".join
-        return (
-            f"{bar:░<20} {self.fraction:4.0%} {int(self.elapsed) // 60}:{int(self.elapsed) % 60:02d} step {self.step}"
-            f"  loss {self.loss:.3f}  top-1 {per(f'{x:.0%}' for x in self.top1)}"
-            f"  top-5 {per(f'{x:.0%}' for x in self.top5)}"
-            f"  forecast {per(f'{n}:{x:.2f}' for n, x in self.forecast.items())}"
-            f"  {self.tokens / max(self.elapsed, 1e-9):,.0f} tokens/s"
-            + (f"  {self.skipped} skipped" * bool(self.skipped))
-        )
+BATCH_ROWS = {"cpu": 1024, "cuda": 8192}
+VALUE_EVERY = 10  # steps: the loss itself is only looked at
+FILL_SHARE = 0.3  # of the time that is left, at most, to have the base's hidden states before the first step
+# options that may change when a run goes on
+FREE = ("out", "minutes", "keep_gib", "checkpoint_seconds", "report_seconds", "licence")
+COUNTS = ("step", "epoch", "place", "tokens", "elapsed", "prepared", "batch_rows")
 
 
 def check_output(config: TrainConfig) -> None:
@@ -149,6 +70,7 @@ def train(
     run = Run(teacher, answers, config, model_name)
     run.resume(note)
     run.fit(note)
+    run.fill(note)
     try:
         run.loop(progress)
     finally:  # also when interrupted; a state with bad numbers is never kept, because such steps are skipped
@@ -173,12 +95,12 @@ class Run:
         self.output = teacher.output(self.heads.token_map)
         self.weights = config.decay ** torch.arange(config.num_heads, device=self.device, dtype=torch.float64)
         self.weights = self.weights.float()
-        self.optimizer = _optimizer(self.heads, config)
-        self.batch_tokens = config.batch_tokens or BATCH_TOKENS[self.device.type]
-        self.step = self.epoch = self.place = self.tokens = self.skipped = 0
-        self.elapsed, self.loss = 0.0, math.nan
-        self.scale = 2.0**12 if teacher.dtype == torch.float16 else 1.0  # of the gradient, against underflow
-        self._good = self._bad = 0
+        self.stepper = Stepper(self.heads, config.lr, config.weight_decay, teacher.dtype)
+        self.store = HiddenStore(teacher, answers)
+        self.batch_rows = config.batch_rows or BATCH_ROWS[self.device.type]
+        self.step = self.epoch = self.place = self.tokens = 0
+        self.elapsed = self.prepared = 0.0  # seconds, and those among them before steps began
+        self._transient = 0  # bytes that a step takes for a while
         self.state_path = Path(config.out.rstrip("/") + ".training") / "state.pt"
 
     def autocast(self) -> Any:
@@ -190,11 +112,13 @@ class Run:
     def loop(self, progress: Callable[[Report], None]) -> None:
         config, saved, reported = self.config, self.elapsed, -math.inf
         started = time.monotonic() - self.elapsed
-        for batch in self.batches():
+        for numbers in self.batches():
             if self.fraction >= 1.0:
                 break
-            self.learn(batch)
+            self.learn(numbers)
             self.elapsed = time.monotonic() - started
+            if self.step % MAX_SKIPPED == 0:
+                self.stepper.check()
             if self.elapsed - saved >= config.checkpoint_seconds:
                 self.save()
                 saved = self.elapsed
@@ -206,95 +130,117 @@ class Run:
 
     @property
     def fraction(self) -> float:
-        """How much of the budget is spent: by steps, or by time."""
+        """How much of the budget is spent: by steps, or by time, from the first step on."""
         if self.config.steps is not None:
             return self.step / self.config.steps
         assert self.config.minutes is not None
-        return self.elapsed / (60.0 * self.config.minutes)
+        return (self.elapsed - self.prepared) / max(1e-9, 60.0 * self.config.minutes - self.prepared)
 
-    def batches(self) -> Iterator[Batch]:
-        """From where the run stands, for ever; `learn` moves on to the next place."""
+    def plan(self) -> list[np.ndarray]:
+        """The batches of this epoch."""
+        return plan_epoch(self.answers, self.numbers, self.batch_rows, self.config.seed, self.epoch)
+
+    def batches(self) -> Iterator[np.ndarray]:
+        """Numbers of sequences, from where the run stands, for ever; `learn` moves on to the next place."""
         while True:
-            plan = plan_epoch(self.answers, self.numbers, self.batch_tokens, self.config.seed, self.epoch)
+            plan = self.plan()
             while self.place < len(plan):
-                yield make_batch(self.answers, plan[self.place]).to(self.device)
+                yield plan[self.place]
             self.epoch, self.place = self.epoch + 1, 0
 
-    def learn(self, batch: Batch) -> None:
-        """One step. Gradients that are not finite are thrown away and counted, and the fp16 scale is halved."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * schedule(self.fraction, self.config.warmup)
-        loss, grad_norm = self.gradients(batch)
-        if not math.isfinite(grad_norm):
-            self.skipped, self._good, self._bad = self.skipped + 1, 0, self._bad + 1
-            self.scale = max(1.0, self.scale / 2)
-            if self._bad > MAX_SKIPPED:
-                raise LoadError(f"{self._bad} training steps in a row gave no finite numbers in {self.teacher.dtype}.")
-        else:
-            self.optimizer.step()
-            self._good, self._bad = self._good + 1, 0
-            if self.teacher.dtype == torch.float16 and self._good % 500 == 0:
-                self.scale = min(2.0**20, self.scale * 2)
-            if self.step % 10 == 0 or not math.isfinite(self.loss):
-                value = float(loss)
-                self.loss = value if not math.isfinite(self.loss) else 0.8 * self.loss + 0.2 * value
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step, self.place, self.tokens = self.step + 1, self.place + 1, self.tokens + len(batch.at)
+    def learn(self, numbers: np.ndarray) -> None:
+        """One step. Gradients that are not finite are thrown away and counted."""
+        rate = self.config.lr * schedule(self.fraction, self.config.warmup)
+        self.stepper.step(rate, self.gradients(numbers, value=self.step % VALUE_EVERY == 0))
+        self.step, self.place = self.step + 1, self.place + 1
+        self.tokens += int((self.answers.answer_len[numbers] - 1).sum())
 
-    def gradients(self, batch: Batch) -> tuple[Tensor, float]:
-        """(loss, norm of the gradient); the parameters' gradients are unscaled and clipped."""
-        inputs, last = self.teacher.hidden(batch.ids)
+    def gradients(self, numbers: np.ndarray, *, value: bool) -> Tensor:
+        """The loss (NaN unless `value` asks for it); the parameters' gradients are those of it, times the scale."""
+        batch, inputs, last = self.store.load(numbers)
         with self.autocast():
-            features = head_features(self.heads, inputs[batch.at], batch)
+            features = head_features(self.heads, inputs, batch)
         loss = soft_loss(
-            features.detach(), last[batch.at + 1], batch.place, self.output, self.weights,
-            scale=self.scale, temperature=self.config.teacher_temperature,
+            features.detach(), last, batch.place, self.output, self.weights,
+            scale=self.stepper.scale, temperature=self.config.teacher_temperature, value=value,
         )  # fmt: skip
         features.backward(loss.grad)
-        parameters = [parameter for parameter in self.heads.parameters() if parameter.grad is not None]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, CLIP * self.scale)) / self.scale
-        if self.scale != 1.0:
-            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / self.scale)
-        return loss.total, norm
+        return loss.total
 
     def report(self) -> Report:
-        seen = measure(self.heads, self.teacher, self.answers, self.held_out[:64], self.batch_tokens, self.autocast)
-        shares = top_shares(seen, 1), top_shares(seen, 5)
-        fraction = min(1.0, self.fraction)
-        return Report(self.step, fraction, self.elapsed, self.loss, self.tokens, self.skipped, *shares, forecast(seen))
+        seen = measure(self.heads, self.teacher, self.answers, self.held_out[:64], 2 * self.batch_rows, self.autocast)
+        shares, stepper = (top_shares(seen, 1), top_shares(seen, 5)), self.stepper
+        loss, skipped, fraction = float(stepper.loss), int(stepper.skipped), min(1.0, self.fraction)
+        return Report(self.step, fraction, self.elapsed, loss, self.tokens, skipped, *shares, forecast(seen))
+
+    # ---- before the first step ---------------------------------------------------------------------------------------
 
     def fit(self, note: Callable[[str], None]) -> None:
-        """Try the largest batch before anything is spent on it; halve until it fits. A size that was asked for and
-        does not fit is an error that names the one that does."""
-        asked = self.batch_tokens
-        while not self._fits():
-            if self.batch_tokens <= self.config.max_length:
-                raise LoadError(f"Not even {self.batch_tokens} tokens a step fit into the memory of {self.device}.")
-            self.batch_tokens //= 2
-        if self.batch_tokens < asked:
-            if self.config.batch_tokens is not None:
+        """Try the largest pass of the base and the largest batch before anything is spent on them; halve until they
+        fit. A batch that was asked for and does not fit is an error that names the one that does."""
+        longest = int(self.answers.length[self.numbers].max())
+        tokens = self.store.pass_tokens
+        self.store.pass_tokens = self._fitting(tokens, longest, lambda size: self.store.try_pass(size, longest))
+        asked = self.batch_rows
+        self.batch_rows = self._fitting(asked, int(self.answers.answer_len[self.numbers].max()), self._try_step)
+        if self.batch_rows < asked:
+            if self.config.batch_rows is not None:
                 raise LoadError(
-                    f"A step of {asked} tokens does not fit into memory; batch_tokens {self.batch_tokens} does."
+                    f"A step of {asked} answer rows does not fit into memory; batch_rows {self.batch_rows} does."
                 )
-            note(f"steps of {self.batch_tokens} tokens, because {asked} do not fit into memory")
+            note(f"steps of {self.batch_rows} answer rows, because {asked} do not fit into memory")
 
-    def _fits(self) -> bool:
-        plan = plan_epoch(self.answers, self.numbers, self.batch_tokens, self.config.seed, self.epoch)
-        answers = self.answers
-        largest = max(
-            plan, key=lambda batch: int(answers.length[batch].max()) * len(batch) + answers.answer_len[batch].sum()
-        )
+    def _fitting(self, size: int, least: int, attempt: Callable[[int], None]) -> int:
+        """The largest of size, size / 2, … that `attempt` has the memory for; below `least` nothing gets smaller."""
+        while not self._fits(attempt, size):
+            if size <= least:
+                raise LoadError(f"Not even {size} tokens at once fit into the memory of {self.device}.")
+            size = max(least, size // 2)
+        return size
+
+    def _fits(self, attempt: Callable[[int], None], size: int) -> bool:
+        """Whether there is memory for it; `_transient` remembers how much it took."""
+        cuda, fits = self.device.type == "cuda", True
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
         try:
-            self.gradients(make_batch(answers, largest).to(self.device))
+            attempt(size)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            return False
-        finally:
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-        return True
+            fits = False
+        self.stepper.clear()
+        if cuda:
+            peak = torch.cuda.max_memory_reserved(self.device)
+            torch.cuda.empty_cache()
+            if fits:
+                self._transient = max(self._transient, peak - torch.cuda.memory_reserved(self.device))
+        return fits
+
+    def _try_step(self, rows: int) -> None:
+        self.batch_rows = rows
+        self.store.reserve(rows)
+        self.gradients(max(self.plan(), key=lambda numbers: int(self.answers.answer_len[numbers].sum())), value=True)
+
+    def fill(self, note: Callable[[str], None]) -> None:
+        """The base's hidden states of the answers into the store: those that come first now, as many as there is room
+        and time for."""
+        started, gib = time.monotonic(), self.config.keep_gib
+        moments = 8 * num_parameters(self.heads)  # the optimizer's, which come with its first step
+        budget = memory_to_spare(self.device, self._transient + moments) if gib is None else gib * 2**30
+        plan = self.plan()
+        order = np.concatenate(plan[self.place :] + plan[: self.place])
+        order, everything = self.store.choose(order, budget), len(order)
+        seconds = math.inf
+        if self.config.minutes is not None:
+            seconds = FILL_SHARE * (60.0 * self.config.minutes - self.elapsed)
+        if len(order):
+            note(f"the base reads {len(order):,} of {everything:,} answers once, its hidden states are kept")
+        kept = self.store.keep(order, self.batch_rows, seconds)
+        if kept < everything:
+            note(f"{everything - kept:,} of {everything:,} answers pass through the base at each step again")
+        self.prepared += time.monotonic() - started
+        self.elapsed += time.monotonic() - started
 
     # ---- keeping -----------------------------------------------------------------------------------------------------
 
@@ -302,11 +248,9 @@ class Run:
         """Write the state, never half, and beside it the heads as they are: these can be used whatever happens."""
         state = {
             "config": _comparable(self.config, self.answers),
-            "batch_tokens": self.batch_tokens,
             "heads": self.heads.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            **{name: getattr(self, name) for name in ("step", "epoch", "place", "tokens", "skipped")},
-            **{name: getattr(self, name) for name in ("elapsed", "loss", "scale")},
+            "stepper": self.stepper.state(),
+            **{name: getattr(self, name) for name in COUNTS},
         }
         self.state_path.parent.mkdir(parents=True, exist_ok=True)
         part = self.state_path.with_suffix(".part")
@@ -334,8 +278,8 @@ class Run:
                     f"{value!r}; give the same options to go on, or delete that folder."
                 )
         self.heads.load_state_dict(state["heads"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for name in ("step", "epoch", "place", "tokens", "skipped", "elapsed", "loss", "scale", "batch_tokens"):
+        self.stepper.load(state["stepper"])
+        for name in COUNTS:
             setattr(self, name, state[name])
         note(f"going on from step {self.step} after {self.elapsed / 60:.1f} minutes")
 
@@ -348,32 +292,18 @@ class Run:
             "positions_trained": self.tokens,
             "epochs": round(self.tokens / max(1, int((self.answers.answer_len[self.numbers] - 1).sum())), 2),
             "steps": self.step,
-            "skipped_steps": self.skipped,
+            "skipped_steps": int(self.stepper.skipped),
             "minutes": round(self.elapsed / 60, 2),
-            "loss": round(self.loss, 4),
-            "batch_tokens": self.batch_tokens,
+            "loss": round(float(self.stepper.loss), 4),
+            "batch_rows": self.batch_rows,
+            "batch_tokens": 2 * self.batch_rows,  # of a pass that measures
             "lr": self.config.lr,
             "decay": self.config.decay,
         }
 
 
-def schedule(fraction: float, warmup: float) -> float:
-    """Share of the peak learning rate: linear warm-up, then a half cosine down to FLOOR."""
-    if fraction < warmup:
-        return max(fraction / warmup, 1e-3)
-    part = min(1.0, (fraction - warmup) / max(1e-9, 1.0 - warmup))
-    return FLOOR + (1.0 - FLOOR) * 0.5 * (1.0 + math.cos(math.pi * part))
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
-
-
-def _optimizer(heads: Heads, config: TrainConfig) -> torch.optim.Optimizer:
-    matrices = [parameter for parameter in heads.parameters() if parameter.dim() > 1]
-    others = [parameter for parameter in heads.parameters() if parameter.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=next(heads.parameters()).is_cuda)
 
 
 def _comparable(config: TrainConfig, answers: Answers) -> dict[str, Any]:

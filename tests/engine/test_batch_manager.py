@@ -21,8 +21,10 @@ POISON, NAN = 1, 2
 class Engine:
     """A batch manager whose turns the test takes itself, with the figures checked at the end."""
 
+    overlaps = False  # as a CPU does; on a GPU, steps are read one turn later
+
     def __init__(self, *, config=None, clock=None, **runner):
-        self.runner = FakeRunner(clock=clock, **runner)
+        self.runner = FakeRunner(clock=clock, **({"overlaps": self.overlaps} | runner))
         self.config = EngineConfig(**(config or {}))
         self.clock = clock or ManualClock()
         self.manager = BatchManager(
@@ -58,6 +60,12 @@ class Engine:
 
     def count(self):
         return self.manager.metrics.snapshot()
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["at once", "one step behind"])
+def overlaps(request, monkeypatch):
+    monkeypatch.setattr(Engine, "overlaps", request.param)
+    return request.param
 
 
 def at_rest(engine):
@@ -117,6 +125,21 @@ def test_joining_and_leaving_equals_solo():
         at_rest(engine)
 
 
+def test_on_ids_alone():
+    """Without a codec: the same ids, and nothing but last deltas."""
+    engine = Engine(accept=(3,))
+    engine.manager = BatchManager(engine.runner, None, engine.config, model_name="fake", clock=engine.clock)
+    ids = [engine.submit("Hello", 20), engine.submit("You", 7)]
+    with pytest.raises(InvalidRequest, match="stop strings"):
+        engine.submit("Hello", stop=("x",))
+    engine.run()
+    for id, (prompt, tokens) in zip(ids, (("Hello", 20), ("You", 7)), strict=True):
+        assert len(engine.sink.deltas[id]) == 1
+        assert list(engine.completion(id).token_ids) == engine.solo(prompt, tokens)
+        assert engine.completion(id).text == ""
+    at_rest(engine)
+
+
 def test_each_sink_is_called_once_a_step():
     engine = Engine()
     other = Collector()
@@ -166,7 +189,7 @@ def test_eos_inside_a_path_and_ignored():
 
 
 def test_max_tokens_of_one():
-    engine = Engine(accept=(15,))
+    engine = Engine(accept=(15,), overlaps=False)
     id = engine.submit(max_tokens=1)
     engine.run()
     assert engine.completion(id).completion_tokens == 1
@@ -318,7 +341,7 @@ def test_cancel_before_the_first_step_and_after_the_end():
 
 @pytest.mark.parametrize("max_tokens", [2, 20])
 def test_cancel_during_a_step_stops_its_delta(max_tokens):
-    engine = Engine()
+    engine = Engine(overlaps=False)
     id = engine.submit(max_tokens=max_tokens)
     engine.manager.step()
     engine.runner.before = lambda kind, slots: engine.manager.cancel(id)
@@ -445,7 +468,7 @@ def test_a_prefix_that_is_not_there_changes_the_text():
 def test_prompts_do_not_hold_up_the_others(token_ms, step_ms, accept):
     clock = ManualClock()
     costs = {"prefill_s": (step_ms / 1000, token_ms / 1000), "decode_s": step_ms / 1000}
-    engine = Engine(clock=clock, accept=(accept,), **costs)
+    engine = Engine(clock=clock, accept=(accept,), overlaps=False, **costs)
     times = []
     engine.submit("a", 400, sink=lambda pairs: times.append(clock()))
     for _ in range(5):
@@ -465,7 +488,7 @@ def test_prompts_do_not_hold_up_the_others(token_ms, step_ms, accept):
 
 def test_timings():
     clock = ManualClock()
-    engine = Engine(num_slots=1, clock=clock, prefill_s=(0.0, 0.01), decode_s=0.02)
+    engine = Engine(num_slots=1, clock=clock, prefill_s=(0.0, 0.01), decode_s=0.02, overlaps=False)
     a, b = engine.submit("abc", 5), engine.submit("abc", 5)
     engine.run()
     done = engine.completion(b)
@@ -684,7 +707,7 @@ def test_close_without_start():
 
 
 def test_close_does_not_wait_for_a_hang(threaded):
-    engine = threaded(close_s=0.1, before=lambda kind, slots: kind == "decode" and engine.gate.wait(10))
+    engine = threaded(overlaps=False, close_s=0.1, before=lambda kind, slots: kind == "decode" and engine.gate.wait(10))
     id = engine.submit()
     until(lambda: engine.sink.deltas)
     engine.manager.close()

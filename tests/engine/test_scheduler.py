@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from medusa_serve.engine.scheduler import Plan, Scheduler, choose_nodes, common_prefix
+from medusa_serve.engine.scheduler import Plan, Scheduler, choose_nodes, common_prefix, cost_of_prefill
 from medusa_serve.engine.sequence import Sequence, State, token_limit
 from medusa_serve.engine.text import Detokenizer
 from medusa_serve.errors import ContextTooLong, InvalidRequest
@@ -132,7 +132,7 @@ def test_plan_takes_whole_chunks_while_nobody_decodes():
 
 
 @pytest.mark.parametrize(
-    ("token_ms", "step_ms", "count"), [(1, 10, 80), (1, 100, 240), (0.01, 10, 512), (500, 10, 1), (0, 10, 512)]
+    ("token_ms", "step_ms", "count"), [(1, 10, 80), (1, 100, 240), (0.01, 10, 400), (500, 10, 1), (0, 10, 400)]
 )
 def test_chunk_size_from_the_measured_cost(token_ms, step_ms, count):
     scheduler = Scheduler(FakeRunner(), 512)
@@ -142,6 +142,30 @@ def test_chunk_size_from_the_measured_cost(token_ms, step_ms, count):
     scheduler.note_decode(1, step_ms / 1000)
     scheduler.note_decode(16, 9.9)  # not a plain step
     assert scheduler.plan().prefill == (PrefillChunk(1, count),)
+
+
+@pytest.mark.parametrize(
+    ("passes", "cost"),
+    [
+        ([(10, 0.2)], (0.0, 0.02)),
+        ([(10, 0.2), (10, 0.4)], (0.0, 0.03)),
+        ([(10, 0.3), (20, 0.4), (40, 0.6)], (0.2, 0.01)),
+        ([(10, 0.4), (20, 0.3)], (0.35, 0.0)),  # noise: a longer chunk is never cheaper
+        ([(10, 0.01), (20, 0.4)], (0.0, 0.205 / 15)),  # nor does a pass of none give time back
+    ],
+)
+def test_cost_of_prefill(passes, cost):
+    assert cost_of_prefill(passes) == pytest.approx(cost)
+
+
+def test_a_pass_that_costs_the_same_for_any_chunk_takes_whole_chunks():
+    """As on a GPU: small chunks would make everybody wait as long, only more often."""
+    scheduler = Scheduler(FakeRunner(), 512)
+    a, _ = admitted(scheduler, sequence(5), sequence(1000))
+    decode(a, 7)
+    for count in (16, 64, 256):
+        scheduler.note_prefill(count, 0.2)
+    assert scheduler.plan().prefill == (PrefillChunk(1, 512),)
 
 
 @pytest.mark.parametrize(

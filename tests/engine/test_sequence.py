@@ -7,7 +7,7 @@ import pytest
 from medusa_serve.engine.sequence import Sequence, State
 from medusa_serve.engine.text import Detokenizer
 from medusa_serve.errors import GenerationFailed
-from medusa_serve.types import SamplingParams, StepOutput
+from medusa_serve.types import Delta, SamplingParams, StepOutput
 from tests.fakes import EOS, FakeCodec
 
 
@@ -22,21 +22,16 @@ def decoding(limit=20, **params):
 
 
 def take(seq, ids, **fields):
-    return seq.take(StepOutput(0, tuple(ids), **fields), frozenset({EOS}))
+    return seq.take(StepOutput(0, tuple(ids), **fields), frozenset({EOS}), decoding=seq.state is State.DECODING)
 
 
 def test_the_first_token_is_no_decode_step():
     seq = decoding()
     assert (seq.steps, seq.drafted, seq.accepted, seq.token_ids) == (0, 0, 0, [97])
     assert seq.kv_ids == (1, 2, 3, 4, 5)
-    delta, reason = take(seq, [98, 99, 100], num_drafted=7, draft_ready=5)
-    assert (delta.text, delta.tokens, delta.accepted, delta.token_ids, reason) == (
-        "bcd",
-        (3,),
-        (2,),
-        (98, 99, 100),
-        None,
-    )
+    took = take(seq, [98, 99, 100], num_drafted=7, draft_ready=5)
+    assert took == ((98, 99, 100), 2, "bcd", None)
+    assert took.delta() == Delta("bcd", (3,), (2,), (98, 99, 100))
     assert (seq.steps, seq.drafted, seq.accepted, seq.draft_ready) == (1, 7, 2, 5)
     assert seq.kv_ids == (1, 2, 3, 4, 5, 97, 98, 99)
 
@@ -56,9 +51,9 @@ def test_the_first_token_is_no_decode_step():
 )
 def test_the_end_inside_a_path(ids, limit, params, taken, reason):
     seq = decoding(limit, **params)
-    delta, got = take(seq, ids, num_drafted=7)
-    assert (list(delta.token_ids), got) == (taken, reason)
-    assert delta.accepted == (min(len(taken), len(ids) - 1),)
+    took = take(seq, ids, num_drafted=7)
+    assert (list(took.ids), took.reason) == (taken, reason)
+    assert took.accepted == min(len(taken), len(ids) - 1)
     text = FakeCodec().decode([97, *taken])
     assert "".join(seq.text) == ("a" if "bc" in params.get("stop", ()) else text)
 

@@ -524,13 +524,13 @@ MAP = torch.tensor([5, 39, 0, 7])
 def test_medusa_round_trip(tmp_path, lm_head, layout, kwargs):
     heads = random_medusa(**kwargs)
     heads.attach(lm_head)
-    info = info_of(heads, ranks=[[0.5, 0.25]], tau=[1.5], provenance={"base_model": "x/y"})
+    info = info_of(heads, ranks=[[0.5, 0.25]], tau=[1.5], noise_tau=[0.75], provenance={"base_model": "x/y"})
     file = save_heads(heads, info, tmp_path / "out", layout=layout, dtype=torch.float32)
     assert file.parent == tmp_path / "out"
     again, read = load(tmp_path / "out")
     assert (read.layout, read.warnings) == (layout, ())
     assert (read.num_heads, read.num_layers) == (3, heads.weight.shape[0])
-    assert (read.ranks, read.tau, read.provenance) == (info.ranks, info.tau, info.provenance)
+    assert (read.ranks, read.tau, read.noise_tau, read.provenance) == ([[0.5, 0.25]], [1.5], [0.75], info.provenance)
     assert read.token_map == (4 if "token_map" in kwargs else 0)
     again.attach(lm_head)
     hidden = torch.randn(4, H)
@@ -574,11 +574,12 @@ def test_what_a_layout_cannot_hold(tmp_path, layout, kwargs, match):
 def test_sequential_round_trip(tmp_path, lm_head, kwargs):
     heads = SequentialHeads(H, inner=12, readout=6, **kwargs)
     inputs = (-1, -3)[: heads.hidden_inputs]
-    info = info_of(heads, hidden_inputs=inputs, ranks=[[0.7, 0.1], [0.5, 0.2]], tau=[1.0, 2.0])
+    info = info_of(heads, hidden_inputs=inputs, ranks=[[0.7, 0.1], [0.5, 0.2]], tau=[1.0, 2.0], noise_tau=[0.5, 0.25])
     save_heads(heads, info, tmp_path / "out", dtype=torch.float32)
     again, read = load(tmp_path / "out")
     assert (read.family, read.num_heads, read.hidden_inputs) == ("sequential", heads.max_depth, inputs)
-    assert (read.ranks, read.tau, read.warnings) == (info.ranks, info.tau, ())
+    assert (read.ranks, read.tau, read.noise_tau) == (info.ranks, info.tau, info.noise_tau)
+    assert read.warnings == ()
     embedding = torch.nn.Embedding(V, heads.embed_size)
     hidden, tokens = torch.randn(2, H * heads.hidden_inputs), torch.randint(V, (2, 3))
     for each in (heads, again):
@@ -619,12 +620,20 @@ def test_native_files_that_are_wrong(tmp_path):
     assert "sequential.more" in info.warnings[0]
 
 
+def test_a_file_from_before_noise_tau_has_the_rest(tmp_path):
+    calibration = {"ranks": [[0.5]], "tau": [2.0]}
+    info = load(put(tmp_path / "x", reference(), config={"calibration": calibration}))[1]
+    assert (info.ranks, info.tau, info.noise_tau, info.warnings) == ([[0.5]], [2.0], None, ())
+
+
 @pytest.mark.parametrize(
-    "calibration", [{"ranks": [[0.5, "x"]]}, {"ranks": [[2.0]]}, {"tau": [0.0]}, {"tau": [True]}, "text", {"ranks": []}]
-)
+    "calibration",
+    [{"ranks": [[0.5, "x"]]}, {"ranks": [[2.0]]}, {"tau": [0.0]}, {"tau": [True]}, {"noise_tau": 1.0}, "text",
+     {"ranks": []}],
+)  # fmt: skip
 def test_a_wrong_calibration_is_left_out(tmp_path, calibration):
     info = load(put(tmp_path / "x", reference(), config={"calibration": calibration}))[1]
-    assert (info.ranks, info.tau) == (None, None)
+    assert (info.ranks, info.tau, info.noise_tau) == (None, None, None)
     assert "calibration" in info.warnings[0]
 
 

@@ -143,6 +143,8 @@ def sequential(**sizes):
 def unrolled(heads, embedding, output, hidden, tokens):
     """The recurrence with the hidden state concatenated at each block, as the docstring's formulas read."""
     parts = torch.cat([rms(part) for part in hidden.split(H, -1)], -1)
+    if heads.mix is not None:
+        parts = parts @ heads.mix.weight.T + heads.mix.bias
     rows = list(heads.start_proj.weight.split(heads._splits))
     biases = list(heads.start_proj.bias.split(heads._splits))
 
@@ -215,6 +217,18 @@ def test_fresh_sequential_heads_are_close_to_the_base():
     assert torch.corrcoef(torch.stack([got.flatten(), want.flatten()]))[0, 1] > 0.8
 
 
+def test_fresh_heads_of_several_hidden_states_start_at_the_last_one():
+    """Mixed before anything else, so that further states cost little; and close to the base all the same."""
+    one, three = SequentialHeads(64), SequentialHeads(64, hidden_inputs=3)
+    assert num_parameters(three) - num_parameters(one) == 3 * 64 * 64 + 64
+    lm_head, embedding = torch.nn.Linear(64, V, bias=False), torch.nn.Embedding(V, 64)
+    three.attach(lm_head, embedding)
+    hidden = torch.cat([3 * rms(torch.randn(200, 64)), torch.randn(200, 128)], -1)
+    three.match_scale(hidden[:, :64])
+    got, want = three.logits(three.start(hidden, torch.randint(V, (200,)))), lm_head(hidden[:, :64])
+    assert torch.corrcoef(torch.stack([got.flatten(), want.flatten()]))[0, 1] > 0.8
+
+
 def test_default_size_for_the_default_model():
     with torch.device("meta"):
         assert num_parameters(SequentialHeads(576)) <= 8_000_000
@@ -222,11 +236,11 @@ def test_default_size_for_the_default_model():
 
 
 def test_training_reaches_all_parameters_and_nothing_of_the_base():
-    heads = sequential(layers=2, width=24)
+    heads = sequential(layers=2, width=24, hidden_inputs=2)
     lm_head, embedding = base()
     heads.attach(lm_head, embedding)
     embedding.requires_grad_(False)
-    heads.project(heads.unroll(torch.randn(3, H), torch.randint(V, (3, 3)))).logsumexp(-1).sum().backward()
+    heads.project(heads.unroll(torch.randn(3, 2 * H), torch.randint(V, (3, 3)))).logsumexp(-1).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads.parameters())
     assert lm_head.weight.grad is None
 

@@ -3,15 +3,20 @@
 pytest tests/training/test_calibrate.py
 """
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from medusa_serve.model.heads import MedusaHeads
 from medusa_serve.model.noise import gumbel
 from medusa_serve.model.tree import most_probable
 from medusa_serve.training.calibrate import (
     NONE,
     PAST_END,
+    Noise,
     Ranks,
     accepted,
     conditional_ranks,
@@ -21,7 +26,10 @@ from medusa_serve.training.calibrate import (
     top_shares,
     true_ranks,
 )
+from medusa_serve.training.finish import calibrate_tau, measure
 from medusa_serve.training.loss import Output
+from medusa_serve.training.teacher import Teacher
+from tests.training.toy import HIDDEN, VOCAB, Toy, pack
 
 
 def random_ranks(seed=0, depths=4):
@@ -108,8 +116,8 @@ def test_true_ranks_are_those_of_a_sort(temperature):
     targets = torch.tensor([[20, 3], [7, 99], [0, 1], [2, 2], [30, 8], [11, 11], [3, 20]])
     left = torch.tensor([2, 2, 2, 1, 2, 2, 2])
     seed, position = torch.arange(7) * 13, torch.arange(7) + 5
-    got = true_ranks(features, targets, left, Output(weight), token_map, 100,
-                     temperature=temperature, seed=seed, position=position)  # fmt: skip
+    noise = Noise(torch.full((7,), temperature), seed, position) if temperature else None
+    got = true_ranks(features, targets, left, Output(weight), token_map, 100, noise)
     for row in range(7):
         for depth in range(2):
             z = weight @ features[row, depth]
@@ -127,10 +135,57 @@ def test_equal_logits_have_ranks_of_their_own():
     assert got.flatten().tolist() == [0, 1, 2, 3]
 
 
-def test_tau_recovers_the_sharpness_of_the_scores():
-    random = torch.Generator().manual_seed(0)
-    z = torch.randn(4000, 8, generator=random) * 2
-    targets = torch.distributions.Categorical(logits=z / 2.5).sample()
-    tau = fit_tau(z, targets, Output(torch.eye(8)), None, 8)
-    assert tau == pytest.approx(2.5, rel=0.15)
-    assert fit_tau(z[:0], targets[:0], Output(torch.eye(8)), None, 8) == 1.0
+def picks(z, tau, extra):
+    """What a base picks whose scores are the heads' own plus unknown ones: argmax(z + extra + tau · Gumbel), which
+    given z and extra is a draw from softmax((z + extra) / tau)."""
+    surprise = -torch.empty(z.shape).exponential_(generator=torch.Generator().manual_seed(1)).log()
+    return (z + extra + tau * surprise).argmax(dim=-1)
+
+
+@pytest.mark.parametrize("tau", [0.3, 1.0, 2.5])
+def test_tau_of_greedy_answers_is_found(tau):
+    z = torch.randn(4000, 12, generator=torch.Generator().manual_seed(0)) * 2
+    assert fit_tau(z, picks(z, tau, 0.0), Output(torch.eye(12)), None, 12) == pytest.approx(tau, rel=0.08)
+    assert fit_tau(z[:0], torch.empty(0, dtype=torch.int64), Output(torch.eye(12)), None, 12) == 1.0
+
+
+@pytest.mark.parametrize("tau", [0.2, 0.6, 1.5])
+def test_noise_tau_of_sampled_answers_is_found(tau):
+    """log p / T = log q / T + surprises; the base picks argmax(log p / T + G), and the fit knows q, T and G."""
+    token_map, depth = torch.tensor([20, 3, 7, 11, 2, 30, 8, 1, 0, 40, 41, 42]), 2
+    z = torch.randn(4000, 12, generator=torch.Generator().manual_seed(0)) * 2
+    noise = Noise(torch.tensor([0.7, 1.0]).repeat(2000), torch.arange(4000) * 31, torch.arange(4000) % 90)
+    drawn = gumbel(noise.seed[:, None], noise.position[:, None] + depth, token_map)
+    targets = token_map[picks(z / noise.temperature[:, None], tau, drawn)]
+    fit = fit_tau(z, targets, Output(torch.eye(12)), token_map, 50, noise, depth)
+    assert fit == pytest.approx(tau, rel=0.08)
+    elsewhere = fit_tau(z, targets, Output(torch.eye(12)), token_map, 50, noise, depth + 1)
+    assert elsewhere > 1.3 * tau  # the noise of another position is no help
+
+
+class Flat(Toy):
+    """A base that says the same at every position, so that fresh heads, which repeat it, know it at each depth."""
+
+    def __init__(self):
+        super().__init__()
+        self.lm_head.weight.copy_(torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(3)) * 2)
+
+    def forward(self, input_ids, **options):
+        return SimpleNamespace(logits=self.lm_head(self.embedding(torch.zeros_like(input_ids))))
+
+
+def test_calibration_uses_the_noise_that_the_answers_were_sampled_with():
+    """q = p, so that log q / T + G names each token of a sampled answer: surer than any tau; for plain q it is not."""
+    base, rows = Flat(), []
+    z = base.lm_head(base.embedding.weight[0])
+    for seed in range(12):
+        prompt = list(range(1 + seed % 3))
+        drawn = z / 0.7 + gumbel(torch.tensor(seed), torch.arange(60)[:, None], torch.arange(VOCAB))
+        rows.append((seed, seed, 0.7, prompt, drawn.argmax(dim=-1)[len(prompt) :].tolist()))
+    teacher, answers = Teacher(base), pack(rows, VOCAB)
+    heads = MedusaHeads(HIDDEN, 3)
+    teacher.attach(heads)
+    common = heads, teacher, answers, np.arange(12), 200, nullcontext
+    assert measure(*common, 0.7).rank.max() == 0
+    assert max(calibrate_tau(*common, sampled=True)) < 0.1
+    assert min(calibrate_tau(*common, sampled=False)) == pytest.approx(0.7, rel=0.2)

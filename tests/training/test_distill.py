@@ -15,17 +15,19 @@ from medusa_serve.engine.batch_manager import BatchManager
 from medusa_serve.errors import InvalidConfig, LoadError
 from medusa_serve.model.build import build_runner
 from medusa_serve.training.distill import DistillConfig, Job, distill, engine_generate, first_loop, jobs
-from medusa_serve.training.pipeline import NoText
 from medusa_serve.training.prompts import Prompt
 from medusa_serve.training.shards import open_folder, read_answers, shard_files, write_shard
 from tests.tiny import greedy, tiny_model, tiny_prompts
 
 
-class Codec(NoText):
+class Codec:
     """A prompt is its ids, written out."""
 
     def encode(self, text):
         return [int(word) for word in text.split()]
+
+    def encode_many(self, prompts):
+        return [self.encode(prompt) for prompt in prompts]
 
 
 PROMPTS = [Prompt(f"{3 + i % 7} {4 + i % 5} {5 + i}") for i in range(20)]
@@ -145,7 +147,7 @@ def test_nonsense_is_refused_by_name(field):
 def by_engine(model, todo, eos, max_tokens):
     config = EngineConfig(model="tiny", heads="none", tree="off", lookup=False, slots=3, max_context=120, max_queue=2)
     built = build_runner(model, config, eos_ids=eos, max_positions=512)
-    manager = BatchManager(built.runner, NoText(), config, model_name="tiny")
+    manager = BatchManager(built.runner, None, config, model_name="tiny")
     manager.start()
     try:
         return {job.prompt: tuple(ids) for job, ids in engine_generate(manager, max_tokens)(iter(todo))}

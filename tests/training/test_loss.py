@@ -67,6 +67,27 @@ def test_half_precision_stays_close_and_does_not_vanish():
     torch.testing.assert_close(got.grad / 4096, exact.grad, rtol=0.05, atol=2e-3)
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_gradient_does_not_need_the_value(softcap):
+    features, teacher, place, output, weights = case(softcap=softcap)
+    options = {"temperature": 0.7, "chunk": 4}
+    whole = soft_loss(features.detach(), teacher, place, output, weights, scale=8.0, **options)
+    without = soft_loss(features.detach(), teacher, place, output, weights, scale=8.0, value=False, **options)
+    assert torch.equal(without.grad, whole.grad)
+    assert without.total.isnan()
+    assert without.per_depth.isnan().all()
+    torch.testing.assert_close(whole.total, plain_loss(features, teacher, place, output, weights, 0.7).detach())
+
+
+def test_the_value_is_right_where_logits_are_large():
+    """log q is never made, also for a student that is sure of a token to which the teacher gives nothing."""
+    features, teacher, place, output, weights = case(dtype=torch.float32)
+    got = soft_loss(60 * features.detach(), 60 * teacher, place, output, weights)
+    wide = Output(output.weight.double())
+    exact = plain_loss(60 * features.detach().double(), 60 * teacher.double(), place, wide, weights.double())
+    torch.testing.assert_close(got.total, exact.double(), rtol=1e-4, atol=0)
+
+
 def test_a_depth_beyond_every_sequence_costs_nothing():
     features, teacher, _, output, weights = case(rows=3)
     got = soft_loss(features.detach(), teacher, torch.tensor([0, 0, 0]), output, weights)

@@ -76,7 +76,8 @@ def test_slots_are_halved_until_they_fit(folder, tmp_path, monkeypatch):
 
 ARGS = ["--device", "cpu", "--dtype", "float32", "--distill-seconds", "3", "--max-tokens", "16", "--max-prompt", "300",
         "--minutes-sequential", "0.03", "--minutes-medusa", "0.03", "--depth", "2", "--inner", "16", "--readout", "8",
-        "--draft-vocab", "100", "--slots", "8", "--held-out", "8"]  # fmt: skip
+        "--draft-vocab", "100", "--slots", "8", "--held-out", "8",
+        "--hidden-inputs=-1,1", "--batch-rows", "64", "--width", "24"]  # fmt: skip
 
 
 def test_the_campaign_makes_both_families_and_tables(folder, prompt_file, tmp_path, capsys):

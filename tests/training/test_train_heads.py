@@ -15,6 +15,7 @@ from medusa_serve.model.checkpoints import load_heads
 from medusa_serve.training import train_heads
 from medusa_serve.training.batches import make_batch
 from medusa_serve.training.loss import soft_loss
+from medusa_serve.training.step import GROW, MAX_SKIPPED, Stepper
 from medusa_serve.training.teacher import Teacher, draft_vocabulary
 from medusa_serve.training.train_heads import Run, TrainConfig, schedule, train
 from tests.tiny import tiny_model
@@ -24,7 +25,7 @@ FAMILIES = ("medusa", "sequential")
 
 
 def config(out, family="sequential", **options):
-    small = {"steps": 150, "num_heads": 3, "inner": 32, "readout": 16, "batch_tokens": 256, "lr": 1e-2, "held_out": 6}
+    small = {"steps": 150, "num_heads": 3, "inner": 32, "readout": 16, "batch_rows": 128, "lr": 1e-2, "held_out": 6}
     return TrainConfig(family=family, out=str(out / "heads"), **{**small, "draft_vocab": 0, **options})
 
 
@@ -69,8 +70,24 @@ def test_heads_learn_the_language_at_the_place_where_the_runner_asks(tmp_path, f
     assert info.family == family
     assert info.ranks == measured.ranks or np.allclose(info.ranks, measured.ranks, atol=1e-5)
     assert len(info.tau) == 3
+    assert max(info.tau) < 1  # right more often than the soft labels say
+    assert info.noise_tau is None  # no sampled answers
     assert info.provenance["steps"] == 150
     assert not (tmp_path / "heads.training").exists()
+
+
+@pytest.mark.parametrize("warmth", [0.7, 1.0])
+def test_both_temperatures_are_fitted_and_saved(tmp_path, warmth):
+    """noise_tau on answers near T = 0.7, or on those that were sampled otherwise where there are no such."""
+    toy = Toy()
+    answers = toy_answers(toy)
+    answers = replace(answers, temperature=np.where(answers.index % 2, warmth, 0).astype(np.float32))
+    measured = train(toy, answers, config(tmp_path, steps=5, held_out=60))
+    info = load(tmp_path)[1]
+    assert (info.tau, info.noise_tau) == (measured.tau, measured.noise_tau)
+    assert len(info.tau) == len(info.noise_tau) == 3
+    assert info.noise_tau != info.tau
+    assert bool(measured.sampled) == (warmth == 0.7)  # the forecast is for 0.7 alone
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -217,20 +234,84 @@ def test_a_run_without_any_finite_step_ends_with_an_error(tmp_path, monkeypatch)
         train(toy, toy_answers(toy), config(tmp_path))
 
 
+def test_a_bad_step_changes_nothing_and_halves_the_scale(tmp_path):
+    heads = Run(Teacher(Toy()), toy_answers(Toy()), config(tmp_path), "toy").heads
+    stepper = Stepper(heads, 0.1, 0.01, torch.float16)
+
+    def step(value):
+        for parameter in heads.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        stepper.step(0.1, torch.tensor(2.0))
+
+    def everything():
+        moments = [tensor for state in stepper.optimizer.state.values() for tensor in state.values()]
+        return [tensor.clone() for tensor in (*heads.parameters(), *moments)]
+
+    step(1.0)
+    before = everything()
+    for value in (torch.nan, torch.inf, -torch.inf):
+        step(value)
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
+    assert (stepper.skipped, stepper.bad, stepper.good) == (3, 3, 0)
+    assert stepper.scale == 2.0**9
+    stepper.good.fill_(GROW - 1)
+    step(1.0)
+    assert (stepper.bad, stepper.scale, stepper.loss) == (0, 2.0**10, 2.0)
+    assert not torch.equal(before[0], everything()[0])
+    other = Stepper(heads, 0.1, 0.01, torch.float16)
+    other.load(stepper.state())
+    assert (other.skipped, other.scale, other.loss) == (3, 2.0**10, 2.0)
+    stepper.check()
+    stepper.bad.fill_(MAX_SKIPPED)
+    with pytest.raises(LoadError, match="50 training steps in a row"):
+        stepper.check()
+
+
+@pytest.mark.parametrize(("size", "scale"), [(0.01, 1.0), (5.0, 1.0), (0.01, 4096.0), (5.0, 4096.0)])
+def test_a_step_is_adamw_on_clipped_and_unscaled_gradients(tmp_path, size, scale):
+    mine, theirs = (Run(Teacher(Toy()), toy_answers(Toy()), config(tmp_path), "toy").heads for _ in range(2))
+    stepper = Stepper(mine, 0.1, 0.01, torch.float32)
+    stepper.scale.fill_(scale)
+    flat = [p for p in theirs.parameters() if p.dim() <= 1]
+    groups = [{"params": [p for p in theirs.parameters() if p.dim() > 1]}, {"params": flat, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.01, betas=(0.9, 0.95), fused=False)
+    random = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+            b.grad = size * torch.randn(b.shape, generator=random)
+            a.grad = scale * b.grad
+        stepper.step(0.1, torch.tensor(torch.nan))
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert stepper.loss.isnan()
+
+
+def test_time_before_the_first_step_does_not_warm_up_the_learning_rate(tmp_path):
+    run = Run(Teacher(Toy()), toy_answers(Toy()), config(tmp_path, steps=None, minutes=1.0), "toy")
+    run.elapsed = run.prepared = 30.0
+    assert run.fraction == 0
+    run.elapsed = 45.0
+    assert run.fraction == 0.5
+    run.elapsed = 60.0
+    assert run.fraction == 1
+
+
 def test_out_of_memory_names_the_size_that_fits(tmp_path, monkeypatch):
     gradients = Run.gradients
 
-    def limited(self, batch):
-        if batch.ids.numel() > 100:
+    def limited(self, numbers, **options):
+        if self.answers.answer_len[numbers].sum() > 60:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return gradients(self, batch)
+        return gradients(self, numbers, **options)
 
     monkeypatch.setattr(Run, "gradients", limited)
     toy, notes = Toy(), []
-    with pytest.raises(LoadError, match="256 tokens does not fit into memory; batch_tokens 64 does"):
+    with pytest.raises(LoadError, match="128 answer rows does not fit into memory; batch_rows 32 does"):
         train(toy, toy_answers(toy), config(tmp_path, max_length=32))
-    train(toy, toy_answers(toy), config(tmp_path, max_length=32, batch_tokens=None, steps=2), note=notes.append)
-    assert notes == ["steps of 64 tokens, because 2048 do not fit into memory"]
+    train(toy, toy_answers(toy), config(tmp_path, max_length=32, batch_rows=None, steps=2), note=notes.append)
+    assert notes[0] == "steps of 32 answer rows, because 1024 do not fit into memory"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -238,11 +319,12 @@ def test_a_half_precision_base_trains_fp32_heads(tmp_path, dtype):
     toy = Toy(dtype=dtype)
     run = Run(Teacher(toy), toy_answers(toy), config(tmp_path), "toy")
     assert {parameter.dtype for parameter in run.heads.parameters()} == {torch.float32}
-    run.resume(print)
+    for begin in (run.resume, run.fit, run.fill):
+        begin(print)
     run.loop(lambda report: None)
-    assert run.skipped == 0
+    assert run.stepper.skipped == 0
     assert share_right(run.heads, toy) > 0.95
-    assert run.scale == (2.0**12 if dtype == torch.float16 else 1.0)
+    assert run.stepper.scale == (2.0**12 if dtype == torch.float16 else 1.0)
 
 
 def test_a_real_architecture_trains_and_its_heads_load(tmp_path):
@@ -260,7 +342,7 @@ def test_a_real_architecture_trains_and_its_heads_load(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value"),
     [("family", "hydra"), ("out", " "), ("minutes", 3), ("steps", None), ("num_heads", 0), ("lr", 0.0), ("decay", -1),
-     ("batch_tokens", 0), ("draft_vocab", -1), ("inner", 0)],
+     ("batch_rows", 0), ("keep_gib", -1), ("draft_vocab", -1), ("inner", 0)],
 )  # fmt: skip
 def test_nonsense_is_refused_by_name(tmp_path, field, value):
     good = {"family": "sequential", "out": str(tmp_path / "x"), "steps": 3}

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from medusa_serve.bench import BenchConfig, read_prompts, table
+from medusa_serve.bench.engine import BenchConfig, read_prompts, table
 from medusa_serve.errors import InvalidConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_readme_shows_what_was_measured():

@@ -19,13 +19,13 @@ from importlib import metadata
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .config import EngineConfig, ServerConfig, check_int
-from .types import Completion, SamplingParams
+from ..config import EngineConfig, ServerConfig, check_int
+from ..types import Completion, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .llm import LLM
+    from ..llm import LLM
 
 
 class Prompts(NamedTuple):
@@ -41,7 +41,7 @@ class Prompts(NamedTuple):
 
 
 def read_prompts() -> Prompts:
-    return Prompts(**json.loads(files(__package__).joinpath("bench_prompts.json").read_text(encoding="utf-8")))
+    return Prompts(**json.loads(files(__package__).joinpath("prompts.json").read_text(encoding="utf-8")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ def machine() -> dict[str, str]:
 
 def bench_engine(engine: EngineConfig, bench: BenchConfig) -> dict[str, Any]:
     """The three figures of the engine, with what they were measured on."""
-    from .llm import LLM
+    from ..llm import LLM
 
     config = replace(engine, heads="none")
     with LLM(config) as llm:
@@ -88,8 +88,8 @@ def bench_engine(engine: EngineConfig, bench: BenchConfig) -> dict[str, Any]:
 
 def plain_ratio(config: EngineConfig, bench: BenchConfig) -> dict[str, Any]:
     """Our plain decoding and `generate`, in turn, over the same prompts and number of tokens."""
-    from .llm import LLM
-    from .model.loader import load_model
+    from ..llm import LLM
+    from ..model.loader import load_model
 
     loaded = load_model(config)
     params = SamplingParams(max_tokens=bench.tokens, ignore_eos=True)
@@ -198,7 +198,7 @@ def _served(llm: LLM) -> Iterator[str]:
     """The app over `llm` on a free loopback port, in a thread of its own."""
     import asyncio
 
-    from .server.serve import Server, bind, url_of
+    from ..server.serve import Server, bind, url_of
 
     config = ServerConfig(port=0)
     sock = bind(config)

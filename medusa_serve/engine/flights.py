@@ -1,0 +1,105 @@
+"""Passes under way: started in one turn, read in the next where the device works by itself meanwhile."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..types import PrefillChunk, Runner, StepOutput
+from .isolate import RowFailed, start_rows
+from .metrics import Metrics
+from .scheduler import Scheduler
+from .sequence import Sequence, State
+
+
+class Take(Protocol):
+    def __call__(self, seq: Sequence, out: StepOutput | RowFailed, *, decoding: bool) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A pass that was started: its sequences, what gives their outputs, and whether it runs as one pass. `nodes` of a
+    decode step, or `counts` of prompt tokens (a row each) of a prefill."""
+
+    rows: list[Sequence]
+    outputs: Callable[[], list[Any]]  # StepOutput, RowFailed, or None where a prompt goes on
+    whole: bool
+    started: float
+    nodes: int = 0
+    counts: tuple[int, ...] = ()
+
+
+class Flights:
+    """Starts passes and reads them in the same order; `take` gets what each emitted. The engine thread's.
+
+    Where calls return only when the device is done (`runner.overlaps` is false), each flight is read at once.
+    """
+
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, metrics: Metrics, clock: Callable[[], float], take: Take
+    ) -> None:
+        self._runner, self._scheduler, self._metrics = runner, scheduler, metrics
+        self._clock, self._take = clock, take
+        self._flights: deque[Flight] = deque()
+        self._landed = -math.inf
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    def prefill(self, chunks: tuple[PrefillChunk, ...]) -> None:
+        if not chunks:
+            return
+        started = self._clock()
+        outputs, whole = start_rows(self._runner.prefill, self._runner.prefill, chunks)
+        rows = [self._scheduler.running[chunk.slot] for chunk in chunks]
+        for seq, chunk in zip(rows, chunks, strict=True):
+            seq.num_prefilled += chunk.count
+            if not seq.num_to_prefill:
+                seq.state = State.DECODING  # the device has its first token, whether we have read it or not
+        self._add(Flight(rows, outputs, whole, started, counts=tuple(chunk.count for chunk in chunks)))
+
+    def decode(self, slots: tuple[int, ...], nodes: int) -> None:
+        slots = tuple(slot for slot in slots if slot in self._scheduler.running)  # a row that ran alone may have ended
+        if not slots:
+            return
+        started = self._clock()
+        # A row alone decodes plainly: the same text with the least memory.
+        outputs, whole = start_rows(
+            lambda rows: self._runner.decode(rows, nodes), lambda rows: self._runner.decode(rows, 1), slots
+        )
+        rows = [self._scheduler.running[slot] for slot in slots]
+        self._add(Flight(rows, outputs, whole, started, nodes=nodes))
+
+    def _add(self, flight: Flight) -> None:
+        self._flights.append(flight)
+        if not (self._runner.overlaps and flight.whole):  # rows that ran alone are over
+            self.land(len(self._flights))
+
+    def land(self, count: int) -> int:
+        """Wait for the first `count` flights and read them; → how many there were."""
+        count = min(count, len(self._flights))
+        for _ in range(count):
+            flight = self._flights.popleft()
+            outputs = flight.outputs()
+            self._note_times(flight)
+            if flight.counts:
+                pairs = zip(flight.counts, outputs, strict=True)
+                self._metrics.prefilled(computed=sum(n for n, out in pairs if not isinstance(out, RowFailed)))
+            for seq, out in zip(flight.rows, outputs, strict=True):
+                if out is not None and seq.state is not State.FINISHED:  # it may have ended while this was under way
+                    self._take(seq, out, decoding=flight.nodes > 0)
+        return count
+
+    def _note_times(self, flight: Flight) -> None:
+        """How long the device was at it: since the start, or since the flight before was over."""
+        now = self._clock()
+        seconds, self._landed = now - max(flight.started, self._landed), now
+        if not flight.whole:
+            self._metrics.retried()
+        elif flight.nodes:
+            self._scheduler.note_decode(flight.nodes, seconds)
+        else:
+            self._scheduler.note_prefill(sum(flight.counts), seconds)

@@ -1,0 +1,92 @@
+"""Prompts cut into blocks, so that a prefill pass has the form of a decode step: a GPU's prefill.
+
+A block is a chain of 16 new tokens behind `start` tokens of its slot, and several blocks of one prompt may stand in one
+pass: every layer writes the keys of all blocks before any of them looks. Nothing is padded to the longest prompt, one
+captured graph serves all passes of a size, and the tree's attention kernel serves them as it is.
+
+    slot 3: tokens 5 … 20 (5 are cached)     block 0: slot 3, start 5
+    slot 1: tokens 0 … 19                    block 1: slot 1, start 0      block 2: slot 1, start 16, 4 tokens of 16
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .attention import View
+
+BLOCK = 16
+MIN_BLOCKS = 8
+
+
+class Run(NamedTuple):
+    """Tokens of one prompt to put behind `start`; `whole`: the prompt is complete with them."""
+
+    slot: int
+    start: int
+    tokens: Sequence[int]
+    whole: bool
+
+
+class Packed(NamedTuple):
+    """The numbers of a pass of P blocks and R rows (prompts), views of one flat int64 tensor.
+
+    tokens (P, 16) · slots, starts (P), start -1: an empty block · last (R): where a row's last token stands among the
+    P·16 · rows (R): its slot · lengths (R): tokens in the cache after the pass without a root, -1: an empty row ·
+    whole (R) 0 or 1
+    """
+
+    flat: torch.Tensor
+    tokens: torch.Tensor
+    slots: torch.Tensor
+    starts: torch.Tensor
+    last: torch.Tensor
+    rows: torch.Tensor
+    lengths: torch.Tensor
+    whole: torch.Tensor
+
+
+def views(flat: torch.Tensor, blocks: int, rows: int) -> Packed:
+    sizes = [blocks * BLOCK, blocks, blocks, rows, rows, rows, rows]
+    tokens, *rest = flat.split(sizes)
+    return Packed(flat, tokens.view(blocks, BLOCK), *rest)
+
+
+def flat_size(blocks: int, rows: int) -> int:
+    return blocks * (BLOCK + 2) + 4 * rows
+
+
+def pack(runs: Sequence[Run], rows: int, num_slots: int, least: int = MIN_BLOCKS) -> Packed:
+    """At most `rows` runs, on the host, in a power of two of blocks, `least` or more. Empty rows name slots of their
+    own, which they leave as they are."""
+    counts = [-(-len(run.tokens) // BLOCK) for run in runs]
+    blocks = max(least, 1 << max(0, sum(counts) - 1).bit_length())
+    packed = views(torch.zeros(flat_size(blocks, rows), dtype=torch.int64), blocks, rows)
+    packed.starts.fill_(-1)
+    packed.lengths.fill_(-1)
+    first = 0
+    for row, (run, count) in enumerate(zip(runs, counts, strict=True)):
+        here = slice(first, first + count)
+        packed.tokens[here].view(-1)[: len(run.tokens)] = torch.tensor(run.tokens)
+        packed.slots[here] = run.slot
+        packed.starts[here] = run.start + BLOCK * torch.arange(count)
+        packed.last[row] = first * BLOCK + len(run.tokens) - 1
+        packed.lengths[row] = run.start + len(run.tokens) - run.whole  # the root of the first walk is not in the cache
+        packed.whole[row] = run.whole
+        first += count
+    used = [run.slot for run in runs]
+    free = sorted(set(range(num_slots)) - set(used))
+    packed.rows[:] = torch.tensor(used + free[: rows - len(used)])
+    return packed
+
+
+def block_view(packed: Packed, columns: int, host_slots: list[int], host_length: list[int], width: int) -> View:
+    """columns: of a slot; empty blocks write behind its context · host_slots, host_length (P), width: as of a View"""
+    steps = torch.arange(BLOCK, device=packed.flat.device)
+    start = packed.starts.clamp(min=0)
+    at = torch.where(packed.starts[:, None] < 0, columns - BLOCK, packed.starts[:, None]) + steps
+    chain = (steps[:, None] >= steps).expand(len(start), -1, -1)
+    positions = start[:, None] + steps
+    return View(packed.slots, start, host_slots, host_length, positions, at, chain, width, packed=True)

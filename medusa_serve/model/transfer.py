@@ -1,0 +1,33 @@
+"""Between host and device without waiting: small inputs go out pinned, results come back when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+
+Output = TypeVar("Output")
+
+
+def to_device(values: Sequence[Any] | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Numbers as a tensor on the device. From pageable memory, CUDA would first wait for all that is under way."""
+    tensor = values if isinstance(values, torch.Tensor) else torch.tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class Started(Generic[Output]):
+    """A pass under way on the device; `outputs` waits for it. Implements types.Started."""
+
+    def __init__(self, facts: torch.Tensor, read: Callable[[list[list[int]]], list[Output]]) -> None:
+        """facts (B, …): copied to the host behind the pass, before anything later can overwrite them."""
+        self._read = read
+        self._facts = facts.to("cpu", non_blocking=True) if facts.is_cuda else facts
+        self._done = torch.cuda.Event() if facts.is_cuda else None
+        if self._done is not None:
+            self._done.record()
+
+    def outputs(self) -> list[Output]:
+        if self._done is not None:
+            self._done.synchronize()
+        return self._read(self._facts.tolist())

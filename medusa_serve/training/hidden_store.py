@@ -1,0 +1,117 @@
+"""The base's hidden states, computed once and kept on the device: every epoch of a training reads the same ones.
+
+A sequence of n rows needs the n + 1 states that follow one another from its prompt's last token on (see batches.py):
+row i reads state i, and its teacher is state i + 1. They lie side by side in one buffer, sequence after sequence. What
+finds no room there passes through the base at each step again; its states then lie in the buffer's first rows, so that
+a batch reads from one place whatever it is made of. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batches import Batch, by_length, in_order, spread
+from .shards import Answers
+from .teacher import Teacher
+
+PASS_TOKENS = {"cpu": 2048, "cuda": 65536}  # of a pass of the base, padding counted
+WINDOW = 64  # passes whose sequences are sorted by length together
+CPU_GIB = 2.0
+SHARE = 0.8  # of the memory of a GPU that a step leaves free: what is left holds the allocator's odd ends
+
+
+class HiddenStore:
+    """text (N): the tokens of all answers · buffer (rows, M·H) in the base's dtype, its first `spare` rows for what is
+    not kept · first (sequences): where a sequence's answer_len states begin, -1 where they are not kept"""
+
+    def __init__(self, teacher: Teacher, answers: Answers) -> None:
+        self.teacher, self.answers = teacher, answers
+        self.pass_tokens = PASS_TOKENS[teacher.device.type]
+        self.text = torch.from_numpy(answers.tokens.astype(np.int32)).to(teacher.device)
+        self.first = np.full(len(answers), -1, np.int64)
+        self.spare = 0
+        self.buffer = torch.empty(0)
+
+    def reserve(self, batch_rows: int, kept: int = 0) -> None:
+        """An empty buffer: for batches of so many rows that are not kept, and for `kept` states."""
+        self.first[:] = -1
+        self.spare = max(2 * batch_rows, int(self.answers.answer_len.max()))  # n + 1 states a sequence, n >= 1
+        self.buffer = torch.empty(0)  # free the old one first
+        width = len(self.teacher.hidden_inputs) * self.teacher.hidden_size
+        self.buffer = torch.empty(self.spare + kept, width, dtype=self.teacher.dtype, device=self.teacher.device)
+
+    def choose(self, order: np.ndarray, budget: float) -> np.ndarray:
+        """As many of these sequences, from the first on, as fit into `budget` bytes."""
+        states = np.cumsum(self.answers.answer_len[order])
+        per_state = len(self.teacher.hidden_inputs) * self.teacher.hidden_size * self.teacher.dtype.itemsize
+        return order[: int(np.searchsorted(states, budget / per_state, side="right"))]
+
+    def keep(self, order: np.ndarray, batch_rows: int, seconds: float = math.inf) -> int:
+        """Pass these sequences through the base, those that are needed first before the others, for so many seconds at
+        most; how many are kept. In large passes of like lengths this takes a fraction of what it takes in steps."""
+        answers, deadline = self.answers, time.monotonic() + seconds
+        self.reserve(batch_rows, int(answers.answer_len[order].sum()))
+        size = max(1, int(WINDOW * self.pass_tokens / max(1.0, answers.length[order].mean()))) if len(order) else 1
+        place, count = self.spare, 0
+        for start in range(0, len(order), size):
+            for chosen in in_order(answers, by_length(answers, order[start : start + size]), self.pass_tokens):
+                if time.monotonic() > deadline:
+                    return count
+                self.first[chosen] = self._write(chosen, place)
+                place, count = place + int(answers.answer_len[chosen].sum()), count + len(chosen)
+        return count
+
+    def load(self, numbers: np.ndarray) -> tuple[Batch, Tensor, Tensor]:
+        """These sequences, perhaps in another order → their rows (R), what the heads read there (R, M·H), and the last
+        hidden state one position further (R, H), which is the teacher."""
+        missing = self.first[numbers] < 0
+        absent, numbers = by_length(self.answers, numbers[missing]), numbers[~missing]
+        first, place = [self.first[numbers]], 0
+        for chosen in in_order(self.answers, absent, self.pass_tokens):
+            first.append(self._write(chosen, place))
+            place += int(self.answers.answer_len[chosen].sum())
+        numbers = np.concatenate([numbers, absent])
+        rows = self.answers.answer_len[numbers] - 1
+        begin = self.answers.start[numbers] + self.answers.prompt_len[numbers] - 1
+        counts, at, state = self._upload(rows, begin, np.concatenate(first))
+        run, place_of = spread(counts, int(rows.sum()))
+        batch = Batch(self.text, at[run] + place_of, place_of, counts[run] - place_of, numbers)
+        index = state[run] + place_of
+        return batch, self.buffer[index], self.buffer[:, : self.teacher.hidden_size][index + 1]
+
+    def try_pass(self, tokens: int, longest: int) -> None:
+        """A pass of the base of this size over sequences of this length, for its memory alone."""
+        ids = torch.zeros(max(1, tokens // longest), longest, dtype=torch.int64, device=self.teacher.device)
+        self.teacher.hidden(ids)
+
+    def _write(self, chosen: np.ndarray, place: int) -> np.ndarray:
+        """One pass of the base; its states go into the buffer from `place` on. → where each sequence's begin (B)."""
+        answers, width = self.answers, int(self.answers.length[chosen].max())
+        counts = answers.answer_len[chosen]
+        ends = np.cumsum(counts)
+        begin, skip, states = self._upload(answers.start[chosen], answers.prompt_len[chosen] - 1, counts)
+        # behind a sequence's end stands the next one's text: as good as padding, attention is causal
+        index = (begin[:, None] + torch.arange(width, device=begin.device)).clamp(max=len(self.text) - 1)
+        hidden, _ = self.teacher.hidden(self.text[index].long())
+        run, place_of = spread(states, int(ends[-1]))
+        self.buffer[place : place + int(ends[-1])] = hidden[run * width + skip[run] + place_of]
+        return place + ends - counts
+
+    def _upload(self, *columns: np.ndarray) -> Tensor:
+        """Numbers of B sequences, (columns, B) on the device; it goes on with its work meanwhile."""
+        table = torch.from_numpy(np.stack(columns).astype(np.int64))
+        if self.teacher.device.type == "cuda":
+            table = table.pin_memory()
+        return table.to(self.teacher.device, non_blocking=True)
+
+
+def memory_to_spare(device: torch.device, step: int) -> float:
+    """Bytes that hidden states may take, beside a step that needs `step` bytes for a while."""
+    if device.type != "cuda":
+        return CPU_GIB * 2**30
+    return SHARE * max(0, torch.cuda.mem_get_info(device)[0] - step)
