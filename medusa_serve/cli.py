@@ -371,14 +371,13 @@ def _train(options: argparse.Namespace) -> int:
 
     try:
         config = EngineConfig(model=options.model, device=options.device, dtype=options.dtype)
-        measured = train_from_prompts(
-            config, options.prompts, minutes=options.minutes, out=options.out, family=options.family
-        )
+        made = train_from_prompts(config, **{x: getattr(options, x) for x in ("prompts", "minutes", "out", "family")})
     except InvalidConfig as error:
         _refuse(options, error)
-    sizes = "  ".join(f"{nodes}: {value:.2f}" for nodes, value in measured.greedy.items())
-    print(f"The heads are in {options.out}. Forecast of tokens per step by tree nodes, greedy: {sizes}")
-    print(f"Serve them: python -m medusa_serve --model {options.model} --heads {options.out}")
+    except KeyboardInterrupt:
+        print("medusa_serve: interrupted, nothing is lost: the same command goes on from here", file=sys.stderr)
+        return 130
+    _print(*made.lines, f"Serve them: python -m medusa_serve --model {options.model} --heads {options.out}")
     return 0
 
 

@@ -24,6 +24,8 @@ class EngineConfig:
     max_context  tokens of prompt and completion of one sequence; None: min(model's, 2048 on a CPU, 4096 on a GPU)
     tree         auto, off (plain decoding), a number of nodes 2 … 64 with the root, or a JSON file of medusa_choices
     lookup       also draft from n-gram matches in the sequence's own tokens
+    draft_vocab  tokens that tied heads draft from, the first of their list; 0: the whole vocabulary; None: of a longer
+                 list 16384 on a CPU
     prefill_chunk  prompt tokens of one pass at most; smaller while others decode
     max_queue    sequences that may wait for a slot; one more is refused (429)
     """
@@ -36,6 +38,7 @@ class EngineConfig:
     max_context: int | None = None
     tree: str = "auto"
     lookup: bool = True
+    draft_vocab: int | None = None
     prefill_chunk: int = 512
     max_queue: int = 64
 
@@ -51,6 +54,7 @@ class EngineConfig:
             raise InvalidConfig(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.", param="dtype")
         check_int(self, "slots", 1, 1024, optional=True)
         check_int(self, "max_context", 8, 2**22, optional=True)
+        check_int(self, "draft_vocab", 0, 2**31, optional=True)
         check_int(self, "prefill_chunk", 1, 65536)
         check_int(self, "max_queue", 0, 100_000)
         if self.tree.lstrip("-").isdigit() and not 2 <= int(self.tree) <= MAX_NODES:

@@ -172,24 +172,16 @@ def _drafter(config: EngineConfig, loaded: Any) -> tuple[Any, str, list[str]]:
         path = shipped_heads(config.model, config.heads)
     if path is None:
         return None, "none", ["no heads (none ship for this model)"]
+    from .model.beam import drafter_of
     from .model.checkpoints import load_heads
+    from .model.draft_cost import fastest_dtype, limit_vocabulary
 
     model = loaded.model
     hidden, vocab = model.config.get_text_config().hidden_size, model.get_input_embeddings().num_embeddings
     heads, info = load_heads(
         path, hidden_size=hidden, vocab_size=vocab, dtype=model.dtype, device=model.device, base_model=model
     )
-    return _drafter_of(heads, info, config.tree), info.family, [f"{info.family} heads from {path}", *info.warnings]
-
-
-def _drafter_of(heads: Any, info: Any, tree: str) -> Any:
-    """A tree of each step's own; but a user's tree file places the candidates of parallel heads by rank."""
-    from .model.beam import ParallelDrafter, SequentialDrafter
-    from .model.draft import MedusaDrafter
-    from .model.tree import NUM_RANKS
-
-    if info.family != "medusa":
-        return SequentialDrafter(heads, info.tau, info.noise_tau)
-    if tree != "auto" and not tree.isdigit():
-        return MedusaDrafter(heads, info.num_heads, NUM_RANKS, ())  # size() brings the file's paths
-    return ParallelDrafter(heads, info.tau, info.noise_tau)
+    output, ordered = model.get_output_embeddings(), info.layout == "native"
+    notes = [*info.warnings, *limit_vocabulary(heads, output, config.draft_vocab, ordered=ordered)]
+    heads.to(fastest_dtype(heads))
+    return drafter_of(heads, info, config.tree), info.family, [f"{info.family} heads from {path}", *notes]

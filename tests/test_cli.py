@@ -211,6 +211,47 @@ def test_the_curl_line_is_quoted(key: str | None) -> None:
     assert "prompt" in json.loads(shlex.split(cli.curl_line("http://x", key, False))[-1])
 
 
+# ---- heads that do not fit ---------------------------------------------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture[str], says: str, *arguments: str) -> None:
+    """One line, exit code 1, nothing on stdout."""
+    assert run(*arguments) == 1
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("medusa_serve: ")]
+    assert len(lines) == 1, err
+    assert err.splitlines()[-1] == lines[0]
+    assert says in lines[0]
+    assert out == ""
+
+
+@pytest.mark.parametrize("kind", ["hidden size", "vocabulary", "draft vocabulary"])
+def test_heads_of_another_base_are_refused(
+    kind: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from medusa_serve.model.checkpoints import save_heads
+    from medusa_serve.model.heads import HeadsInfo, MedusaHeads
+
+    hidden, rows, ids = 32, 267, None
+    if kind == "hidden size":
+        hidden, says = 16, "hidden size 16, the base model 32"
+    elif kind == "vocabulary":
+        rows, says = 2000, "vocabulary of 2000, the base vocabulary has 267"
+    else:
+        rows, ids, says = 5, torch.tensor([0, 1, 2, 3, 900]), "token 900, the base vocabulary ends at 266"
+    heads = MedusaHeads(hidden, 2, vocab_size=rows, token_map=ids)
+    info = HeadsInfo(
+        family="medusa", num_heads=2, num_layers=1, hidden_size=hidden, vocab_size=2000, tied=False, bias=True
+    )
+    path = str(save_heads(heads, info, tmp_path / "heads").parent)
+    model = ["--model", str(folder), "--device", "cpu"]
+    refused(capsys, says, "generate", "hi", *model, "--heads", path)
+    refused(capsys, says, "heads", "check", path, *model)
+    refused(capsys, says, "serve", "--port", "0", *model, "--heads", path, "--json")
+
+
 # ---- real runs ---------------------------------------------------------------------------------------------------
 
 

@@ -56,8 +56,7 @@ def bench_drafting(engine: EngineConfig, config: DraftingConfig) -> dict[str, An
 
     path = heads_path(engine)
     loaded = load_model(engine)
-    drafter, name, _ = _drafter(engine, loaded)
-    set_draft_vocabulary(drafter.heads.output, loaded.model.get_output_embeddings(), config.draft_vocab)
+    drafter, name, _ = _drafter(replace(engine, draft_vocab=config.draft_vocab), loaded)
     prompts = [encode(loaded.codec, text) for text in read_prompts().questions[:3]]
     rows = []
     for nodes in config.nodes:
@@ -80,23 +79,6 @@ def bench_drafting(engine: EngineConfig, config: DraftingConfig) -> dict[str, An
         "depth": drafter.heads.max_depth,
         "rows": rows,
     }
-
-
-def set_draft_vocabulary(output: Any, base_output: Any, size: int | None) -> None:
-    """Let tied heads draft from `size` tokens (0: all). Which ones makes no difference to the time."""
-    import torch
-
-    if size is None:
-        return
-    if not output.tied:
-        raise LoadError("These heads bring an output layer of their own, so --draft-vocab cannot change its size.")
-    vocab, own, ids = base_output.weight.shape[0], output.token_map, None
-    if size > vocab:
-        raise LoadError(f"The model's vocabulary has {vocab} tokens, fewer than --draft-vocab {size}.")
-    if size:
-        ids = own[:size] if own is not None and len(own) >= size else torch.arange(size)
-    output.token_map = None
-    output.attach(base_output, ids)
 
 
 def measure(

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..errors import LoadError
-from .draft import noisy
+from .draft import Drafter, MedusaDrafter, noisy
 from .filters import Sampling
+from .heads import HeadsInfo
 from .tree import NUM_RANKS, HeadNodes, RankPath
 
 STEP_COST = 1e-4  # a child's log-probability is lower than its parent's by this at least, so that they never tie
@@ -63,7 +64,9 @@ class _ContextDrafter(Generic[State]):
             raise LoadError(
                 "a tree file places candidates of parallel heads; these choose a tree of their own each step."
             )
-        self.max_depth, self._width = min(self.heads.max_depth, max_nodes), self.beams(max_nodes)
+        # of 7 nodes none is likely to stand deeper than 3 or 4, and each depth costs a pass of the output layer
+        self.max_depth = min(self.heads.max_depth, (max_nodes + 1).bit_length())
+        self._width = self.beams(max_nodes)
         beams, pool = 1, 0
         for _ in range(self.max_depth):
             pool += beams * self._num_ranks
@@ -127,7 +130,9 @@ class SequentialDrafter(_ContextDrafter[Tensor]):
     most_ranks = 8
 
     def beams(self, max_nodes: int) -> int:
-        return min(16, max(2, (max_nodes + 1) // 4))  # each costs a pass of the cell and V' logits
+        return min(
+            8, max(2, (max_nodes + 1) // 4)
+        )  # each costs a pass of the cell and V' logits; 16 gain half a percent
 
     def begin(self, hidden: Tensor, pending: Tensor, length: Tensor, sampling: Sampling) -> Tensor:
         return self.heads.start(hidden, pending)[:, None]  # (B, W, S)
@@ -163,6 +168,16 @@ class ParallelDrafter(_ContextDrafter[Children]):
 
     def follow(self, state: Children, beam: Tensor, tokens: Tensor) -> Children:
         return state
+
+
+def drafter_of(heads: Any, info: HeadsInfo, tree: str) -> Drafter:
+    """A tree of each step's own; but a user's tree file (`tree`: EngineConfig's) places the candidates of parallel
+    heads by rank."""
+    if info.family != "medusa":
+        return SequentialDrafter(heads, info.tau, info.noise_tau)
+    if tree != "auto" and not tree.isdigit():
+        return MedusaDrafter(heads, info.num_heads, NUM_RANKS, ())  # size() brings the file's paths
+    return ParallelDrafter(heads, info.tau, info.noise_tau)
 
 
 def _extended(scores: Tensor, logp: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ..config import EngineConfig
+from ..config import MAX_NODES, EngineConfig
 from .draft import Drafter
 from .forward import PlainForward, PlugInError, TreeForward, kv_shapes
 from .plan import plan_context, plan_shapes, plan_slots
-from .runner import ModelRunner
+from .runner import ROW_BUDGET, ModelRunner
 from .selftest import check, references
 from .tables import SlotTables
 
@@ -37,7 +37,7 @@ def build_runner(
     """Plan, plug in, check. Raises LoadError when the plan cannot be met."""
     device = model.device
     context, context_why = plan_context(config, max_positions, device)
-    shapes = plan_shapes(config, drafter)
+    shapes = plan_shapes(config, drafter, min(MAX_NODES, ROW_BUDGET[device.type]))
     columns = context + SLACK
     hidden_inputs = _hidden_inputs(drafter)
     plugged, slots, slots_why, error, plain_because = _plug_in(model, config, columns, max_positions, hidden_inputs)

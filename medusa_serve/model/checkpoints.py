@@ -50,6 +50,10 @@ def load_heads(
     parsed = parse(found)
     heads = build(parsed, path, found.config)
     info = _info(heads, parsed, path, found.config)
+    if info.layout == "native" and info.tied and info.vocab_size and abs(info.vocab_size - vocab_size) > PADDING:
+        raise LoadError(
+            f"The heads in {path} were trained on a vocabulary of {info.vocab_size}, the base model has {vocab_size}."
+        )
     heads.hidden_indexes = info.hidden_inputs
     notes = _fit(heads, path, hidden_size, vocab_size)
     named = found.config.get("base_model_name_or_path")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -57,19 +57,19 @@ def plan_slots(config: EngineConfig, bytes_per_column: int, columns: int, device
     return min(GPU_SLOTS, fits), "what fits into memory" if fits < GPU_SLOTS else "the default on a GPU"
 
 
-def plan_shapes(config: EngineConfig, drafter: Drafter | None, ranks: Any = None) -> dict[int, Shape]:
+def plan_shapes(config: EngineConfig, drafter: Drafter | None, most: int = MAX_NODES) -> dict[int, Shape]:
     """The shapes of a step by node count, the plain one among them; sizes the drafter.
 
-    ranks: calibrated P(rank r of depth d), or None. Raises LoadError for a tree that cannot be filled.
+    most: nodes that auto may choose. Raises LoadError for a tree that cannot be filled.
     """
     plain = {1: Shape(1, 0, 0)}
     if config.tree == "off" or not (drafter or config.lookup):
         return plain
     if config.tree != "auto" and not config.tree.isdigit():
         return plain | _from_file(config, drafter)
+    sizes = tuple(n for n in AUTO_NODES if n <= most) if config.tree == "auto" else (int(config.tree),)
     if drafter is not None:
-        drafter.size(MAX_NODES - 1, None)
-    sizes = AUTO_NODES if config.tree == "auto" else (int(config.tree),)
+        drafter.size(max(sizes) - 1, None)
     shapes = {nodes: shape for nodes in sizes if (shape := _shape(nodes, drafter, config.lookup)) is not None}
     if not shapes:
         assert drafter is not None

@@ -1,4 +1,8 @@
-"""What the heads are worth: ranks of the true tokens, the tables that choose trees, and a forecast of acceptance."""
+"""What the heads are worth: ranks of the true tokens, calibration, and a forecast of acceptance with static trees.
+
+A forecast walks given answers with one tree of rank paths for all steps; the engine draws a better tree for each step
+(model/beam.py), so it mostly accepts more than is forecast here. report.py asks the engine itself.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,8 @@ from ..model.noise import gumbel
 from ..model.tree import NUM_RANKS, RankPath, most_probable
 from .loss import Output
 
-SIZES = (4, 8, 16, 32, 64)  # nodes, the root counts
+SIZES = (4, 8, 16, 24, 32, 64)  # nodes, the root counts
+SAMPLED = 0.7  # the temperature whose acceptance is told beside the greedy one
 FIT_ROWS = 2048  # rows that fit a tau: its error is then about 2 %
 TAUS = tuple(0.05 * 200 ** (i / 26) for i in range(27))  # 0.05 … 10, between which a fit looks
 
@@ -151,7 +156,7 @@ def tokens_per_step(ranks: Ranks, paths: Sequence[RankPath]) -> float:
 
 
 def forecast(ranks: Ranks, table: Sequence[Sequence[float]] | None = None) -> dict[int, float]:
-    """Acceptance by tree size, each with the most probable nodes under `table` (default: the ranks' own)."""
+    """Acceptance by size of a static tree: the most probable nodes under `table` (default: the ranks' own)."""
     table = table or conditional_ranks(ranks)
     return {size: tokens_per_step(ranks, most_probable(table, size)) for size in SIZES}
 

@@ -27,9 +27,9 @@ from ..errors import LoadError
 from ..model.checkpoints import load_heads
 from ..model.loader import LoadedModel, load_model
 from .batches import usable
-from .calibrate import SIZES, Ranks, conditional_ranks, forecast, top_shares
+from .calibrate import SAMPLED, SIZES, Ranks, conditional_ranks, forecast, top_shares
 from .distill import DistillConfig
-from .finish import SAMPLED, measure
+from .finish import measure
 from .pipeline import make_answers
 from .prompts import Prompt, read_prompts, split
 from .shards import read_answers
@@ -199,14 +199,16 @@ def train_family(loaded: LoadedModel, family: Any, options: argparse.Namespace) 
     try:
         answers = read_answers(Path(options.work) / "answers")
         measured = train(
-            loaded.model, answers, config, model_name=loaded.name, progress=lambda report: say(report.line), note=say
-        )
+            loaded.model, answers, config, model_name=loaded.name, eos_ids=loaded.eos_ids,
+            max_positions=loaded.max_positions, progress=lambda report: say(report.line), note=say,
+        )  # fmt: skip
     except BaseException:  # Ctrl-C too: the last checkpoint's heads are better than none
         if interim.is_dir():
             shutil.copytree(interim, Path(options.out) / f"{name}-interim", dirs_exist_ok=True)
         raise
     shutil.copytree(config.out, Path(options.out) / name, dirs_exist_ok=True)
-    say(f"{family}: greedy {_sizes(measured.greedy)}   T={SAMPLED} {_sizes(measured.sampled)}")
+    for line in measured.lines:
+        say(f"{family}: {line}")
     say(f"{family}: provenance {json.dumps(measured.provenance)}")
 
 
@@ -260,10 +262,6 @@ def _by_category(ranks: Ranks, categories: np.ndarray, table: list[list[float]])
                 row = {str(size): round(x, 4) for size, x in forecast(ranks.chosen(mask), table).items()}
                 out[category][kind] = {**row, "answers": int(mask.sum())}
     return out
-
-
-def _sizes(values: dict[int, float]) -> str:
-    return " ".join(f"{size}:{value:.2f}" for size, value in values.items())
 
 
 if __name__ == "__main__":

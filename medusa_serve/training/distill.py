@@ -108,8 +108,8 @@ def distill(
                 rows.append((*job, ids))
             made = Made(made.answers + 1, made.tokens + len(ids), time.monotonic() - started, made.total)
             if len(rows) >= config.shard_answers:
-                write_shard(out, rows)
-                rows = []
+                full, rows = rows, []  # first: an interrupt behind the writing must not write them again
+                write_shard(out, full)
             progress(made)
             if config.seconds is not None and made.seconds > config.seconds:
                 break

@@ -1,11 +1,12 @@
-"""The end of a training: measure the heads on held-out answers, calibrate, save."""
+"""The end of a training: measure the heads on held-out answers, calibrate, report through the engine, save."""
 
 from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,22 +17,23 @@ from ..model.checkpoints import save_heads
 from ..model.heads import Heads, HeadsInfo, SequentialHeads, num_parameters
 from ..model.tree import NUM_RANKS
 from .batches import in_order, make_batch
-from .calibrate import PAST_END, Noise, Ranks, conditional_ranks, fit_tau, forecast, top_shares, true_ranks
+from .calibrate import PAST_END, SAMPLED, Noise, Ranks, conditional_ranks, fit_tau, forecast, top_shares, true_ranks
 from .distill import first_loop
+from .report import EngineReport, engine_report
 from .shards import Answers
 from .teacher import Teacher, head_features
 
 if TYPE_CHECKING:
     from .train_heads import TrainConfig
 
-SAMPLED = 0.7  # the temperature whose acceptance is forecast beside the greedy one
 TAU_ROWS = 8192  # rows that a calibration of tau looks at
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What trained heads do on held-out answers: shares per depth, acceptance by nodes (greedy, and at T = 0.7 where
-    there are such answers), and the calibration that was saved with them."""
+    """What trained heads do on held-out answers: shares per depth, acceptance by nodes as forecast with static trees
+    (greedy, and at T = 0.7 where there are such answers) and as the serving engine has it, and the calibration that was
+    saved with them. path: of the heads' file."""
 
     path: str
     loss: float
@@ -39,10 +41,20 @@ class Measured:
     top5: list[float]
     greedy: dict[int, float]
     sampled: dict[int, float]
+    engine: EngineReport
     ranks: list[list[float]]
     tau: list[float]
     noise_tau: list[float] | None
     provenance: dict[str, Any]
+
+    @property
+    def lines(self) -> list[str]:
+        """For a person."""
+        told = [("the engine, greedy", self.engine.greedy), (f"the engine at T = {SAMPLED}", self.engine.sampled)]
+        told += [("forecast with static trees, greedy", self.greedy), (f"the same at T = {SAMPLED}", self.sampled)]
+        rows = [(name, "  ".join(f"{nodes}: {x:.2f}" for nodes, x in values.items())) for name, values in told]
+        lines = [f"  {name:36}{row}" for name, row in rows if row]
+        return [f"The heads are in {self.path}.", "Tokens per step by tree nodes, on held-out prompts:", *lines]
 
 
 def choose_held_out(answers: Answers, numbers: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -162,10 +174,19 @@ def finish(
     config: TrainConfig,
     facts: dict[str, Any],
     *,
+    size: int,
     autocast: Callable[[], Any],
+    trial: Path,
+    eos_ids: Collection[int] = (),
+    max_positions: int | None = None,
+    seconds: float = 20.0,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Measured:
-    """Measure, calibrate, save into config.out with provenance."""
-    size = int(facts["batch_tokens"])
+    """Measure, calibrate, save into config.out with provenance.
+
+    size: tokens of a measuring pass · seconds: for the engine's answers · trial: a folder where the engine finds the
+    heads before config.out exists, so that after an interruption here the same command still goes on
+    """
     cold = held_out[answers.temperature[held_out] == 0]
     cold = cold if len(cold) else held_out
     warm = held_out[np.abs(answers.temperature[held_out] - SAMPLED) < 1e-4]
@@ -178,17 +199,23 @@ def finish(
     ahead = forecast(greedy, table)
     provenance = {
         **facts,
-        "forecast_greedy": {str(n): round(x, 3) for n, x in ahead.items()},
-        f"forecast_T{SAMPLED}": {str(n): round(x, 3) for n, x in sampled.items()},
+        "static_trees_greedy": {str(n): round(x, 3) for n, x in ahead.items()},
+        f"static_trees_T{SAMPLED}": {str(n): round(x, 3) for n, x in sampled.items()},
         "machine": machine(teacher.device),
         "software": f"torch {torch.__version__}",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "licence": config.licence,
     }
     info = describe(heads, teacher, table, tau, provenance, noise_tau)
-    path = save_heads(heads, info, config.out)
+    save_heads(heads, info, trial, overwrite=True)
+    engine, said = engine_report(
+        teacher.model, trial, answers, held_out, eos_ids=eos_ids, max_positions=max_positions, seconds=seconds
+    )
+    note(said)
+    provenance |= engine.facts()
+    path = save_heads(heads, replace(info, provenance=provenance), config.out)
     shares = top_shares(greedy, 1), top_shares(greedy, 5)
-    return Measured(str(path), float(facts["loss"]), *shares, ahead, sampled, table, tau, noise_tau, provenance)
+    return Measured(str(path), float(facts["loss"]), *shares, ahead, sampled, engine, table, tau, noise_tau, provenance)
 
 
 def describe(

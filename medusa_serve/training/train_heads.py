@@ -1,4 +1,5 @@
-"""Train heads on a model's own answers: time-budgeted, resumable, ending with calibrated heads in a folder.
+"""Train heads on a model's own answers: time-budgeted, resumable, ending with calibrated heads in a folder and a report
+through the real engine.
 
 Nothing but the heads changes. Their master weights are fp32; the body runs in the base's dtype under autocast, the loss
 in fp32. The base runs once over the answers, as far as there is memory to keep its hidden states (hidden_store.py). A
@@ -8,9 +9,10 @@ run that is interrupted goes on from `<out>.training/state.pt` when the same com
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,15 +37,24 @@ from .train_config import Report, TrainConfig
 BATCH_ROWS = {"cpu": 1024, "cuda": 8192}
 VALUE_EVERY = 10  # steps: the loss itself is only looked at
 FILL_SHARE = 0.3  # of the time that is left, at most, to have the base's hidden states before the first step
+REPORT_SHARE = 0.1  # of the time that a training took, at most, for the engine's answers at its end
 # options that may change when a run goes on
-FREE = ("out", "minutes", "keep_gib", "checkpoint_seconds", "report_seconds", "licence")
+FREE = ("out", "minutes", "batch_rows", "keep_gib", "checkpoint_seconds", "report_seconds", "licence")
 COUNTS = ("step", "epoch", "place", "tokens", "elapsed", "prepared", "batch_rows")
 
 
 def check_output(config: TrainConfig) -> None:
-    """Raises LoadError when the output exists: called before any work, and by a caller before it loads a model."""
+    """Raises LoadError when the output exists, or can never exist: called before any work, and by a caller before it
+    loads a model."""
     if Path(config.out).exists():
         raise LoadError(f"The output folder {config.out} exists; choose another, or delete it.")
+    parent = Path(config.out).absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LoadError(f"The output folder {config.out} cannot be made: {error.strerror}.") from error
+    if not os.access(parent, os.W_OK):
+        raise LoadError(f"The output folder {config.out} cannot be made: {parent} is not writable.")
 
 
 def train(
@@ -52,13 +63,16 @@ def train(
     config: TrainConfig,
     *,
     model_name: str = "",
+    eos_ids: Collection[int] = (),
+    max_positions: int | None = None,
     progress: Callable[[Report], None] = lambda report: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Measured:
-    """Train, calibrate, save into config.out; returns what was measured on the held-out answers.
+    """Train, calibrate, report, save into config.out; returns what was measured on the held-out answers.
 
-    model: the base, frozen and in eval mode, on its device. Raises LoadError: output exists, answers of another
-    vocabulary, too few answers, a batch that does not fit (with the size that does), an earlier run with other options.
+    model: the base, frozen and in eval mode, on its device · eos_ids, max_positions: the model's, for the report.
+    Raises LoadError: output exists, answers of another vocabulary, too few answers, a batch that does not fit (with the
+    size that does), an earlier run with other options.
     """
     check_output(config)
     teacher = Teacher(model, config.hidden_inputs)
@@ -73,10 +87,23 @@ def train(
     run.fill(note)
     try:
         run.loop(progress)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise LoadError(
+            f"A step of {run.batch_rows} answer rows does not fit into memory any more; batch_rows "
+            f"{max(1, run.batch_rows // 2)} should. Nothing is lost: the same command goes on from step {run.step}."
+        ) from error
     finally:  # also when interrupted; a state with bad numbers is never kept, because such steps are skipped
         if run.step:
             run.save()
-    measured = finish(run.heads, teacher, answers, run.held_out, config, run.facts(), autocast=run.autocast)
+    facts = run.facts()
+    run.release()
+    measured = finish(
+        run.heads, teacher, answers, run.held_out, config, facts, size=2 * run.batch_rows, autocast=run.autocast,
+        trial=run.state_path.parent / "heads", eos_ids=eos_ids, max_positions=max_positions,
+        seconds=REPORT_SHARE * run.elapsed, note=note,
+    )  # fmt: skip
     shutil.rmtree(run.state_path.parent, ignore_errors=True)
     return measured
 
@@ -281,7 +308,17 @@ class Run:
         self.stepper.load(state["stepper"])
         for name in COUNTS:
             setattr(self, name, state[name])
+        if self.config.batch_rows is not None:  # other batches may be asked for: about the same place among them
+            self.place = self.place * self.batch_rows // self.config.batch_rows
+            self.batch_rows = self.config.batch_rows
         note(f"going on from step {self.step} after {self.elapsed / 60:.1f} minutes")
+
+    def release(self) -> None:
+        """Give up what only steps need: a GPU has no room for the engine beside it."""
+        self.stepper.clear()
+        del self.store, self.stepper
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def facts(self) -> dict[str, Any]:
         """For the provenance of the heads."""
@@ -296,7 +333,6 @@ class Run:
             "minutes": round(self.elapsed / 60, 2),
             "loss": round(float(self.stepper.loss), 4),
             "batch_rows": self.batch_rows,
-            "batch_tokens": 2 * self.batch_rows,  # of a pass that measures
             "lr": self.config.lr,
             "decay": self.config.decay,
         }

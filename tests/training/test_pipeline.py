@@ -16,6 +16,7 @@ from medusa_serve.training.distill import DistillConfig
 from medusa_serve.training.pipeline import answering, make_answers, train_from_prompts
 from medusa_serve.training.prompts import Prompt
 from medusa_serve.training.shards import read_answers
+from medusa_serve.training.train_heads import Run
 from tests.tiny import save_tiny_folder
 
 SMALL = {"inner": 16, "readout": 8, "num_heads": 2, "draft_vocab": 100, "held_out": 8}
@@ -42,6 +43,8 @@ def test_prompts_become_heads(folder, prompt_file, tmp_path, capsys):
     assert (tmp_path / "heads" / "heads.safetensors").is_file()
     assert len(read_answers(tmp_path / "heads.answers")) > 20
     assert measured.greedy[4] >= 1.0
+    assert min(*measured.engine.greedy.values(), *measured.engine.sampled.values()) >= 1.0
+    assert notes[-1].startswith("the engine answered held-out prompts")
     assert "forecast" in capsys.readouterr().err
     with pytest.raises(LoadError, match="exists"):
         train_from_prompts(engine, prompt_file, minutes=1, out=tmp_path / "heads")
@@ -54,6 +57,24 @@ def test_nonsense_is_refused_before_the_model_is_loaded(prompt_file, tmp_path, m
             train_from_prompts("x", prompt_file, out=tmp_path / "o", **options)
     with pytest.raises(LoadError, match="no file"):
         train_from_prompts("x", tmp_path / "none.txt", minutes=1, out=tmp_path / "o")
+
+
+def test_memory_that_is_too_small_for_a_step_is_said_before_the_first(folder, prompt_file, tmp_path, monkeypatch):
+    gradients = Run.gradients
+
+    def limited(self, numbers, **options):
+        if self.answers.answer_len[numbers].sum() > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return gradients(self, numbers, **options)
+
+    monkeypatch.setattr(Run, "gradients", limited)
+    engine = EngineConfig(model=str(folder), device="cpu", dtype="float32")
+    given = {"minutes": 0.05, "out": tmp_path / "heads", "note": str, **SMALL}
+    with pytest.raises(LoadError, match="2048 answer rows does not fit into memory; batch_rows 256 does") as caught:
+        train_from_prompts(engine, prompt_file, batch_rows=2048, **given)
+    assert "\n" not in caught.value.message
+    assert len(read_answers(tmp_path / "heads.answers"))  # which are not made again
+    assert train_from_prompts(engine, prompt_file, **given).provenance["batch_rows"] == 256
 
 
 def test_slots_are_halved_until_they_fit(folder, tmp_path, monkeypatch):

@@ -194,6 +194,9 @@ def test_an_existing_output_is_refused_before_any_work(tmp_path):
     (tmp_path / "heads").mkdir()
     with pytest.raises(LoadError, match="exists; choose another"):
         train(None, None, config(tmp_path))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(LoadError, match="cannot be made: Not a directory|cannot be made: File exists"):
+        train(None, None, config(tmp_path / "file"))
 
 
 def test_answers_of_another_vocabulary_are_refused(tmp_path):
@@ -314,6 +317,24 @@ def test_out_of_memory_names_the_size_that_fits(tmp_path, monkeypatch):
     assert notes[0] == "steps of 32 answer rows, because 1024 do not fit into memory"
 
 
+def test_memory_that_runs_out_later_names_a_size_and_loses_nothing(tmp_path, monkeypatch):
+    toy = Toy()
+
+    def learn(self, numbers, whole=Run.learn):
+        if self.step == 7 and self.batch_rows > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        whole(self, numbers)
+
+    monkeypatch.setattr(Run, "learn", learn)
+    with pytest.raises(LoadError, match="128 answer rows .* batch_rows 64 should.* goes on from step 7") as caught:
+        train(toy, toy_answers(toy), config(tmp_path, steps=12))
+    assert "\n" not in caught.value.message
+    notes = []
+    measured = train(toy, toy_answers(toy), config(tmp_path, steps=12, batch_rows=64), note=notes.append)
+    assert "going on from step 7" in notes[0]
+    assert (measured.provenance["steps"], measured.provenance["batch_rows"]) == (12, 64)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_base_trains_fp32_heads(tmp_path, dtype):
     toy = Toy(dtype=dtype)
@@ -337,6 +358,25 @@ def test_a_real_architecture_trains_and_its_heads_load(tmp_path):
     assert (info.hidden_inputs, info.token_map, heads.hidden_inputs) == ((-1, 1), 50, 2)
     assert json.loads((tmp_path / "heads" / "config.json").read_text())["provenance"]["base"] == "tiny"
     assert measured.provenance["answer_tokens"] == 1000
+
+
+def test_a_report_that_is_interrupted_is_made_by_the_same_command_again(tmp_path, monkeypatch):
+    toy = Toy()
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("medusa_serve.training.finish.engine_report", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(toy, toy_answers(toy), config(tmp_path, steps=3))
+    assert not (tmp_path / "heads").exists()
+    interim = load_heads(
+        tmp_path / "heads.training" / "heads", hidden_size=HIDDEN, vocab_size=VOCAB, dtype=torch.float32
+    )
+    assert interim[1].tau  # calibrated
+    assert train(toy, toy_answers(toy), config(tmp_path, steps=3)).provenance["steps"] == 3
+    assert (tmp_path / "heads" / "heads.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,175 @@
+"""The report at the end of a training: the serving engine answers held-out prompts with the heads just saved.
+
+Nothing is forecast here, as it is in calibrate.py. The heads are read from their folder in the base's dtype and draft a
+tree of each step's own, and no lookup drafts beside them.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import MAX_NODES, EngineConfig
+from ..engine.batch_manager import BatchManager
+from ..errors import MedusaServeError
+from ..model.beam import drafter_of
+from ..model.build import Built, build_runner
+from ..model.checkpoints import load_heads
+from ..model.draft import Drafter
+from ..types import Completion, Delta, SamplingParams
+from .calibrate import SAMPLED
+from .distill import Job
+from .shards import Answers
+
+NODES = (8, MAX_NODES)
+PROMPTS, TOKENS = 32, 96  # prompts at most, and tokens of an answer
+SLOTS = {"cpu": 1, "cuda": 8}  # answered at once; each has its own whole tree, so company changes no acceptance
+SECONDS = 20.0  # after so long, both trees together, no more prompts are begun
+PATIENCE = 20.0  # seconds more that a tree's last answers have before they are given up
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """Acceptance, Σ (completion tokens - 1) / Σ steps, by nodes of the tree. prompts: how many were answered, by nodes
+    too. Empty where it could not be measured: the training's notes then say why."""
+
+    greedy: dict[int, float] = field(default_factory=dict)
+    sampled: dict[int, float] = field(default_factory=dict)
+    prompts: dict[int, int] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """For the provenance of the heads; nothing where nothing was measured."""
+        if not self.prompts:
+            return {}
+        named: dict[str, dict[int, Any]] = {
+            "engine_greedy": self.greedy,
+            f"engine_T{SAMPLED}": self.sampled,
+            "engine_prompts": self.prompts,
+        }
+        return {name: {str(nodes): round(x, 3) for nodes, x in values.items()} for name, values in named.items()}
+
+
+@contextmanager
+def running(
+    model: Any,
+    config: EngineConfig,
+    eos_ids: Collection[int],
+    max_positions: int | None,
+    drafter: Drafter | None = None,
+) -> Iterator[tuple[BatchManager, Built]]:
+    """The serving engine without text; the model has its own attention back afterwards."""
+    built = build_runner(model, config, eos_ids=sorted(eos_ids), max_positions=max_positions, drafter=drafter)
+    manager = BatchManager(built.runner, None, config, model_name=config.model)
+    manager.start()
+    try:
+        yield manager, built
+    finally:
+        manager.close()
+
+
+def engine_report(
+    model: Any,
+    folder: str | Path,
+    answers: Answers,
+    held_out: np.ndarray,
+    *,
+    eos_ids: Collection[int] = (),
+    max_positions: int | None = None,
+    seconds: float = SECONDS,
+) -> tuple[EngineReport, str]:
+    """What the heads in `folder` give when they serve this base, and in a sentence how it was measured or why not.
+
+    Never raises for what the machine cannot do: heads are worth more than a report on them.
+    """
+    jobs = report_jobs(answers, held_out, max_positions)
+    try:
+        report = _measure(model, folder, jobs, eos_ids, max_positions, min(seconds, SECONDS))
+    except (MedusaServeError, RuntimeError, MemoryError) as error:  # CUDA's errors are RuntimeErrors
+        reason = error.message if isinstance(error, MedusaServeError) else f"{type(error).__name__}: {error}"
+        return EngineReport(), f"no report through the engine, because it failed: {' '.join(reason.split())[:300]}"
+    if not report.prompts:
+        return report, "no report through the engine: it decodes this model plainly, or too slowly, or no prompt fits"
+    used = ", ".join(f"{count} with {nodes} nodes" for nodes, count in report.prompts.items())
+    return report, f"the engine answered held-out prompts, up to {PROMPTS} in the time there was: {used}"
+
+
+def report_jobs(answers: Answers, held_out: np.ndarray, max_positions: int | None) -> list[Job]:
+    """Each prompt greedily and at T = 0.7, with the seed that its answer had; the same prompts for every tree."""
+    room = (max_positions or 2**22) - TOKENS
+    fitting = [int(number) for number in held_out if 0 < answers.prompt_len[number] <= room]
+    return [
+        Job(number, int(answers.seed[number]), temperature, tuple(prompt.tolist()))
+        for number in fitting[:PROMPTS]
+        for prompt in [answers.sequence(number)[: int(answers.prompt_len[number])]]
+        for temperature in (0.0, SAMPLED)
+    ]
+
+
+def _measure(
+    model: Any,
+    folder: str | Path,
+    jobs: Sequence[Job],
+    eos_ids: Collection[int],
+    max_positions: int | None,
+    seconds: float,
+) -> EngineReport:
+    report = EngineReport()
+    if not jobs:
+        return report
+    text, vocab = model.config.get_text_config(), model.get_input_embeddings().num_embeddings
+    heads, info = load_heads(
+        folder, hidden_size=text.hidden_size, vocab_size=vocab, dtype=model.dtype, device=model.device, base_model=model
+    )
+    most, slots = drafter_of(heads, info, "auto").max_nodes + 1, SLOTS[model.device.type]
+    context = max(len(job.prompt_ids) for job in jobs) + TOKENS
+    sizes = sorted({min(nodes, most) for nodes in NODES})
+    for left, nodes in zip(range(len(sizes), 0, -1), sizes, strict=True):
+        config = EngineConfig(tree=str(nodes), lookup=False, slots=slots, max_context=context, max_queue=slots)
+        began = time.monotonic()
+        with running(model, config, eos_ids, max_positions, drafter_of(heads, info, "auto")) as (manager, built):
+            if nodes not in built.runner.node_choices:  # a model whose attention cannot be replaced
+                break
+            done = list(_answers(manager, jobs, slots, seconds / left))
+        seconds = max(0.0, seconds - (time.monotonic() - began))
+        for temperature, values in ((0.0, report.greedy), (SAMPLED, report.sampled)):
+            these = [completion for job, completion in done if job.temperature == temperature]
+            if steps := sum(completion.steps for completion in these):
+                values[nodes] = sum(completion.completion_tokens - 1 for completion in these) / steps
+        if done:
+            report.prompts[nodes] = len({job.prompt for job, _ in done})
+    return report
+
+
+def _answers(
+    manager: BatchManager, jobs: Sequence[Job], slots: int, seconds: float
+) -> Iterator[tuple[Job, Completion]]:
+    """Answers as they finish. After so many seconds no job is begun but those of the first prompt; what a slow machine
+    still has under way is given up some time later."""
+    inbox: queue.SimpleQueue[list[tuple[str, Delta]]] = queue.SimpleQueue()
+    began, waiting, open_jobs = time.monotonic(), list(reversed(jobs)), dict[str, Job]()
+    try:
+        while True:
+            late = time.monotonic() - began > seconds and len(waiting) < len(jobs) - 1
+            while waiting and len(open_jobs) < slots and not late:
+                job = waiting.pop()
+                params = SamplingParams(max_tokens=TOKENS, temperature=job.temperature, seed=job.seed)
+                open_jobs[manager.submit(job.prompt_ids, params, inbox.put)] = job
+            if not open_jobs:
+                return
+            for sequence_id, delta in inbox.get(timeout=max(0.1, began + seconds + PATIENCE - time.monotonic())):
+                if delta.error is not None:
+                    raise delta.error
+                if delta.completion is not None:
+                    yield open_jobs.pop(sequence_id), delta.completion
+    except queue.Empty:
+        return
+    finally:
+        for sequence_id in open_jobs:
+            manager.cancel(sequence_id)
