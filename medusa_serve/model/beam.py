@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from ..errors import LoadError
+from . import splitk
 from .draft import Drafter, MedusaDrafter, noisy
 from .filters import Sampling
+from .fused_search import FusedPool, top_children
 from .heads import HeadsInfo
 from .tree import NUM_RANKS, HeadNodes, RankPath
 
@@ -38,6 +40,44 @@ class Children(NamedTuple):
 
     tokens: Tensor
     logp: Tensor
+
+
+class Pool:
+    """All nodes found so far, and which of them are beams, to get children of their own.
+
+    tokens, parents (index in the pool + 1; 0 is the root), depths (B, size) int64 · scores (B, size): log-probabilities
+    """
+
+    def __init__(self, rows: int, size: int, device: torch.device) -> None:
+        self.tokens, self.parents, self.depths = (torch.empty(rows, 0, dtype=torch.int64, device=device),) * 3
+        self.scores = torch.empty(rows, 0, device=device)
+        self._beams = torch.zeros(rows, 1, device=device)
+        self._above = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+
+    def grow(self, tokens: Tensor, logp: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """The beams' children (B, W or 1, R) join; the best `width` of them become the beams: → which beam each goes on
+        from, and its token, (B, width) both.
+
+        A child's score is below its parent's also where rounding would swallow the difference: what holds a child, and
+        each prefix of it, then holds the parent.
+        """
+        parent = self._beams[:, :, None]
+        logp = torch.nan_to_num(logp, nan=NEVER, neginf=NEVER)
+        scores = torch.minimum(parent + logp, parent * (1 + 1e-6) - STEP_COST)
+        tokens = tokens.expand_as(scores).flatten(1)
+        above = self._above[:, :, None].expand_as(scores).flatten(1)
+        filled, depths, ranks = self.scores.shape[1], torch.zeros_like(tokens), scores.shape[2]
+        scores = scores.flatten(1)
+        depths += self.depths[:, -1:] + 1 if filled else 1
+        self.tokens, self.parents, self.depths, self.scores = (
+            torch.cat(parts, dim=1)
+            for parts in (
+                (self.tokens, tokens), (self.parents, above), (self.depths, depths), (self.scores, scores),
+            )
+        )  # fmt: skip
+        self._beams, best = scores.topk(width, dim=1)
+        self._above = best + filled + 1
+        return best // ranks, tokens.gather(1, best)
 
 
 class _ContextDrafter(Generic[State]):
@@ -66,12 +106,12 @@ class _ContextDrafter(Generic[State]):
             )
         # of 7 nodes none is likely to stand deeper than 3 or 4, and each depth costs a pass of the output layer
         self.max_depth = min(self.heads.max_depth, (max_nodes + 1).bit_length())
-        self._width = self.beams(max_nodes)
-        beams, pool = 1, 0
-        for _ in range(self.max_depth):
-            pool += beams * self._num_ranks
-            beams = min(self._width, beams * self._num_ranks)
-        self.max_nodes = min(max_nodes, pool)
+        self._widths, self._pool_size, beams = [], 0, 1  # beams after each depth, none after the last
+        for depth in range(1, self.max_depth + 1):
+            self._pool_size += beams * self._num_ranks
+            beams = min(self.beams(max_nodes), beams * self._num_ranks) if depth < self.max_depth else 0
+            self._widths.append(beams)
+        self.max_nodes = min(max_nodes, self._pool_size)
 
     def beams(self, max_nodes: int) -> int:
         """W: how many nodes of a depth may have children."""
@@ -90,33 +130,26 @@ class _ContextDrafter(Generic[State]):
         raise NotImplementedError
 
     def draft(self, slots: Tensor, hidden: Tensor, pending: Tensor, length: Tensor, sampling: Sampling) -> HeadNodes:
-        rows, device = pending.shape[0], pending.device
         state = self.begin(hidden, pending, length, sampling)
-        scores = torch.zeros(rows, 1, device=device)
-        above = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # pool index of each beam, + 1; 0 is the root
-        pool: list[tuple[Tensor, Tensor, Tensor]] = []  # tokens, parents, scores of each depth
-        size = 0
-        for depth in range(self.max_depth):
+        fused = splitk.available(pending.device)
+        pool = (FusedPool if fused else Pool)(pending.shape[0], self._pool_size, pending.device)
+        for depth, width in enumerate(self._widths):
             found = self.children(state, depth, length, sampling)
-            total = _extended(scores[:, :, None], found.logp)
-            tokens, parents = found.tokens.expand_as(total).flatten(1), above[:, :, None].expand_as(total).flatten(1)
-            total = total.flatten(1)
-            pool.append((tokens, parents, total))
-            if depth + 1 == self.max_depth:
-                break
-            scores, best = total.topk(min(self._width, total.shape[1]), dim=1)
-            state = self.follow(state, best // self._num_ranks, tokens.gather(1, best))
-            above = best + size + 1
-            size += total.shape[1]
-        return _best(pool, self.max_nodes)
+            beam, tokens = pool.grow(found.tokens, found.logp, width)
+            if width:
+                state = self.follow(state, beam, tokens)
+        return best_nodes(pool, self.max_nodes)
 
-    def _ranked(self, logits: Tensor, position: Tensor, depths: slice, sampling: Sampling) -> Children:
-        """The best of each place's tokens.
-
-        logits (B, P, V'), overwritten · position (B, P) · depths: of the places, P or 1
-        """
+    def _ranked(self, logits: Tensor, depth: int | None, length: Tensor, sampling: Sampling) -> Children:
+        """The best of each place's tokens. logits (B, P, V'), overwritten: of one depth, or (None) of 0 … P - 1"""
         token_map = self.heads.token_map
-        scores = noisy(logits, token_map, position, sampling) if sampling.sampled else logits.float()
+        if splitk.available(logits.device):
+            return Children(*top_children(logits, depth, length, self._tau, token_map, sampling, self._num_ranks))
+        depths = slice(logits.shape[1]) if depth is None else slice(depth, depth + 1)
+        position = length[:, None] + 1 + torch.arange(self.heads.max_depth, device=length.device)[depths]
+        scores = logits.float()
+        if sampling.sampled:
+            scores = noisy(logits, token_map, position.expand(-1, logits.shape[1]), sampling)
         tau, noise_tau = self._tau[:, depths, None]
         scores.div_(torch.where((sampling.temperature > 0)[:, None, None], noise_tau, tau))
         best, ids = scores.topk(self._num_ranks, dim=-1)
@@ -130,17 +163,15 @@ class SequentialDrafter(_ContextDrafter[Tensor]):
     most_ranks = 8
 
     def beams(self, max_nodes: int) -> int:
-        return min(
-            8, max(2, (max_nodes + 1) // 4)
-        )  # each costs a pass of the cell and V' logits; 16 gain half a percent
+        # each costs a pass of the cell and V' logits; 16 gain half a percent
+        return min(8, max(2, (max_nodes + 1) // 4))
 
     def begin(self, hidden: Tensor, pending: Tensor, length: Tensor, sampling: Sampling) -> Tensor:
         return self.heads.start(hidden, pending)[:, None]  # (B, W, S)
 
     def children(self, state: Tensor, depth: int, length: Tensor, sampling: Sampling) -> Children:
         logits = self.heads.logits(state.flatten(0, 1)).unflatten(0, state.shape[:2])
-        position = (length + 1 + depth)[:, None].expand(-1, state.shape[1])
-        return self._ranked(logits, position, slice(depth, depth + 1), sampling)
+        return self._ranked(logits, depth, length, sampling)
 
     def follow(self, state: Tensor, beam: Tensor, tokens: Tensor) -> Tensor:
         state = state.gather(1, beam[:, :, None].expand(-1, -1, state.shape[2]))
@@ -159,9 +190,7 @@ class ParallelDrafter(_ContextDrafter[Children]):
 
     def begin(self, hidden: Tensor, pending: Tensor, length: Tensor, sampling: Sampling) -> Children:
         """All depths at once: (B, D, R)."""
-        logits = self.heads.logits(hidden)[:, : self.max_depth]
-        position = length[:, None] + 1 + torch.arange(self.max_depth, device=length.device)
-        return self._ranked(logits, position, slice(self.max_depth), sampling)
+        return self._ranked(self.heads.logits(hidden)[:, : self.max_depth], None, length, sampling)
 
     def children(self, state: Children, depth: int, length: Tensor, sampling: Sampling) -> Children:
         return Children(state.tokens[:, depth, None], state.logp[:, depth, None])
@@ -180,22 +209,10 @@ def drafter_of(heads: Any, info: HeadsInfo, tree: str) -> Drafter:
     return ParallelDrafter(heads, info.tau, info.noise_tau)
 
 
-def _extended(scores: Tensor, logp: Tensor) -> Tensor:
-    """Log-probabilities of the children (B, W, R): scores (B, W, 1) of the parents, logp (B, W, R) or (B, 1, R).
-
-    Always below the parent's, also where rounding would swallow the difference: what holds a child, and each prefix of
-    it, then holds the parent.
-    """
-    logp = torch.nan_to_num(logp, nan=NEVER, neginf=NEVER)
-    return torch.minimum(scores + logp, scores * (1 + 1e-6) - STEP_COST)
-
-
-def _best(pool: list[tuple[Tensor, Tensor, Tensor]], max_nodes: int) -> HeadNodes:
+def best_nodes(pool: Pool | FusedPool, max_nodes: int) -> HeadNodes:
     """The M most probable nodes of the pool, best first. A child scores below its parent, so they form a tree."""
-    tokens, parents, scores = (torch.cat(parts, dim=1) for parts in zip(*pool, strict=True))
-    depth_of = [torch.full((part[0].shape[1],), d + 1, device=tokens.device) for d, part in enumerate(pool)]
-    best = scores.topk(max_nodes, dim=1).indices
-    place = torch.zeros(tokens.shape[0], tokens.shape[1] + 1, dtype=torch.int64, device=tokens.device)
-    place.scatter_(1, best + 1, torch.arange(1, max_nodes + 1, device=tokens.device).expand_as(best))
-    new_parents = place.gather(1, parents.gather(1, best))
-    return HeadNodes(tokens.gather(1, best), new_parents, torch.cat(depth_of)[best])
+    best = pool.scores.topk(max_nodes, dim=1).indices
+    place = torch.zeros(best.shape[0], pool.scores.shape[1] + 1, dtype=torch.int64, device=best.device)
+    place.scatter_(1, best + 1, torch.arange(1, max_nodes + 1, device=best.device).expand_as(best))
+    parents = place.gather(1, pool.parents.gather(1, best))
+    return HeadNodes(pool.tokens.gather(1, best), parents, pool.depths.gather(1, best))

@@ -68,8 +68,8 @@ def test_the_most_probable_nodes_are_found_and_form_a_tree(temperatures, token_m
     """Each row by the tau of its own kind, though both kinds stand in one batch."""
     made = heads(token_map)
     drafter = SequentialDrafter(made, TAU, NOISE_TAU)
+    drafter.beams = lambda max_nodes: 64  # so wide that no node is lost: the search is exhaustive, too
     drafter.size(40, None)
-    drafter._width = 64  # wide enough that no node is lost, so that the search is exhaustive, too
     hidden, pending, length = torch.randn(3, HIDDEN), torch.tensor([1, 4, 2]), torch.tensor([7, 0, 30])
     got = drafter.draft(torch.arange(3), hidden, pending, length, mixed(temperatures))
     for row in range(3):

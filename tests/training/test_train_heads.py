@@ -25,7 +25,7 @@ FAMILIES = ("medusa", "sequential")
 
 
 def config(out, family="sequential", **options):
-    small = {"steps": 150, "num_heads": 3, "inner": 32, "readout": 16, "batch_rows": 128, "lr": 1e-2, "held_out": 6}
+    small = {"steps": 150, "num_heads": 3, "inner": 32, "readout": 16, "batch_rows": 128, "lr": 5e-2, "held_out": 6}
     return TrainConfig(family=family, out=str(out / "heads"), **{**small, "draft_vocab": 0, **options})
 
 
@@ -82,7 +82,7 @@ def test_both_temperatures_are_fitted_and_saved(tmp_path, warmth):
     toy = Toy()
     answers = toy_answers(toy)
     answers = replace(answers, temperature=np.where(answers.index % 2, warmth, 0).astype(np.float32))
-    measured = train(toy, answers, config(tmp_path, steps=5, held_out=60))
+    measured = train(toy, answers, config(tmp_path, steps=20, held_out=60))
     info = load(tmp_path)[1]
     assert (info.tau, info.noise_tau) == (measured.tau, measured.noise_tau)
     assert len(info.tau) == len(info.noise_tau) == 3
@@ -247,7 +247,9 @@ def test_a_bad_step_changes_nothing_and_halves_the_scale(tmp_path):
         stepper.step(0.1, torch.tensor(2.0))
 
     def everything():
-        moments = [tensor for state in stepper.optimizer.state.values() for tensor in state.values()]
+        states = [*stepper.adamw.state.values(), *stepper.muon.state.values()]
+        moments = [tensor for state in states for tensor in state.values()]
+        assert moments
         return [tensor.clone() for tensor in (*heads.parameters(), *moments)]
 
     step(1.0)
@@ -270,14 +272,28 @@ def test_a_bad_step_changes_nothing_and_halves_the_scale(tmp_path):
         stepper.check()
 
 
+def test_muon_learns_each_matrix_of_a_stack_at_the_same_rate(tmp_path):
+    heads = Run(Teacher(Toy()), toy_answers(Toy()), config(tmp_path, "medusa"), "toy").heads
+    stepper, before = Stepper(heads, 0.1, 0.0, torch.float32), heads.weight.detach().clone()
+    for parameter in heads.parameters():
+        parameter.grad = torch.zeros(parameter.shape)
+    for head, size in enumerate((1.0, 0.1, 0.01)):
+        heads.weight.grad[0, head] = size * torch.linalg.qr(torch.randn(HIDDEN, HIDDEN))[0]
+    stepper.step(0.1, torch.tensor(1.0))
+    for matrix in (heads.weight.detach() - before).flatten(0, 1):
+        values = torch.linalg.svdvals(matrix) / (0.1 * 0.2 * HIDDEN**0.5)
+        assert float(values.min()) > 0.5
+        assert float(values.max()) < 1.5
+
+
 @pytest.mark.parametrize(("size", "scale"), [(0.01, 1.0), (5.0, 1.0), (0.01, 4096.0), (5.0, 4096.0)])
-def test_a_step_is_adamw_on_clipped_and_unscaled_gradients(tmp_path, size, scale):
+def test_a_step_is_muon_and_adamw_on_clipped_and_unscaled_gradients(tmp_path, size, scale):
     mine, theirs = (Run(Teacher(Toy()), toy_answers(Toy()), config(tmp_path), "toy").heads for _ in range(2))
     stepper = Stepper(mine, 0.1, 0.01, torch.float32)
     stepper.scale.fill_(scale)
-    flat = [p for p in theirs.parameters() if p.dim() <= 1]
-    groups = [{"params": [p for p in theirs.parameters() if p.dim() > 1]}, {"params": flat, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.01, betas=(0.9, 0.95), fused=False)
+    flat, matrices = ([p for p in theirs.parameters() if (p.dim() < 2) == vector] for vector in (True, False))
+    adamw = torch.optim.AdamW(flat, lr=0.1, weight_decay=0.0, betas=(0.9, 0.95), fused=False)
+    muon = torch.optim.Muon(matrices, lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     random = torch.Generator().manual_seed(0)
     for _ in range(3):
         for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
@@ -285,9 +301,11 @@ def test_a_step_is_adamw_on_clipped_and_unscaled_gradients(tmp_path, size, scale
             a.grad = scale * b.grad
         stepper.step(0.1, torch.tensor(torch.nan))
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimizer.step()
+        adamw.step()
+        muon.step()
     for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        # Muon orthogonalises in bfloat16: a rounding of its input is seen in its output
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 if a.dim() < 2 else 0.02)
     assert stepper.loss.isnan()
 
 
