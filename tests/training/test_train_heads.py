@@ -33,12 +33,12 @@ def drafts(heads, toy, token, depths):
     """What the runner would draft after a step whose last accepted node holds `token` (greedy)."""
     hidden = toy.embedding(toy.follow[torch.tensor([token])])
     pending = toy.follow[token]
+    ids = torch.arange(VOCAB) if heads.token_map is None else heads.token_map
     if heads.family == "medusa":
-        index = heads.logits(hidden)[0].argmax(dim=-1)
-        return heads.output.base_ids(index).tolist()
+        return ids[heads.logits(hidden)[0].argmax(dim=-1)].tolist()
     state, out = heads.start(hidden, pending[None]), []
     for _ in range(depths):
-        out.append(int(heads.output.base_ids(heads.logits(state)[0].argmax())))
+        out.append(int(ids[heads.logits(state)[0].argmax()]))
         state = heads.advance(state, torch.tensor([out[-1]]))
     return out
 
