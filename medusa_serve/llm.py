@@ -70,23 +70,28 @@ class LLM:
             **self._facts,
         }
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
         """Completions in input order; all prompts share passes. A prompt is a string (raw text) or a list of messages
-        (chat template). Raises InvalidRequest for a prompt that cannot be served; the others are then cancelled."""
+        (chat template). params: for all of them, or one for each. Raises InvalidRequest for a prompt that cannot be
+        served; the others are then cancelled."""
         return self.generate_ids([self._encode(prompt) for prompt in _as_list(prompts)], params)
 
-    def generate_ids(self, encoded: Sequence[Sequence[int]], params: SamplingParams | None = None) -> list[Completion]:
+    def generate_ids(
+        self, encoded: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
         """The same for prompts that are token ids already."""
-        params = _checked(params)
+        each = _each(params, len(encoded))
         inbox: queue.SimpleQueue[list[tuple[str, Delta]]] = queue.SimpleQueue()
         done: dict[str, Completion] = {}
-        waiting, ids = list(reversed(encoded)), []
+        waiting, ids = list(reversed(list(zip(encoded, each, strict=True)))), []
         open_ids: set[str] = set()
         try:
             while waiting or open_ids:
                 while waiting:
                     try:
-                        ids.append(self.manager.submit(waiting[-1], params, inbox.put))
+                        ids.append(self.manager.submit(*waiting[-1], inbox.put))
                     except QueueFull:
                         if not open_ids:
                             raise
@@ -150,6 +155,15 @@ def _checked(params: SamplingParams | None) -> SamplingParams:
     if params is not None and not isinstance(params, SamplingParams):
         raise InvalidRequest(f"params must be SamplingParams, not {type(params).__name__}.", param="params")
     return params or SamplingParams()
+
+
+def _each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    """One for each prompt."""
+    if not isinstance(params, Sequence):
+        return [_checked(params)] * count
+    if len(params) != count:
+        raise InvalidRequest(f"There are {count} prompts and {len(params)} params.", param="params")
+    return [_checked(one) for one in params]
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

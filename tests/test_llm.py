@@ -101,6 +101,15 @@ def test_params_of_another_kind_are_refused(llm):
         next(llm.stream("a", 4))
 
 
+def test_every_prompt_may_have_params_of_its_own(llm):
+    each = [SamplingParams(max_tokens=count, temperature=0.8, seed=count, ignore_eos=True) for count in (3, 5)]
+    together = llm.generate(["a b", "a b"], each)
+    assert [done.completion_tokens for done in together] == [3, 5]
+    assert [done.token_ids for done in together] == [llm.generate("a b", one)[0].token_ids for one in each]
+    with pytest.raises(InvalidRequest, match="There are 2 prompts and 1 params"):
+        llm.generate(["a", "b"], each[:1])
+
+
 def test_unknown_options_are_errors(folder):
     with pytest.raises(InvalidConfig, match="slotz"):
         LLM(folder, slotz=3)

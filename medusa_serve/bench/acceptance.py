@@ -29,10 +29,10 @@ Row = dict[str, Any]
 KINDS = ("all", "no loops")
 RULE = (
     "Evaluation prompts: sha256 mod 100 is 0, near-duplicates of the others left out, at most {per_category} of a "
-    "category. Each is one chat message and answered alone with at most {max_tokens} tokens, drafts from the heads "
-    "only; at T > 0 with a seed from the prompt's sha256. Acceptance: the sum of (completion tokens - 1) over the sum "
-    "of decode steps. A loop: some run of 8 tokens stands three times in the answer. decode_ms: the median over "
-    "answers of the decode time per step."
+    "category. Each is one chat message; {sequences} at once are answered with at most {max_tokens} tokens, each with "
+    "a whole tree of its own, drafts from the heads only; at T > 0 with a seed from the prompt's sha256. Acceptance: "
+    "the sum of (completion tokens - 1) over the sum of decode steps. A loop: some run of 8 tokens stands three times "
+    "in the answer. decode_ms: the median over answers of the decode time per step."
 )
 
 
@@ -40,7 +40,9 @@ RULE = (
 class AcceptanceConfig:
     """Every size of tree (the root counts) with every temperature, over the evaluation prompts of a file.
 
-    per_category  prompts of a category at most · max_tokens  of an answer · out  where the result is kept
+    per_category  prompts of a category at most · max_tokens  of an answer · sequences  answered at once: steps are
+    counted for each of them, so that acceptance does not depend on it, only decode_ms does · out  where the result is
+    kept
     """
 
     prompts: str
@@ -48,6 +50,7 @@ class AcceptanceConfig:
     temperatures: tuple[float, ...] = (0.0, 0.7)
     per_category: int = 25
     max_tokens: int = 128
+    sequences: int = 1
     out: str | None = None
 
     def __post_init__(self) -> None:
@@ -57,6 +60,7 @@ class AcceptanceConfig:
                 raise InvalidConfig(f"{name} must be different numbers from {low} to {top}.", param=name)
         check_int(self, "per_category", 1, 2**20)
         check_int(self, "max_tokens", 2, 2**20)
+        check_int(self, "sequences", 1, 1024)
 
 
 class Question(NamedTuple):
@@ -96,19 +100,21 @@ def bench_acceptance(engine: EngineConfig, config: AcceptanceConfig) -> dict[str
         "model": engine.model,
         "per_category": config.per_category,
         "max_tokens": config.max_tokens,
+        "sequences": config.sequences,
         "heads_sha256": _file_digest(heads),
         "prompts_sha256": hashlib.sha256(b"".join(_bytes(prompt) + b"\0" for prompt in prompts)).hexdigest(),
     }
     result = _stored(config.out, options) if config.out else None
     if result is None:
-        rule = RULE.format(per_category=config.per_category, max_tokens=config.max_tokens)
+        rule = RULE.format(**{name: options[name] for name in ("per_category", "max_tokens", "sequences")})
         result = {"kind": "acceptance", "rule": rule, "machine": machine(), "heads": str(heads), "options": options}
         result |= {"engine": None, "evaluation": None, "rows": []}
     for nodes in sorted(config.nodes):
         done = {row["temperature"] for row in result["rows"] if row["nodes"] == nodes}
         missing = [temperature for temperature in config.temperatures if temperature not in done]
         if missing:
-            _measure(replace(engine, tree=str(nodes), lookup=False, slots=1), config, prompts, missing, result)
+            one = replace(engine, tree=str(nodes), lookup=False, slots=config.sequences)
+            _measure(one, config, prompts, missing, result)
     return result
 
 
@@ -137,7 +143,7 @@ def _measure(
         result |= {"engine": facts, "evaluation": counts}
         for temperature in temperatures:
             line, answers, text = ProgressLine(), list[Answer](), ""
-            for answer in _answers(llm, questions, temperature, config.max_tokens):
+            for answer in _answers(llm, questions, temperature, config):
                 answers.append(answer)
                 text = f"{nodes} nodes, T {temperature:g}: {len(answers)}/{len(questions)} answers, "
                 text += f"{_cell(_row(answers))} tokens per step"
@@ -180,15 +186,17 @@ def _questions(llm: LLM, prompts: Sequence[Prompt], max_tokens: int) -> list[Que
     return found
 
 
-def _answers(llm: LLM, questions: Sequence[Question], temperature: float, max_tokens: int) -> Iterator[Answer]:
-    """One at a time: in company a step's budget of nodes would be shared."""
+def _answers(llm: LLM, questions: Sequence[Question], temperature: float, config: AcceptanceConfig) -> Iterator[Answer]:
+    """A tree of N beside plain decoding is not shared: every sequence has N nodes in every step, whoever goes along."""
     from ..training.distill import first_loop
 
-    for question in questions:
-        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=question.seed)
-        (done,) = llm.generate_ids([question.ids], params)
-        looped = first_loop(done.token_ids) is not None
-        yield Answer(question.category, done.completion_tokens, done.steps, done.decode_ms, looped)
+    size = 1 if config.sequences == 1 else 4 * config.sequences
+    for start in range(0, len(questions), size):
+        chosen = questions[start : start + size]
+        params = [SamplingParams(max_tokens=config.max_tokens, temperature=temperature, seed=q.seed) for q in chosen]
+        for question, done in zip(chosen, llm.generate_ids([q.ids for q in chosen], params), strict=True):
+            looped = first_loop(done.token_ids) is not None
+            yield Answer(question.category, done.completion_tokens, done.steps, done.decode_ms, looped)
 
 
 def rows_of(answers: Sequence[Answer], nodes: int, temperature: float) -> list[Row]:
@@ -294,7 +302,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     engine, counts = first["engine"] or {}, first["evaluation"] or {}
     lines = [
         f"{engine.get('heads')} heads, {engine.get('model')} in {engine.get('dtype')} on {first['machine']['device']}, "
-        f"{first['machine']['date']}: {counts.get('prompts')} prompts, {counts.get('left_out')} left out"
+        f"{first['machine']['date']}: {counts.get('prompts')} prompts, {counts.get('left_out')} left out, "
+        f"{first['options']['sequences']} at once"
     ]
     for temperature in sorted({key[0] for key in cells}):
         lines += ["", *_block({key[1:]: row for key, row in cells.items() if key[0] == temperature}, temperature)]
@@ -337,6 +346,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperatures", type=numbers(float), metavar="T,…", help="0,0.7 by default")
     parser.add_argument("--per-category", type=int, metavar="N", help="prompts of each at most (25)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="of an answer (128)")
+    parser.add_argument("--sequences", type=int, metavar="N", help="answered at once, each with a whole tree (1)")
     parser.add_argument("--out", metavar="FILE", help="kept there as JSON; given again, the run goes on from it")
     parser.add_argument("--show", nargs="+", metavar="FILE", help="only print the tables of such files")
     parser.set_defaults(run=run, parser=parser)
@@ -355,7 +365,7 @@ def numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
 
 def run(options: argparse.Namespace) -> int:
-    names = ("prompts", "nodes", "temperatures", "per_category", "max_tokens", "out")
+    names = ("prompts", "nodes", "temperatures", "per_category", "max_tokens", "sequences", "out")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     if options.show:
         if given:

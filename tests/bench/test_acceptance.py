@@ -105,6 +105,17 @@ def test_right_heads_emit_depth_plus_one_and_wrong_ones_one(
     assert {row["acceptance"] for row in figures(tmp_path / "wrong.json").values() if row["answers"]} == {1.0}
 
 
+def test_figures_do_not_depend_on_how_many_are_answered_at_once(world: dict[str, str], tmp_path: Path) -> None:
+    found = []
+    for sequences in ("1", "3"):
+        out = tmp_path / f"{sequences}.json"
+        sizes = ("--nodes", "4,8", "--temperatures", "0,0.7", "--sequences", sequences)
+        assert accept(world, "mixed", out, *sizes, tokens=24) == 0
+        assert f"{sequences} at once" in json.loads(out.read_text())["rule"]
+        found.append({key: {n: x for n, x in row.items() if n != "decode_ms"} for key, row in figures(out).items()})
+    assert found[0] == found[1]
+
+
 def test_loops_are_counted_apart(world: dict[str, str], tmp_path: Path) -> None:
     """Heads that are right on the long cycle and wrong on the short one: the loops hold all that is wrong."""
     assert accept(world, "mixed", tmp_path / "m.json", "--nodes", "4", "--temperatures", "0") == 0
@@ -122,9 +133,9 @@ def test_seeds_come_from_the_prompts(world: dict[str, str], tmp_path: Path, monk
     asked = []
     answers = acceptance._answers
 
-    def spy(llm: Any, questions: Any, temperature: float, max_tokens: int) -> Any:
+    def spy(llm: Any, questions: Any, temperature: float, config: Any) -> Any:
         asked.append((temperature, [question.seed for question in questions]))
-        return answers(llm, questions, temperature, max_tokens)
+        return answers(llm, questions, temperature, config)
 
     monkeypatch.setattr(acceptance, "_answers", spy)
     assert accept(world, "right", tmp_path / "s.json", "--nodes", "4", "--temperatures", "0.5", tokens=3) == 0
