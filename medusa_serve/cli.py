@@ -9,24 +9,21 @@ import argparse
 import json
 import logging
 import os
-import secrets
-import shlex
 import sys
-import threading
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from . import __version__, heads_commands
 from .bench import acceptance, drafting
-from .config import DEFAULT_MODEL, DTYPES, EngineConfig, ServerConfig
+from .config import DEFAULT_MODEL, DTYPES, EngineConfig
 from .errors import InvalidConfig, InvalidRequest, MedusaServeError
+from .server import serve_command
 from .types import Completion, SamplingParams
 
 if TYPE_CHECKING:
     from .llm import LLM
 
 COMMANDS = ("serve", "generate", "train", "heads", "bench")
-EXAMPLE = "Explain photosynthesis to a child."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "serve", help="serve a model over HTTP (the default command)", description=about, allow_abbrev=False
     )
     _add_engine_options(serve)
-    _add_server_options(serve)
+    serve_command.add_options(serve)
     serve.set_defaults(run=_serve, parser=serve)
     generate = commands.add_parser(
         "generate", help="answer one prompt here", description="Answer one prompt.", allow_abbrev=False
@@ -142,17 +139,16 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--max-context", type=int, metavar="N", help="tokens of prompt and completion (default: the model's, capped)"
     )
     group.add_argument("--tree", default="auto", help="auto, off, a number of nodes, or a JSON file of medusa_choices")
+    group.add_argument(
+        "--draft-vocab",
+        type=int,
+        metavar="N",
+        help="tokens that heads draft from; 0: the whole vocabulary (default: the heads' own, on a CPU the 16,384 most "
+        "frequent)",
+    )
     group.add_argument("--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens of one pass at most")
     group.add_argument("--no-lookup", action="store_true", help="do not draft from the sequence's own tokens")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _add_server_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1", help="any other host than the default needs a key")
-    group.add_argument("--port", type=int, default=8000, help="8000 by default; 0: any free one")
-    group.add_argument("--max-queue", type=int, default=64, metavar="N", help="requests that may wait for a slot")
-    group.add_argument("--api-key", metavar="KEY", help="or MEDUSA_SERVE_API_KEY; made where one is needed")
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -179,6 +175,7 @@ def _engine_config(options: argparse.Namespace) -> EngineConfig:
         max_context=options.max_context,
         tree=options.tree,
         lookup=not options.no_lookup,
+        draft_vocab=options.draft_vocab,
         prefill_chunk=options.prefill_chunk,
         max_queue=getattr(options, "max_queue", EngineConfig.max_queue),
     )
@@ -281,86 +278,12 @@ def _figures(completion: Completion) -> str:
 
 def _serve(options: argparse.Namespace) -> int:
     try:
-        engine_config = _engine_config(options)
-        given = options.api_key if options.api_key is not None else os.environ.get("MEDUSA_SERVE_API_KEY") or None
-        config = ServerConfig(host=options.host, port=options.port, api_key=given)
-        if config.api_key is None and not config.is_loopback:
-            config = ServerConfig(host=options.host, port=options.port, api_key=secrets.token_urlsafe(32))
+        engine = _engine_config(options)
+        server, key_is_ours = serve_command.server_config(options)
     except InvalidConfig as error:
         _refuse(options, error)
-    _serve_until_stopped(engine_config, config, as_json=options.json, key_is_ours=given is None)
+    serve_command.serve_until_stopped(engine, server, as_json=options.json, key_is_ours=key_is_ours)
     return 0
-
-
-def _serve_until_stopped(engine: EngineConfig, config: ServerConfig, *, as_json: bool, key_is_ours: bool) -> None:
-    """Listen, load, tell, serve until Ctrl-C or SIGTERM. Raises what loading raises; the port is bound before it."""
-    import asyncio
-
-    from .server.loading import BackgroundLoad
-    from .server.serve import Server, bind, url_of
-
-    def load() -> Any:
-        from .llm import LLM
-
-        return LLM(engine)
-
-    with bind(config) as sock, asyncio.Runner() as runner:
-        url = url_of(sock)
-        if not as_json:
-            where = url if config.is_loopback else f"{url} (listening on {config.host}: use this machine's address)"
-            _print(f"medusa_serve {__version__} at {where}, loading {engine.model} …", _key_line(config, key_is_ours))
-        source = BackgroundLoad(load)
-        server = Server(source, config)
-
-        def tell() -> None:
-            source.wait()
-            if source.state == "ready":
-                _print_ready(source.get(), url, config.api_key, as_json)  # type: ignore[arg-type]
-            else:
-                server.should_exit = True
-
-        threading.Thread(target=tell, name="medusa-tell", daemon=True).start()
-        try:
-            runner.run(server.serve(sockets=[sock]))
-            if source.state == "failed":
-                source.get()  # raises the reason
-        finally:
-            source.close()
-
-
-def _key_line(config: ServerConfig, key_is_ours: bool) -> str:
-    if config.api_key is None:
-        return "no key needed: loopback only"
-    made = " (made for this run)" if key_is_ours else ""
-    return f"key: {config.api_key}{made}, sent as `Authorization: Bearer …`"
-
-
-def _print_ready(llm: LLM, url: str, key: str | None, as_json: bool) -> None:
-    curl = curl_line(url, key, llm.codec.has_chat_template)
-    if as_json:
-        _print(json.dumps({"url": url, "api_key": key, "curl": curl, **llm.describe(), "notes": llm.notes}))
-        return
-    facts = ", ".join(f"{name} {_plain(value)}" for name, value in llm.describe().items())
-    _print(facts, *(f"  {note}" for note in llm.notes), "ready; try:", curl)
-
-
-def _plain(value: Any) -> str:
-    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
-
-
-def curl_line(url: str, key: str | None, has_chat_template: bool) -> str:
-    """A shell line that gets an answer from the server at `url`."""
-    body: dict[str, Any] = {"messages": [{"role": "user", "content": EXAMPLE}]}
-    if not has_chat_template:
-        body = {"prompt": "Once upon a time"}
-    words = ["curl", "-s", f"{url}/generate", "-H", "Content-Type: application/json"]
-    if key is not None:
-        words += ["-H", f"Authorization: Bearer {key}"]
-    return shlex.join([*words, "-d", json.dumps({**body, "max_tokens": 64})])
-
-
-def _print(*lines: str) -> None:
-    print(*lines, sep="\n", flush=True)
 
 
 # ---- train -------------------------------------------------------------------------------------------------------
@@ -377,7 +300,8 @@ def _train(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("medusa_serve: interrupted, nothing is lost: the same command goes on from here", file=sys.stderr)
         return 130
-    _print(*made.lines, f"Serve them: python -m medusa_serve --model {options.model} --heads {options.out}")
+    serve_them = f"Serve them: python -m medusa_serve --model {options.model} --heads {options.out}"
+    print(*made.lines, serve_them, sep="\n", flush=True)
     return 0
 
 

@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 
 from medusa_serve import cli
+from medusa_serve.config import EngineConfig
 from medusa_serve.errors import LoadError
+from medusa_serve.server import serve_command
 from medusa_serve.types import Completion, Delta
 from tests.tiny import save_tiny_folder
 
@@ -46,6 +48,8 @@ def run(*arguments: str) -> int:
         (["--port", "99999"], "port must be"),
         (["--slots", "0"], "slots must be"),
         (["--max-context", "1"], "max_context must be"),
+        (["--draft-vocab", "x"], "--draft-vocab"),
+        (["--draft-vocab=-1"], "draft_vocab must be"),
         (["--tree", "1"], "tree must have"),
         (["--tree", ""], "tree must be"),
         (["--dtype", "int3"], "dtype must be"),
@@ -202,13 +206,16 @@ def test_ctrl_c_is_130(fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch) -> 
     assert fake.last.closed
 
 
-@pytest.mark.parametrize("key", [None, "k'ey $x"])
-def test_the_curl_line_is_quoted(key: str | None) -> None:
-    words = shlex.split(cli.curl_line("http://127.0.0.1:8000", key, True))
-    assert words[:3] == ["curl", "-s", "http://127.0.0.1:8000/generate"]
-    assert json.loads(words[words.index("-d") + 1])["messages"][0]["role"] == "user"
-    assert (f"Authorization: Bearer {key}" in words) == (key is not None)
-    assert "prompt" in json.loads(shlex.split(cli.curl_line("http://x", key, False))[-1])
+@pytest.mark.parametrize(("given", "reached"), [([], None), (["--draft-vocab", "0"], 0), (["--draft-vocab", "99"], 99)])
+def test_the_draft_vocabulary_reaches_the_engine(
+    given: list[str], reached: int | None, fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[EngineConfig] = []
+    monkeypatch.setattr(serve_command, "serve_until_stopped", lambda engine, *server, **options: served.append(engine))
+    assert run(*given) == 0
+    assert [config.draft_vocab for config in served] == [reached]
+    assert run("generate", "Hi", *given) == 0
+    assert fake.last.config.draft_vocab == reached
 
 
 # ---- heads that do not fit ---------------------------------------------------------------------------------------
@@ -243,7 +250,7 @@ def test_heads_of_another_base_are_refused(
         rows, ids, says = 5, torch.tensor([0, 1, 2, 3, 900]), "token 900, the base vocabulary ends at 266"
     heads = MedusaHeads(hidden, 2, vocab_size=rows, token_map=ids)
     info = HeadsInfo(
-        family="medusa", num_heads=2, num_layers=1, hidden_size=hidden, vocab_size=2000, tied=False, bias=True
+        family="medusa", num_heads=2, num_layers=1, hidden_size=hidden, vocab_size=1000, tied=False, bias=True
     )
     path = str(save_heads(heads, info, tmp_path / "heads").parent)
     model = ["--model", str(folder), "--device", "cpu"]
