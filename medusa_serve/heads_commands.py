@@ -232,7 +232,8 @@ def check(options: argparse.Namespace) -> int:
     lines += [
         f"{name:13}" + "".join(f"{x:8.1%}" for x in shares) for name, shares in (("top-1", top1), ("top-5", top5))
     ]
-    lines += ["forecast of tokens per step by tree nodes: " + "  ".join(f"{n}: {x:.2f}" for n, x in steps.items())]
+    row = "  ".join(f"{nodes}: {x:.2f}" for nodes, x in steps.items())
+    lines += [f"static forecast of tokens per step by tree nodes: {row}"]
     reason = misfit(top5[0], found.elsewhere)
     lines += ["these heads fit this base" if reason is None else f"these heads do not fit this base: {reason}"]
     print("\n".join(lines))

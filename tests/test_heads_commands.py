@@ -266,7 +266,7 @@ def test_heads_that_are_right_fit(base: Path, tmp_path: Path, capsys: pytest.Cap
     assert lines[1].split() == ["depth", "0", "1", "2", "3"]
     assert lines[2].split() == ["top-1", *["100.0%"] * 4]
     assert lines[3].split() == ["top-5", *["100.0%"] * 4]
-    assert lines[4].startswith("forecast of tokens per step by tree nodes: 4: ")
+    assert lines[4].startswith("static forecast of tokens per step by tree nodes: 4: ")
 
 
 def test_weak_heads_fit(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

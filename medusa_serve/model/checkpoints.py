@@ -22,7 +22,7 @@ from .checkpoint_files import HEAD_FILES, NATIVE_FILE, read_tensors
 from .checkpoint_layouts import Config, Parsed, is_head, parse, split_names, to_layout
 from .heads import Heads, HeadsInfo, HydraHeads, MedusaHeads, SequentialHeads, num_parameters
 
-PADDING = 1024  # an output layer may have this many more rows than the base: padding, not another vocabulary
+PADDING = 1024  # vocabularies may differ by so much: rows that pad one of them, not another vocabulary
 DEFAULT_DEPTH = 5
 
 
@@ -50,12 +50,8 @@ def load_heads(
     parsed = parse(found)
     heads = build(parsed, path, found.config)
     info = _info(heads, parsed, path, found.config)
-    if info.layout == "native" and info.tied and info.vocab_size and abs(info.vocab_size - vocab_size) > PADDING:
-        raise LoadError(
-            f"The heads in {path} were trained on a vocabulary of {info.vocab_size}, the base model has {vocab_size}."
-        )
     heads.hidden_indexes = info.hidden_inputs
-    notes = _fit(heads, path, hidden_size, vocab_size)
+    notes = _fit(heads, info.vocab_size, path, hidden_size, vocab_size)
     named = found.config.get("base_model_name_or_path")
     if base_name and isinstance(named, str) and named not in ("", "N/A") and _stem(named) != _stem(base_name):
         notes.append(f"The heads name {named} as their base; the base in use is {base_name}.")
@@ -140,12 +136,19 @@ def _check_state(heads: nn.Module, parsed: Parsed, path: str | Path) -> None:
         del parsed.state[name]
 
 
-def _fit(heads: Heads, path: str | Path, hidden_size: int, vocab_size: int) -> list[str]:
-    """Compare with the base; cut the padding rows of an own output layer. Returns what is worth a warning."""
+def _fit(heads: Heads, trained: int, path: str | Path, hidden_size: int, vocab_size: int) -> list[str]:
+    """Compare with the base; cut the padding rows of an own output layer. Returns what is worth a warning.
+
+    trained: the vocabulary of the heads' own base, by their output layer or else by the config; 0 where neither says it
+    """
     if heads.hidden_size != hidden_size:
         raise LoadError(f"The heads in {path} have hidden size {heads.hidden_size}, the base model {hidden_size}.")
+    if trained and abs(trained - vocab_size) > PADDING:
+        raise LoadError(f"The heads in {path} have a vocabulary of {trained}, the base vocabulary has {vocab_size}.")
     output, rows = heads.output, heads.output.vocab_size
-    limit, what = vocab_size, "the base vocabulary"
+    notes, limit, what = [], vocab_size, "the base vocabulary"
+    if trained not in (0, vocab_size) and (output.tied or output.token_map is not None):  # else the rows say it, below
+        notes = [f"The heads have a vocabulary of {trained}, the base vocabulary has {vocab_size}: taken for padding."]
     if output.token_map is not None:
         top, limit, what = int(output.token_map.max()), output.token_map.numel(), "token_map"
         if top >= vocab_size:
@@ -155,14 +158,14 @@ def _fit(heads: Heads, path: str | Path, hidden_size: int, vocab_size: int) -> l
     if rows > limit + PADDING:
         raise LoadError(f"The heads in {path} have a vocabulary of {rows}, {what} has {limit}.")
     if output.tied or rows == limit:
-        return []
+        return notes
     if rows < limit:
-        return [f"The output layer has {rows} rows, {what} {limit}: tokens from {rows} on are never drafted."]
+        return [*notes, f"The output layer has {rows} rows, {what} {limit}: tokens from {rows} on are never drafted."]
     assert output.weight is not None
     output.weight = nn.Parameter(output.weight[..., :limit, :].contiguous(), requires_grad=False)
     if output.bias is not None:
         output.bias = nn.Parameter(output.bias[..., :limit].contiguous(), requires_grad=False)
-    return [f"The output layer has {rows} rows, {what} {limit}: the last {rows - limit} are cut off."]
+    return [*notes, f"The output layer has {rows} rows, {what} {limit}: the last {rows - limit} are cut off."]
 
 
 def _info(heads: Heads, parsed: Parsed, path: str | Path, config: Config) -> HeadsInfo:

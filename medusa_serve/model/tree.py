@@ -27,13 +27,6 @@ from ..errors import LoadError
 RankPath = tuple[int, ...]
 NUM_RANKS = 10  # candidates of a head, as in the published trees
 
-# P(rank r of head d is right | the path so far is), used until heads bring their own calibration: a smoothed version of
-# the accuracies that FasterDecoding/Medusa published for Vicuna-7B (assets/medusa_acc.csv).
-DEFAULT_RANKS = tuple(
-    tuple(first * share for share in (1.0, 0.2, 0.1, 0.06, 0.04, 0.03, 0.02, 0.015, 0.01, 0.01))
-    for first in (0.56, 0.45, 0.40, 0.36, 0.33)
-)
-
 
 @dataclass(frozen=True)
 class Tree:

@@ -29,7 +29,7 @@ from ..model.loader import LoadedModel, load_model
 from .batches import usable
 from .calibrate import SAMPLED, SIZES, Ranks, conditional_ranks, forecast, top_shares
 from .distill import DistillConfig
-from .finish import measure
+from .finish import Subject, measure
 from .pipeline import make_answers
 from .prompts import Prompt, read_prompts, split
 from .shards import read_answers
@@ -225,15 +225,15 @@ def evaluate(loaded: LoadedModel, family: str, prompts: list[Prompt], options: a
     result: dict[str, Any] = {"family": family, "heads": str(folder), "parameters": info.num_parameters}
     lines = [f"{name}: tokens per step with the best static tree, forecast on the evaluation set"]
     lines.append(f"{'':28}" + "".join(f"{size:>8}" for size in SIZES) + "   answers")
-    for label, temperature in (("eval-greedy", 0.0), ("eval-sampled", SAMPLED)):
+    for label, sampled in (("eval-greedy", False), ("eval-sampled", True)):
         try:
             answers = read_answers(Path(options.work) / label)
         except LoadError as error:
             lines.append(f"{label}: {error.message}")
             continue
         numbers = usable(answers, 4096)
-        ranks = measure(heads, teacher, answers, numbers, 16384, _no_autocast, temperature)
-        table = info.ranks if temperature == 0 and info.ranks else conditional_ranks(ranks)
+        ranks = measure(Subject(heads, teacher, answers, size=16384), numbers, sampled=sampled)
+        table = info.ranks if not sampled and info.ranks else conditional_ranks(ranks)
         categories = np.array([prompts[int(answers.index[number])].category for number in numbers])
         result[label] = _by_category(ranks, categories, table)
         for category, kinds in result[label].items():
@@ -245,11 +245,6 @@ def evaluate(loaded: LoadedModel, family: str, prompts: list[Prompt], options: a
         lines.append(f"{label[5:]:8} top-5 " + " ".join(f"{x:.1%}" for x in result[label + "-top5"]))
     (Path(options.out) / f"forecast-{name}.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     return "\n".join(lines)
-
-
-def _no_autocast() -> Any:
-    """Loaded heads are in the base's dtype, as they are when they serve."""
-    return torch.autocast("cpu", enabled=False)
 
 
 def _by_category(ranks: Ranks, categories: np.ndarray, table: list[list[float]]) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -57,6 +58,14 @@ class Measured:
         return [f"The heads are in {self.path}.", "Tokens per step by tree nodes, on held-out prompts:", *lines]
 
 
+def sampled_ones(answers: Answers, numbers: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Those of the numbers whose answers were sampled near T = 0.7, and True; where there are none, those sampled at
+    whatever T there is, and False."""
+    temperature = answers.temperature[numbers]
+    near = np.abs(temperature - SAMPLED) < 1e-4
+    return (numbers[near], True) if near.any() else (numbers[temperature > 0], False)
+
+
 def choose_held_out(answers: Answers, numbers: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(held out, training) sequence numbers: at most a tenth is held out, half of it greedy answers and half answers
     near T = 0.7 (or at what T there is), in a fixed random order, greedy first. Greedy ones alone say what greedy
@@ -64,13 +73,23 @@ def choose_held_out(answers: Answers, numbers: np.ndarray, count: int) -> tuple[
     order = np.random.default_rng(2024).permutation(numbers)
     count = max(1, min(count, len(order) // 10))
     greedy = order[answers.temperature[order] == 0]
-    warm = order[np.abs(answers.temperature[order] - SAMPLED) < 1e-4]
-    warm = warm if len(warm) else order[answers.temperature[order] > 0]
-    chosen = [greedy[: max(1, count // 2)], warm[: count // 2]]
+    chosen = [greedy[: max(1, count // 2)], sampled_ones(answers, order)[0][: count // 2]]
     if not len(greedy):  # nothing greedy at hand: any answers, then
         chosen = [order[:count]]
     held = np.concatenate(chosen)
     return held, np.setdiff1d(numbers, held)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: heads on the base that they hang on, by its answers. size: tokens of a pass · autocast: the
+    context of one; loaded heads need none, as they are in the base's dtype."""
+
+    heads: Heads
+    teacher: Teacher
+    answers: Answers
+    size: int
+    autocast: Callable[[], Any] = nullcontext
 
 
 class Rows(NamedTuple):
@@ -85,19 +104,12 @@ class Rows(NamedTuple):
     noise: Noise | None
 
 
-def passes(
-    heads: Heads,
-    teacher: Teacher,
-    answers: Answers,
-    numbers: np.ndarray,
-    batch_tokens: int,
-    autocast: Callable[[], Any],
-    sampled: bool,
-) -> Iterator[Rows]:
+def passes(subject: Subject, numbers: np.ndarray, *, sampled: bool) -> Iterator[Rows]:
     """These answers in order, a batch at a time. sampled: all of them are, each with its own seed and temperature."""
-    for chosen in in_order(answers, numbers, batch_tokens):
+    heads, teacher, answers = subject.heads, subject.teacher, subject.answers
+    for chosen in in_order(answers, numbers, subject.size):
         batch = make_batch(answers, chosen).to(teacher.device)
-        with torch.no_grad(), autocast():
+        with torch.no_grad(), subject.autocast():
             features = head_features(heads, teacher.hidden(batch.ids)[0][batch.at], batch)
         lengths = answers.answer_len[chosen] - 1
         noise = None
@@ -109,21 +121,13 @@ def passes(
         yield Rows(chosen, lengths, features, batch.tokens(heads.max_depth, first=2), batch.left, noise)
 
 
-def measure(
-    heads: Heads,
-    teacher: Teacher,
-    answers: Answers,
-    numbers: np.ndarray,
-    batch_tokens: int,
-    autocast: Callable[[], Any],
-    temperature: float = 0.0,
-) -> Ranks:
-    """Ranks of the true tokens in these answers, in order of the numbers. temperature > 0: of answers that were sampled
-    at this temperature, ranked with each one's own noise."""
-    output, token_map = teacher.output(heads.token_map), heads.token_map
-    parts = []
-    for rows in passes(heads, teacher, answers, numbers, batch_tokens, autocast, temperature > 0):
-        ranks = true_ranks(rows.features, rows.targets, rows.left, output, token_map, teacher.vocab_size, rows.noise)
+def measure(subject: Subject, numbers: np.ndarray, *, sampled: bool = False) -> Ranks:
+    """Ranks of the true tokens in these answers, in order of the numbers. sampled: all of these answers were, and are
+    ranked with each one's own noise."""
+    answers, token_map, vocab = subject.answers, subject.heads.token_map, subject.teacher.vocab_size
+    output, parts = subject.teacher.output(token_map), []
+    for rows in passes(subject, numbers, sampled=sampled):
+        ranks = true_ranks(rows.features, rows.targets, rows.left, output, token_map, vocab, rows.noise)
         said = [answers.sequence(n)[int(answers.prompt_len[n]) :].tolist() for n in rows.chosen]
         looped = np.array([first_loop(answer) is not None for answer in said])
         parts.append(Ranks(ranks.cpu().numpy(), rows.lengths, looped))
@@ -133,19 +137,11 @@ def measure(
     return joined
 
 
-def calibrate_tau(
-    heads: Heads,
-    teacher: Teacher,
-    answers: Answers,
-    numbers: np.ndarray,
-    batch_tokens: int,
-    autocast: Callable[[], Any],
-    sampled: bool,
-) -> list[float]:
+def calibrate_tau(subject: Subject, numbers: np.ndarray, *, sampled: bool) -> list[float]:
     """Per depth, tau from a part of these greedy answers, or noise_tau from sampled ones; rows whose earlier tokens
     were no candidates are left out."""
     parts: list[Rows] = []
-    for rows in passes(heads, teacher, answers, numbers, batch_tokens, autocast, sampled):
+    for rows in passes(subject, numbers, sampled=sampled):
         parts.append(rows)
         if sum(len(part.left) for part in parts) >= TAU_ROWS:
             break
@@ -153,11 +149,12 @@ def calibrate_tau(
     left = torch.cat([part.left for part in parts])
     drawn = [part.noise for part in parts if part.noise is not None]
     noise = Noise(*(torch.cat(each) for each in zip(*drawn, strict=True))) if drawn else None
-    output, token_map, vocab = teacher.output(heads.token_map), heads.token_map, teacher.vocab_size
+    token_map, vocab = subject.heads.token_map, subject.teacher.vocab_size
+    output = subject.teacher.output(token_map)
     rank = true_ranks(features, targets, left, output, token_map, vocab, noise)
     alive = torch.ones(len(left), dtype=torch.bool, device=left.device)
     taus = []
-    for depth in range(heads.max_depth):
+    for depth in range(subject.heads.max_depth):
         alive = alive & (rank[:, depth] != PAST_END)
         mine = None if noise is None else noise.of(alive)
         tau = fit_tau(features[alive, depth], targets[alive, depth], output, token_map, vocab, mine, depth)
@@ -167,15 +164,11 @@ def calibrate_tau(
 
 
 def finish(
-    heads: Heads,
-    teacher: Teacher,
-    answers: Answers,
+    subject: Subject,
     held_out: np.ndarray,
     config: TrainConfig,
     facts: dict[str, Any],
     *,
-    size: int,
-    autocast: Callable[[], Any],
     trial: Path,
     eos_ids: Collection[int] = (),
     max_positions: int | None = None,
@@ -184,18 +177,18 @@ def finish(
 ) -> Measured:
     """Measure, calibrate, save into config.out with provenance.
 
-    size: tokens of a measuring pass · seconds: for the engine's answers · trial: a folder where the engine finds the
-    heads before config.out exists, so that after an interruption here the same command still goes on
+    seconds: for the engine's answers · trial: a folder where the engine finds the heads before config.out exists, so
+    that after an interruption here the same command still goes on
     """
+    heads, teacher, answers = subject.heads, subject.teacher, subject.answers
     cold = held_out[answers.temperature[held_out] == 0]
     cold = cold if len(cold) else held_out
-    warm = held_out[np.abs(answers.temperature[held_out] - SAMPLED) < 1e-4]
-    greedy = measure(heads, teacher, answers, cold, size, autocast)
+    warm, near = sampled_ones(answers, held_out)
+    greedy = measure(subject, cold)
     table = conditional_ranks(greedy)
-    tau = calibrate_tau(heads, teacher, answers, cold, size, autocast, sampled=False)
-    hot = warm if len(warm) else held_out[answers.temperature[held_out] > 0]
-    noise_tau = calibrate_tau(heads, teacher, answers, hot, size, autocast, sampled=True) if len(hot) else None
-    sampled = forecast(measure(heads, teacher, answers, warm, size, autocast, SAMPLED)) if len(warm) else {}
+    tau = calibrate_tau(subject, cold, sampled=False)
+    noise_tau = calibrate_tau(subject, warm, sampled=True) if len(warm) else None
+    sampled = forecast(measure(subject, warm, sampled=True)) if near else {}
     ahead = forecast(greedy, table)
     provenance = {
         **facts,

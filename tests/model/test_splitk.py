@@ -5,7 +5,8 @@ import torch
 
 from medusa_serve.model.attention import reference_attention, tree_view
 from medusa_serve.model.splitk import ancestor_bits, available, tree_attention
-from medusa_serve.model.tree import DEFAULT_RANKS, Tree, most_probable
+from medusa_serve.model.tree import Tree, most_probable
+from tests.oracles import DEFAULT_RANKS
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from medusa_serve.errors import LoadError
-from medusa_serve.model.tree import DEFAULT_RANKS, HeadNodes, Tree, ancestors, assemble, most_probable, read_choices
+from medusa_serve.model.tree import HeadNodes, Tree, ancestors, assemble, most_probable, read_choices
+from tests.oracles import DEFAULT_RANKS
 
 
 def test_the_drawing_in_the_docstring():

@@ -3,7 +3,6 @@
 pytest tests/training/test_calibrate.py
 """
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +25,7 @@ from medusa_serve.training.calibrate import (
     top_shares,
     true_ranks,
 )
-from medusa_serve.training.finish import calibrate_tau, measure
+from medusa_serve.training.finish import Subject, calibrate_tau, measure
 from medusa_serve.training.loss import Output
 from medusa_serve.training.teacher import Teacher
 from tests.training.toy import HIDDEN, VOCAB, Toy, pack
@@ -185,7 +184,7 @@ def test_calibration_uses_the_noise_that_the_answers_were_sampled_with():
     teacher, answers = Teacher(base), pack(rows, VOCAB)
     heads = MedusaHeads(HIDDEN, 3)
     teacher.attach(heads)
-    common = heads, teacher, answers, np.arange(12), 200, nullcontext
-    assert measure(*common, 0.7).rank.max() == 0
-    assert max(calibrate_tau(*common, sampled=True)) < 0.1
-    assert min(calibrate_tau(*common, sampled=False)) == pytest.approx(0.7, rel=0.2)
+    subject, numbers = Subject(heads, teacher, answers, size=200), np.arange(12)
+    assert measure(subject, numbers, sampled=True).rank.max() == 0
+    assert max(calibrate_tau(subject, numbers, sampled=True)) < 0.1
+    assert min(calibrate_tau(subject, numbers, sampled=False)) == pytest.approx(0.7, rel=0.2)

@@ -45,7 +45,7 @@ def test_prompts_become_heads(folder, prompt_file, tmp_path, capsys):
     assert measured.greedy[4] >= 1.0
     assert min(*measured.engine.greedy.values(), *measured.engine.sampled.values()) >= 1.0
     assert notes[-1].startswith("the engine answered held-out prompts")
-    assert "forecast" in capsys.readouterr().err
+    assert "static forecast" in capsys.readouterr().err
     with pytest.raises(LoadError, match="exists"):
         train_from_prompts(engine, prompt_file, minutes=1, out=tmp_path / "heads")
 
