@@ -208,7 +208,7 @@ def check(options: argparse.Namespace) -> int:
     from .training.calibrate import forecast, top_shares
 
     try:
-        engine = EngineConfig(model=options.model, device=options.device, dtype=options.dtype)
+        engine = EngineConfig(model=options.model, device=options.device, dtype=options.dtype, quantize="none")
     except InvalidConfig as error:
         options.parser.error(error.message.rstrip("."))
     path = heads_path(options.path, options.model)

@@ -32,12 +32,12 @@ def threads():
 @pytest.fixture(scope="module")
 def reference():
     """The model as transformers runs it, with no plug-in."""
-    return load_model(EngineConfig())
+    return load_model(EngineConfig(dtype="float32"))
 
 
 @pytest.fixture(scope="module")
 def llm():
-    with LLM() as made:
+    with LLM(dtype="float32") as made:
         yield made
 
 
@@ -100,7 +100,7 @@ def test_with_the_heads_that_ship_every_token_is_the_models_own(reference, tree,
     the same noise. Nothing is excused."""
     prompts = many_prompts()
     params = SamplingParams(max_tokens=256, temperature=temperature, seed=17, ignore_eos=True)
-    with LLM(tree=tree, heads="sequential", slots=8) as llm:
+    with LLM(tree=tree, heads="sequential", slots=8, dtype="float32") as llm:
         assert llm.heads_name == "sequential"
         done = llm.generate(prompts, params)
         encoded = [llm.codec.encode_chat(prompt) for prompt in prompts]
@@ -132,7 +132,10 @@ def sampled_mismatches(model, prompt: list[int], answer: list[int], params: Samp
 
 
 def test_a_sample_against_generate_itself_through_http(reference):
-    with LLM() as llm, _served(llm) as url:  # an LLM of its own: a server that stops has drained its engine
+    with (
+        LLM(dtype="float32") as llm,
+        _served(llm) as url,
+    ):  # an LLM of its own: a server that stops has drained its engine
         for prompt in prompts()[:4]:
             body = json.dumps({"messages": prompt, "max_tokens": 48, "return_token_ids": True}).encode()
             request = urllib.request.Request(f"{url}/generate", body, {"Content-Type": "application/json"})
@@ -201,7 +204,7 @@ def test_no_step_waits_long_for_a_long_prompt(llm):
 
 
 def test_the_figures_hold():
-    result = bench_engine(EngineConfig(), BenchConfig(tokens=64, rounds=3))
+    result = bench_engine(EngineConfig(dtype="float32"), BenchConfig(tokens=64, rounds=3))
     print(table(result))
     assert result["plain"]["ratio"] >= 0.97
     assert result["streams"]["ratio"] >= 3.0

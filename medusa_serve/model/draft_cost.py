@@ -3,21 +3,19 @@ either, never the text."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ..errors import LoadError
+from .formats import best_format, format_times
 from .heads import Heads
+from .int8 import WIDTH, quantize_linears
 
 CPU_VOCAB = (
     16384  # the output layer is most of what a draft reads; these tokens are 97 % of the default model's answers
 )
 WORTH_IT = 1 << 20  # numbers of an output layer from which on its time shows
-GAIN = 0.8  # of float32's time: bfloat16 must be so much faster
 
 
 def limit_vocabulary(heads: Heads, base_output: Any, wanted: int | None, *, ordered: bool) -> list[str]:
@@ -42,21 +40,27 @@ def limit_vocabulary(heads: Heads, base_output: Any, wanted: int | None, *, orde
     return [f"drafts from {output.vocab_size} tokens, {have} without draft_vocab"]
 
 
-def fastest_dtype(heads: Heads) -> torch.dtype:
-    """bfloat16 for float32 heads on a CPU that multiplies it faster (measured for a few milliseconds), else theirs."""
-    weight = heads.output.weight
+def make_fast(heads: Heads) -> list[str]:
+    """Let heads on a CPU draft in what multiplies fastest there, by a measurement of their output layer that takes some
+    milliseconds, or in int8 as the base does. → notes. Text is never drawn from drafts: it stays the base's."""
+    output = heads.output
+    weight = output.weight
     assert weight is not None
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.numel() < WORTH_IT:
-        return weight.dtype
-    matrix = weight if weight.dim() == 2 else weight[0]
-    half = matrix.bfloat16()
-    x = torch.ones(2, matrix.shape[1])
-    times: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
-    with torch.inference_mode():
-        for _ in range(6):  # in turn, so that a busy neighbour slows both
-            for one in (matrix, half):
-                started = time.perf_counter()
-                F.linear(x.to(one.dtype), one)
-                times[one.dtype].append(time.perf_counter() - started)
-    full, small = (statistics.median(each[1:]) for each in times.values())
-    return torch.bfloat16 if small < GAIN * full else torch.float32
+    if output.scale is None:
+        formats = {torch.float32: ("float32", "bfloat16", "int8"), torch.bfloat16: ("bfloat16", "int8")}.get(
+            weight.dtype
+        )
+        if weight.device.type != "cpu" or formats is None or weight.numel() < WORTH_IT:
+            return []
+        matrix = weight if weight.dim() == 2 else weight[0]
+        formats = formats if matrix.shape[1] % WIDTH == 0 else formats[:-1]
+        best = best_format(format_times([matrix.detach()], rows=2), formats)
+    else:
+        best = "int8"
+    if getattr(torch, best) == weight.dtype and output.scale is None:
+        return []
+    heads.to(torch.bfloat16)
+    if best == "int8":
+        output.to_int8()
+        quantize_linears(heads)
+    return [f"heads draft in {best} because this CPU multiplies it fastest"]

@@ -14,6 +14,9 @@ import torch
 
 from ..config import DEFAULT_MODEL, EngineConfig
 from ..errors import InvalidRequest, LoadError
+from .default_model import cache_folder, ensure_default_model
+from .formats import choose_format
+from .int8 import COVERS, linear_share, quantize_linears
 
 # Tokens that end a chat turn. Some models' templates use one that their generation config does not list as an end.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|endofturn|>", "<|eom_id|>")
@@ -25,6 +28,7 @@ class LoadedModel:
     """A model in eval mode without gradients, on `device`, and how to talk to it.
 
     name           short: "smollm2-135m", the folder's name, or the last part of a hub id
+    dtype          that it computes in · quantized  whether its linear layers have int8 weights
     eos_ids        ids that end a text; model.generation_config has the same
     max_positions  the model's own context; None where its config names none
     notes          "(what) because (why)" for each automatic choice
@@ -38,7 +42,13 @@ class LoadedModel:
     dtype: torch.dtype
     eos_ids: frozenset[int]
     max_positions: int | None
+    quantized: bool = False
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def numbers(self) -> str:
+        """For a person: the dtype, or int8."""
+        return "int8" if self.quantized else str(self.dtype).removeprefix("torch.")
 
 
 def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
@@ -49,17 +59,19 @@ def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
     """
     notes: list[str] = []
     device = _choose_device(config.device, notes)
-    dtype = _choose_dtype(config.dtype, device, notes)
     source, name = _source(config.model, progress)
     with _quiet(), _as_load_error(config.model):
         hf_config = _checked_config(source, config.model)
+        dtype, int8 = _choose_numbers(config, device, hf_config, notes)
         tokenizer = _load_tokenizer(source)
         model = _load_weights(source, hf_config, device, dtype)
+        quantized = int8 and _to_int8(model, config, notes)
     codec = Codec(tokenizer)
     notes += codec.notes
     eos_ids = _end_ids(model, tokenizer, notes)
     _settle_generation_config(model, eos_ids)
-    return LoadedModel(model, tokenizer, codec, name, device, dtype, eos_ids, _max_positions(model.config), notes)
+    positions = _max_positions(model.config)
+    return LoadedModel(model, tokenizer, codec, name, device, dtype, eos_ids, positions, quantized, notes)
 
 
 class Codec:
@@ -158,26 +170,47 @@ def _choose_device(wanted: str, notes: list[str]) -> torch.device:
     return device
 
 
-def _choose_dtype(wanted: str, device: torch.device, notes: list[str]) -> torch.dtype:
-    if wanted != "auto":
-        return getattr(torch, wanted)
+def _choose_numbers(
+    config: EngineConfig, device: torch.device, hf_config: Any, notes: list[str]
+) -> tuple[torch.dtype, bool]:
+    """The dtype, and whether the weights become int8."""
+    if config.quantize == "int8":
+        if device.type != "cpu":
+            raise LoadError("int8 weights are for a CPU; leave quantize at auto or none.")
+        return torch.bfloat16, True
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype), False
     if device.type == "cpu":
-        notes.append("dtype float32 because the text is then exact token for token, and the device is a CPU")
-        return torch.float32
+        formats = ("float32", "bfloat16", "int8")[: 2 if config.quantize == "none" else 3]
+        best, why = choose_format(hf_config, formats, cache_folder())
+        notes.append(f"dtype {'bfloat16 with int8 weights' if best == 'int8' else best} because {why}")
+        return (torch.bfloat16 if best == "int8" else getattr(torch, best)), best == "int8"
     with torch.cuda.device(device):
         native = torch.cuda.is_bf16_supported(including_emulation=False)  # by default a T4 says yes to emulation
     if native:
         notes.append("dtype bfloat16 because the GPU computes in it")
-        return torch.bfloat16
+        return torch.bfloat16, False
     notes.append("dtype float16 because the GPU has no bfloat16 of its own")
-    return torch.float16
+    return torch.float16, False
+
+
+def _to_int8(model: Any, config: EngineConfig, notes: list[str]) -> bool:
+    """Whether the model now has int8 weights. Raises LoadError where they are asked for and cannot be."""
+    share = linear_share(model)
+    if share < COVERS:
+        why = f"only {share:.0%} of its weights lie in plain linear layers"
+        if config.quantize == "int8":
+            raise LoadError(f"This model cannot have int8 weights: {why}.")
+        notes.append(f"no int8 weights because {why}")
+        return False
+    quantize_linears(model)
+    notes.append("the text is that of the model in int8, a changed model; quantize none keeps the model's own")
+    return True
 
 
 def _source(model: str, progress: bool) -> tuple[str, str]:
     """(what from_pretrained gets, short name)."""
     if model == DEFAULT_MODEL:
-        from .default_model import ensure_default_model
-
         return str(ensure_default_model(progress=progress)), DEFAULT_MODEL
     path = Path(model).expanduser()
     if path.is_dir():

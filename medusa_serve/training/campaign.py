@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in (options.work, options.out):
         Path(folder).mkdir(parents=True, exist_ok=True)
     say(f"torch {torch.__version__}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}")
-    loaded = load_model(EngineConfig(model=options.model, device=options.device, dtype=options.dtype))
+    loaded = load_model(EngineConfig(model=options.model, device=options.device, dtype=options.dtype, quantize="none"))
     training, evaluation = split(read_prompts(options.prompts), options.eval_per_category)
     training = shuffled(training)
     say(f"{loaded.name} on {loaded.device} in {loaded.dtype}; {len(training)} prompts, {len(evaluation)} held out")

@@ -331,10 +331,10 @@ def test_a_folder_that_cannot_be_written_and_a_full_disk(made: Any, tmp_path: Pa
 def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("MEDUSA_SERVE_CACHE", raising=False)
-    assert default_model._cache_folder(None) == tmp_path / "medusa_serve"
+    assert default_model.cache_folder(None) == tmp_path / "medusa_serve"
     monkeypatch.setenv("MEDUSA_SERVE_CACHE", str(tmp_path / "mine"))
-    assert default_model._cache_folder(None) == tmp_path / "mine"
-    assert default_model._cache_folder("/elsewhere") == Path("/elsewhere")
+    assert default_model.cache_folder(None) == tmp_path / "mine"
+    assert default_model.cache_folder("/elsewhere") == Path("/elsewhere")
 
 
 @pytest.mark.slow

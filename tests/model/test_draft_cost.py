@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from medusa_serve.errors import LoadError
-from medusa_serve.model import draft_cost
-from medusa_serve.model.draft_cost import fastest_dtype, limit_vocabulary
-from medusa_serve.model.heads import MedusaHeads
+from medusa_serve.model import draft_cost, formats
+from medusa_serve.model.draft_cost import limit_vocabulary, make_fast
+from medusa_serve.model.heads import MedusaHeads, SequentialHeads
+from medusa_serve.model.int8 import Int8Linear
 
-HIDDEN, VOCAB = 8, 60
+HIDDEN, VOCAB = 32, 60
 
 
 def mapped(**options):
@@ -62,17 +63,54 @@ def test_refusals():
         limit_vocabulary(own, layer, 10, ordered=True)
 
 
-def test_small_and_other_heads_keep_their_dtype():
-    heads, _ = mapped()
-    assert fastest_dtype(heads) == torch.float32
-    assert fastest_dtype(heads.double()) == torch.float64
+def state(heads):
+    return {name: tensor.dtype for name, tensor in heads.named_parameters()}, heads.output.weight.dtype
 
 
-def test_the_faster_dtype_is_measured(monkeypatch):
-    """A clock that says bfloat16 takes half, then nine tenths, of float32's time."""
+def test_small_and_other_heads_keep_their_numbers(monkeypatch):
     heads, _ = mapped()
+    before = state(heads)
+    assert make_fast(heads) == []
     monkeypatch.setattr(draft_cost, "WORTH_IT", 1)
-    for ratio, chosen in ((0.5, torch.bfloat16), (0.9, torch.float32)):
-        times = iter([t for _ in range(6) for t in (0.0, 1.0, 5.0, 5.0 + ratio)])
-        monkeypatch.setattr(draft_cost.time, "perf_counter", lambda times=times: next(times))
-        assert fastest_dtype(heads) == chosen
+    monkeypatch.setattr(draft_cost, "format_times", lambda weights, rows: dict.fromkeys(formats.PASSES, 1.0))
+    assert make_fast(heads) == []  # all alike: the most exact one
+    assert state(heads) == before
+    assert make_fast(heads.double()) == []
+
+
+@pytest.mark.parametrize(("best", "output"), [("bfloat16", torch.bfloat16), ("int8", torch.int8)])
+def test_the_fastest_format_is_used(monkeypatch, best, output):
+    made = (
+        SequentialHeads(HIDDEN, inner=64, readout=32, token_map=torch.arange(59, 19, -1)).eval().requires_grad_(False)
+    )
+    layer = torch.nn.Linear(HIDDEN, VOCAB, bias=False)
+    made.attach(layer, torch.randn(VOCAB, HIDDEN))
+    hidden, token = torch.randn(3, HIDDEN), torch.tensor([1, 2, 3])
+    exact = made.logits(made.start(hidden, token))
+    monkeypatch.setattr(draft_cost, "WORTH_IT", 1)
+    monkeypatch.setattr(
+        draft_cost, "format_times", lambda weights, rows: dict.fromkeys(formats.PASSES, 1.0) | {best: 0.5}
+    )
+    (note,) = make_fast(made)
+    assert best in note
+    assert made.output.weight.dtype == output
+    assert layer.weight.dtype == torch.float32  # the base's own
+    assert sum(isinstance(module, Int8Linear) for module in made.modules()) == (5 if best == "int8" else 0)
+    got = made.logits(made.advance(made.start(hidden, token), token)), made.logits(made.start(hidden, token))
+    assert got[1].dtype == torch.bfloat16
+    assert float((got[1].float() - exact).norm() / exact.norm()) < 0.03
+    assert bool(got[0].isfinite().all())
+
+
+def test_heads_of_an_int8_base_draft_in_int8(monkeypatch):
+    made = (
+        SequentialHeads(HIDDEN, inner=64, readout=32, token_map=torch.arange(59, 19, -1)).eval().requires_grad_(False)
+    )
+    layer = Int8Linear.of(torch.nn.Linear(HIDDEN, VOCAB))
+    made.to(torch.bfloat16).attach(layer, torch.randn(VOCAB, HIDDEN))
+    assert torch.equal(made.output.weight, layer.weight[made.token_map])
+    assert limit_vocabulary(made, layer, 10, ordered=True)
+    assert make_fast(made)
+    features = torch.randn(3, HIDDEN)
+    want = layer(features)[:, made.token_map]
+    assert torch.equal(made.project(features), want)

@@ -1,0 +1,99 @@
+"""In which numbers a CPU computes: float32, bfloat16, or bfloat16 with int8 weights, by a measurement of this machine.
+
+Decoding reads every weight once a step, so smaller numbers are faster where the CPU has instructions for them
+(bfloat16: AVX512_BF16 or AMX), and far slower where it emulates them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .int8 import WIDTH, int8_product, quantized
+from .measured import machine_key, recall, remember
+
+SMALL = 30_000_000  # weights up to which a model is fast enough to stay exact
+ROWS = 4  # of a product: a small tree
+NUMBERS = 1 << 24  # of the weights that are read: more than a cache holds
+ROUNDS = 7
+GAIN = 0.8  # of the time: what a smaller format must at least save to be chosen
+
+
+def choose_format(config: Any, formats: tuple[str, ...], cache: Path) -> tuple[str, str]:
+    """(one of `formats`, why). formats: those that may be chosen, the most exact one first · config: transformers'"""
+    text = config.get_text_config()
+    hidden = getattr(text, "hidden_size", None)
+    layers = getattr(text, "num_hidden_layers", None)
+    if not isinstance(hidden, int) or not isinstance(layers, int):
+        return formats[0], "the config does not say how large the model is"
+    inner = getattr(text, "intermediate_size", None)
+    inner = inner if isinstance(inner, int) else 4 * hidden
+    weights = layers * (4 * hidden * hidden + 3 * hidden * inner) + hidden * text.vocab_size
+    if weights <= SMALL:
+        return formats[0], "the text is then exact token for token, and the model is small"
+    formats = formats if hidden % WIDTH == 0 == inner % WIDTH else tuple(name for name in formats if name != "int8")
+    key = f"format {hidden} x {inner}: {machine_key('cpu')}"
+    times, unkept = recall(cache, key), None
+    if not isinstance(times, dict) or not set(formats) <= set(times):
+        times = format_times([torch.randn(inner, hidden) for _ in range(max(1, NUMBERS // (hidden * inner)))])
+        unkept = remember(cache, key, times)
+    told = ", ".join(f"{name} {times[name]:.1f} ms" for name in formats)
+    return best_format(times, formats), f"of its products here ({told})" + (f"; {unkept}" if unkept else "")
+
+
+def best_format(times: dict[str, float], formats: tuple[str, ...]) -> str:
+    """The most exact one, unless a later one saves a fifth of its time."""
+    best = formats[0]
+    for name in formats[1:]:
+        if times[name] < GAIN * times[best]:
+            best = name
+    return best
+
+
+def format_times(weights: list[Tensor], rows: int = ROWS) -> dict[str, float]:
+    """Milliseconds of the products of `rows` rows with these weights (out, in) float in each format: the median of
+    rounds that take turns."""
+    fits = weights[0].shape[1] % WIDTH == 0
+    passes = {name: make(weights) for name, make in PASSES.items() if name != "int8" or fits}
+    x = torch.randn(rows, weights[0].shape[1])
+    times: dict[str, list[float]] = {name: [] for name in passes}
+    with torch.inference_mode():
+        for _ in range(ROUNDS):
+            for name, run in passes.items():
+                started = time.perf_counter()
+                run(x)
+                times[name].append((time.perf_counter() - started) * 1000)
+    return {name: round(statistics.median(each[1:]), 3) for name, each in times.items()}
+
+
+def _float(dtype: torch.dtype) -> Callable[[list[Tensor]], Callable[[Tensor], None]]:
+    def make(weights: list[Tensor]) -> Callable[[Tensor], None]:
+        weights = [weight.to(dtype) for weight in weights]
+
+        def run(x: Tensor) -> None:
+            for weight in weights:
+                F.linear(x.to(dtype), weight)
+
+        return run
+
+    return make
+
+
+def _int8(weights: list[Tensor]) -> Callable[[Tensor], None]:
+    small = [quantized(weight) for weight in weights]
+
+    def run(x: Tensor) -> None:
+        for weight, scale in small:
+            int8_product(x, weight, scale)
+
+    return run
+
+
+PASSES = {"float32": _float(torch.float32), "bfloat16": _float(torch.bfloat16), "int8": _int8}

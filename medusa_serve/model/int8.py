@@ -1,0 +1,89 @@
+"""Weight-only int8 on a CPU: a row of a linear layer's weight is 255 steps of one scale, and a product reads half of
+what bfloat16 reads.
+
+Products go through torch's own `_weight_int8pack_mm` (bfloat16 in and out, float32 sums). For 1 to 64 rows each row's
+result is bitwise the same whatever the others are, which `MAX_ROWS` keeps true for any number of rows: a tree, a batch
+and a prompt's chunks get the same logits. The text is that of the model in int8, a changed model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MAX_ROWS = 64  # of one product
+COVERS = 0.9  # of the weights that a pass reads must lie in linear layers
+WIDTH = 32  # the kernel reads whole vectors: of other inputs it gives garbage, or crashes
+
+
+class Int8Linear(nn.Module):
+    """weight (out, in) int8 · scale (out) bfloat16, weight × scale is the layer's · bias (out) or None"""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+        self.out_features, self.in_features = weight.shape
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Subclasses of nn.Linear may mean something else."""
+        return type(module) is nn.Linear and module.in_features % WIDTH == 0
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Int8Linear:
+        bias = None if linear.bias is None else linear.bias.detach().bfloat16()
+        return cls(*quantized(linear.weight.detach()), bias)
+
+    def rows(self, index: Tensor) -> Int8Linear:
+        """A layer of these outputs alone."""
+        return Int8Linear(self.weight[index], self.scale[index], None if self.bias is None else self.bias[index])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = int8_product(x, self.weight, self.scale)
+        return out if self.bias is None else out + self.bias
+
+
+def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, in) float → int8, and the scale (out) in bfloat16: each row's largest number becomes 127."""
+    scale = (weight.abs().amax(dim=1).float() / 127).clamp(min=1e-30).bfloat16()
+    # by the rounded scale: its rounding then costs nothing
+    steps = (weight.float() / scale.float()[:, None]).round_().clamp_(-127, 127)
+    return steps.to(torch.int8), scale
+
+
+def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x (…, in), any float type → (…, out) bfloat16. Raises ValueError where `in` is no multiple of WIDTH."""
+    if weight.shape[1] % WIDTH:
+        raise ValueError(f"int8 products need a multiple of {WIDTH} inputs, not {weight.shape[1]}")
+    flat = x.reshape(-1, x.shape[-1]).bfloat16().contiguous()
+    if flat.shape[0] <= MAX_ROWS:
+        out = torch._weight_int8pack_mm(flat, weight, scale)
+    else:
+        out = torch.cat([torch._weight_int8pack_mm(part, weight, scale) for part in flat.split(MAX_ROWS)])
+    return out.view(*x.shape[:-1], -1)
+
+
+@torch.no_grad()
+def quantize_linears(module: nn.Module) -> None:
+    """Every linear layer within that fits becomes an Int8Linear."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and Int8Linear.fits(child):
+                setattr(parent, name, Int8Linear.of(child))
+
+
+def linear_share(model: Any) -> float:
+    """How much of the weights that every pass reads lies in linear layers that fit: the input embedding is not read
+    whole."""
+    inside = {id(p): p.numel() for m in model.modules() if Int8Linear.fits(m) for p in m.parameters()}
+    embedding = {id(p) for p in model.get_input_embeddings().parameters()} - inside.keys()
+    every = {id(p): p.numel() for p in model.parameters() if id(p) not in embedding}
+    return sum(inside.values()) / max(1, sum(every.values()))

@@ -1,0 +1,58 @@
+"""What was measured on this machine once, kept in the cache folder: a choice must not change with a busy neighbour."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FILE = "measured.json"
+
+
+def recall(cache: Path, key: str) -> Any | None:
+    """What `remember` kept under this key; None where nothing is, or nothing that can be read."""
+    return _read(cache).get(key)
+
+
+def remember(cache: Path, key: str, value: Any) -> str | None:
+    """Keep plain data; → None, or why it could not be kept (then it is measured again at the next start)."""
+    known = _read(cache) | {key: value}
+    part = cache / f"{FILE}.{os.getpid()}.part"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(part, cache / FILE)  # whole or not at all; of two that write at once, the last one's stays
+    except OSError as error:
+        return f"{cache} cannot be written ({error.strerror or error})"
+    return None
+
+
+def _read(cache: Path) -> dict[str, Any]:
+    try:
+        known = json.loads((cache / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there yet, or damaged: then it is measured and written anew
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+@lru_cache
+def machine_key(device: str) -> str:
+    """Times hold for one processor, its threads and one torch."""
+    if device.startswith("cuda"):
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def cpu_name() -> str:
+    """As the kernel names it: platform.processor() is empty on most Linux machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
