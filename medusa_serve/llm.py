@@ -42,9 +42,10 @@ class LLM:
             eos_ids=sorted(loaded.eos_ids),
             max_positions=loaded.max_positions,
             drafter=drafter,
+            what=f"{loaded.name} in {loaded.numbers}, heads {self.heads_name}",
         )
         self.model_name, self.codec = loaded.name, loaded.codec
-        self.device, self.dtype = str(loaded.device), str(loaded.dtype).removeprefix("torch.")
+        self.device, self.dtype = str(loaded.device), loaded.numbers
         self.notes = [*loaded.notes, *heads_notes, *built.notes]
         self.tree_error = built.tree_error
         self.manager = BatchManager(built.runner, self.codec, self.config, model_name=self.model_name)
@@ -188,7 +189,7 @@ def _drafter(config: EngineConfig, loaded: Any) -> tuple[Any, str, list[str]]:
         return None, "none", ["no heads (none ship for this model)"]
     from .model.beam import drafter_of
     from .model.checkpoints import load_heads
-    from .model.draft_cost import fastest_dtype, limit_vocabulary
+    from .model.draft_cost import limit_vocabulary, make_fast
 
     model = loaded.model
     hidden, vocab = model.config.get_text_config().hidden_size, model.get_input_embeddings().num_embeddings
@@ -197,5 +198,5 @@ def _drafter(config: EngineConfig, loaded: Any) -> tuple[Any, str, list[str]]:
     )
     output, ordered = model.get_output_embeddings(), info.layout == "native"
     notes = [*info.warnings, *limit_vocabulary(heads, output, config.draft_vocab, ordered=ordered)]
-    heads.to(fastest_dtype(heads))
+    notes += make_fast(heads)
     return drafter_of(heads, info, config.tree), info.family, [f"{info.family} heads from {path}", *notes]

@@ -6,7 +6,7 @@ Letters: B rows of a batch, N nodes of a tree (the root counts), D depth, K head
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
@@ -83,6 +83,7 @@ class StepOutput(NamedTuple):
     finished     the device met EOS or the length limit
     failed       the logits were not finite: the sequence must end with an error
     draft_ready  draft tokens at hand for this row's next step (0: a tree would be empty)
+    held_by      for each accepted draft token, the smallest of the runner's N whose tree holds it
     """
 
     slot: int
@@ -91,6 +92,7 @@ class StepOutput(NamedTuple):
     finished: bool = False
     failed: bool = False
     draft_ready: int = 0
+    held_by: tuple[int, ...] = ()
 
     @property
     def num_accepted(self) -> int:
@@ -235,6 +237,9 @@ class Runner(Protocol):
     vocab_size: int
     eos_ids: frozenset[int]
     node_choices: tuple[int, ...]  # the N this runner can verify, ascending, beginning with 1 (plain decoding)
+    has_heads: bool  # they draft behind every step of more than one node
+    step_ms: Mapping[tuple[int, int], float]  # measured decode steps by (rows, N); empty where none were
+    expected: tuple[float, ...]  # tokens per step of each N, as calibrated
     overlaps: bool  # calls return before the device is done: worth starting a step before reading the last one
     can_reuse: bool  # a prefix left in a slot's KV cache can be kept
     activity: str | None  # "compiling …" while a call may take long; None otherwise

@@ -109,6 +109,9 @@ class FakeRunner:
     vocab_size: int = FakeCodec.vocab_size
     eos_ids: frozenset[int] = frozenset({EOS})
     node_choices: tuple[int, ...] = (1, 4, 8, 16)
+    has_heads: bool = False
+    step_ms: dict[tuple[int, int], float] = field(default_factory=dict)
+    expected: tuple[float, ...] = ()
     overlaps: bool = False
     can_reuse: bool = True
     activity: str | None = None
@@ -186,7 +189,8 @@ class FakeRunner:
             kv.append(slot.pending)
             self._emit(slot, kv)
             emitted.append(slot.pending)
-        return StepOutput(number, tuple(emitted), drafted, slot.done, draft_ready=self._ready(slot))
+        held = tuple(next(n for n in self.node_choices if n > place) for place in range(1, len(emitted)))
+        return StepOutput(number, tuple(emitted), drafted, slot.done, False, self._ready(slot), held)
 
     def free(self, slot: int) -> None:
         del self.slots[slot]

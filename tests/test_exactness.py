@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from medusa_serve.config import EngineConfig
+from medusa_serve.engine import scheduler
+from medusa_serve.model.beam import SequentialDrafter
+from medusa_serve.model.heads import SequentialHeads
 from medusa_serve.types import SamplingParams
 from tests.oracles import NUM_HEADS, Oracle, engine, run
 from tests.tiny import VOCAB, greedy, tiny_model, tiny_prompts
@@ -82,6 +85,36 @@ def test_float32_and_more_families(name, tmp_path):
         with engine(model, config, drafter) as manager:
             done = run(manager, [(p, SamplingParams(max_tokens=64)) for p in prompts], 2)
         assert [list(c.token_ids) for c in done] == [truth[tuple(p)] for p in prompts]
+
+
+@pytest.mark.parametrize("heads", ["right", "random", "sequential"])
+def test_the_size_of_tree_may_change_at_every_step(family, heads, monkeypatch):
+    """As the node budget changes it, through plain steps, behind which heads have drafted nothing."""
+    model, prompts, truth = family
+    config = EngineConfig(slots=4, max_context=256, tree="auto")
+    if heads == "sequential":
+        torch.manual_seed(0)
+        hidden = model.config.hidden_size
+        made = SequentialHeads(hidden, inner=16, readout=8, max_depth=4).double()
+        made.attach(model.get_output_embeddings(), model.get_input_embeddings())
+        drafter = SequentialDrafter(made.eval())
+    else:
+        drafter = Oracle(heads, VOCAB, truth)
+    sizes = itertools.cycle([16, 1, 4, 8, 8, 2, 1, 1, 16, 4])
+    used = []
+
+    def pick(choices, ready, budget):
+        used.append(next(sizes))
+        return used[-1]
+
+    monkeypatch.setattr(scheduler, "choose_nodes", pick)
+    jobs = [(p, SamplingParams(max_tokens=TOKENS, speculation=i != 1)) for i, p in enumerate(prompts)]
+    with engine(model, config, drafter) as manager:
+        done = run(manager, jobs, 2)
+    assert [list(completion.token_ids) for completion in done] == [truth[tuple(p)][:TOKENS] for p in prompts]
+    assert {1, 2, 4, 8, 16} <= set(used)
+    if heads == "right":
+        assert done[0].acceptance > 1.5
 
 
 @pytest.mark.parametrize(("tree", "per_step"), [("chain", NUM_HEADS + 1), ("wide", 2)])

@@ -22,13 +22,15 @@ class Take(Protocol):
 @dataclass(frozen=True, slots=True)
 class Flight:
     """A pass that was started: its sequences, what gives their outputs, and whether it runs as one pass. `nodes` of a
-    decode step, or `counts` of prompt tokens (a row each) of a prefill."""
+    decode step and of each row's `trees`, which were drafted a step before; or `counts` of prompt tokens (a row each)
+    of a prefill."""
 
     rows: list[Sequence]
     outputs: Callable[[], list[Any]]  # StepOutput, RowFailed, or None where a prompt goes on
     whole: bool
     started: float
     nodes: int = 0
+    trees: tuple[int, ...] = ()
     counts: tuple[int, ...] = ()
 
 
@@ -59,6 +61,7 @@ class Flights:
             seq.num_prefilled += chunk.count
             if not seq.num_to_prefill:
                 seq.state = State.DECODING  # the device has its first token, whether we have read it or not
+                seq.drafted_for = self._runner.node_choices[-1]
         self._add(Flight(rows, outputs, whole, started, counts=tuple(chunk.count for chunk in chunks)))
 
     def decode(self, slots: tuple[int, ...], nodes: int) -> None:
@@ -71,7 +74,10 @@ class Flights:
             lambda rows: self._runner.decode(rows, nodes), lambda rows: self._runner.decode(rows, 1), slots
         )
         rows = [self._scheduler.running[slot] for slot in slots]
-        self._add(Flight(rows, outputs, whole, started, nodes=nodes))
+        trees = tuple(min(nodes, seq.drafted_for) for seq in rows)
+        for seq in rows:
+            seq.drafted_for = nodes
+        self._add(Flight(rows, outputs, whole, started, nodes=nodes, trees=trees))
 
     def _add(self, flight: Flight) -> None:
         self._flights.append(flight)
@@ -88,6 +94,10 @@ class Flights:
             if flight.counts:
                 pairs = zip(flight.counts, outputs, strict=True)
                 self._metrics.prefilled(computed=sum(n for n, out in pairs if not isinstance(out, RowFailed)))
+            elif flight.whole:
+                for seq, out, tree in zip(flight.rows, outputs, flight.trees, strict=True):
+                    if out is not None and not out.failed and out.token_ids:
+                        self._scheduler.note_gain(seq, out, tree)
             for seq, out in zip(flight.rows, outputs, strict=True):
                 if out is not None and seq.state is not State.FINISHED:  # it may have ended while this was under way
                     self._take(seq, out, decoding=flight.nodes > 0)
@@ -100,6 +110,6 @@ class Flights:
         if not flight.whole:
             self._metrics.retried()
         elif flight.nodes:
-            self._scheduler.note_decode(flight.nodes, seconds)
+            self._scheduler.note_decode(len(flight.rows), flight.nodes, seconds)
         else:
             self._scheduler.note_prefill(sum(flight.counts), seconds)

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from ..types import PrefillChunk, Runner
+from ..types import PrefillChunk, Runner, StepOutput
+from .budget import NodeBudget
 from .sequence import Sequence, State
 
 MIN_REUSE = 16  # a shorter common prefix is not worth a slot's history
@@ -59,6 +60,8 @@ class Scheduler:
         self._turns_waited = 0
         self._plain_steps: deque[float] = deque(maxlen=64)
         self._passes: deque[tuple[int, float]] = deque(maxlen=RECENT)  # prefill passes: prompt tokens, seconds
+        times = getattr(runner, "step_ms", {})
+        self._budget = NodeBudget(runner.node_choices, times, runner.expected, runner.num_slots) if times else None
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}
 
@@ -84,6 +87,8 @@ class Scheduler:
         self.running[slot] = seq
         seq.slot, seq.num_reused, seq.num_prefilled = slot, num_reused, num_reused
         seq.state = State.PREFILLING
+        if self._budget is not None and seq.speculates:
+            seq.gains = self._budget.own()
         return seq
 
     def _worth_a_pass(self) -> bool:
@@ -158,15 +163,27 @@ class Scheduler:
         return max(1, min(fits, GROWTH * max(count for count, _ in self._passes), self._prefill_chunk))
 
     def _nodes(self, decoding: Iterable[Sequence]) -> int:
-        ready = [seq.draft_ready for seq in decoding if seq.speculates]
+        if self._budget is not None:
+            rows = [(seq.id, seq.gains) for seq in decoding]
+            return self._budget.choose(rows) if rows else 1
+        # with heads there are drafts as long as steps have nodes; the last step may not be read yet
+        most = self._runner.node_choices[-1] - 1 if getattr(self._runner, "has_heads", False) else 0
+        ready = [max(most, seq.draft_ready) for seq in decoding if seq.speculates]
         return choose_nodes(self._runner.node_choices, ready, getattr(self._runner, "row_budget", ROW_BUDGET))
 
     def note_prefill(self, count: int, seconds: float) -> None:
         """A pass over `count` prompt tokens took this long."""
         self._passes.append((count, seconds))
 
-    def note_decode(self, nodes: int, seconds: float) -> None:
-        """A decode step with trees of `nodes` took this long."""
+    def note_gain(self, seq: Sequence, out: StepOutput, nodes: int) -> None:
+        """A decode step with a tree of `nodes`, drafted and verified, gave this sequence that."""
+        if self._budget is not None and seq.gains is not None:
+            self._budget.note(seq.gains, out.held_by, nodes)
+
+    def note_decode(self, rows: int, nodes: int, seconds: float) -> None:
+        """A decode step of `rows` rows with trees of `nodes` took this long."""
+        if self._budget is not None:
+            self._budget.note_time(rows, nodes, seconds)
         if nodes == 1:
             self._plain_steps.append(seconds)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from ..errors import ContextTooLong, GenerationFailed, InvalidRequest
 from ..types import Completion, Delta, FinishReason, SamplingParams, Sink, StepOutput
+from .budget import Gains
 from .text import Detokenizer, Silent
 
 DEFAULT_MAX_TOKENS = 256
@@ -45,6 +46,7 @@ class Sequence:
     token_ids      emitted and delivered; the last one is pending (not in the KV cache)
     steps, drafted, accepted   decode steps, draft tokens verified, draft tokens accepted and delivered
     draft_ready    draft tokens at hand for the next step
+    gains          tokens per step by size of tree, while a node budget asks · drafted_for  N of the last tree drafted
     submitted, admitted, first_token, finished, delivered   times in seconds of the engine's clock
     """
 
@@ -66,6 +68,8 @@ class Sequence:
     drafted: int = 0
     accepted: int = 0
     draft_ready: int = 0
+    gains: Gains | None = None
+    drafted_for: int = 1
     submitted: float = 0.0
     admitted: float | None = None
     first_token: float | None = None

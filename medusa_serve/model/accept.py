@@ -49,11 +49,15 @@ def accept(logits: torch.Tensor, draft: Draft, max_depth: int, sampling: Samplin
     not_root = torch.arange(num_nodes, device=device) > 0
     active = torch.ones(rows, dtype=torch.bool, device=device)
     finished, finite = torch.zeros_like(active), torch.ones_like(active)
+    greedy = logits.max(dim=-1) if device.type == "cuda" and not sampling.sampled else None  # of all nodes in one pass
     tokens, nodes = [], []
     for depth in range(max_depth + 1):
         node = alive.to(torch.uint8).argmax(dim=1)  # the lowest alive node; heads and lookup may hold the same token
         position = limits.length + 1 + depth
-        picked, usable = pick(logits[each, node], sampling, position)
+        if greedy is None:
+            picked, usable = pick(logits[each, node], sampling, position)
+        else:
+            picked, usable = greedy.indices[each, node], greedy.values[each, node].isfinite()
         finite &= usable | ~active
         tokens.append(torch.where(active, picked, -1))
         nodes.append(node)

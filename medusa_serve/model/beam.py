@@ -91,8 +91,12 @@ class _ContextDrafter(Generic[State]):
         tau: Sequence[float] | None = None,
         noise_tau: Sequence[float] | None = None,
         num_ranks: int | None = None,
+        *,
+        ranks: Sequence[Sequence[float]] | None = None,
     ) -> None:
-        """heads: attached to the base · tau, noise_tau: per depth, of greedy rows and of rows at T > 0 · num_ranks R"""
+        """heads: attached to the base · tau, noise_tau: per depth, of greedy rows and of rows at T > 0 · num_ranks R ·
+        ranks: as HeadsInfo's, which tell what to expect of a tree"""
+        self.ranks = ranks
         self.heads, depths = heads, heads.max_depth
         self._num_ranks = min(num_ranks or self.most_ranks, heads.output.vocab_size)
         both = [[*(given or ()), *[1.0] * depths][:depths] for given in (tau, noise_tau)]
@@ -104,14 +108,20 @@ class _ContextDrafter(Generic[State]):
             raise LoadError(
                 "a tree file places candidates of parallel heads; these choose a tree of their own each step."
             )
+        self._asked = max_nodes
+        widths, pool_size = self._search(max_nodes)
+        self.max_depth, self.max_nodes = len(widths), min(max_nodes, pool_size)
+
+    def _search(self, nodes: int) -> tuple[list[int], int]:
+        """For a tree of so many nodes: the number of beams after each depth, none after the last, and of all nodes that
+        are looked at."""
         # of 7 nodes none is likely to stand deeper than 3 or 4, and each depth costs a pass of the output layer
-        self.max_depth = min(self.heads.max_depth, (max_nodes + 1).bit_length())
-        self._widths, self._pool_size, beams = [], 0, 1  # beams after each depth, none after the last
-        for depth in range(1, self.max_depth + 1):
-            self._pool_size += beams * self._num_ranks
-            beams = min(self.beams(max_nodes), beams * self._num_ranks) if depth < self.max_depth else 0
-            self._widths.append(beams)
-        self.max_nodes = min(max_nodes, self._pool_size)
+        depths, widths, pool, beams = min(self.heads.max_depth, (nodes + 1).bit_length()), [], 0, 1
+        for depth in range(1, depths + 1):
+            pool += beams * self._num_ranks
+            beams = min(self.beams(nodes), beams * self._num_ranks) if depth < depths else 0
+            widths.append(beams)
+        return widths, pool
 
     def beams(self, max_nodes: int) -> int:
         """W: how many nodes of a depth may have children."""
@@ -129,16 +139,26 @@ class _ContextDrafter(Generic[State]):
         """beam (B, W'): which of the W beams each new one goes on from, by tokens (B, W')."""
         raise NotImplementedError
 
-    def draft(self, slots: Tensor, hidden: Tensor, pending: Tensor, length: Tensor, sampling: Sampling) -> HeadNodes:
+    def draft(
+        self,
+        slots: Tensor,
+        hidden: Tensor,
+        pending: Tensor,
+        length: Tensor,
+        sampling: Sampling,
+        nodes: int | None = None,
+    ) -> HeadNodes:
+        nodes = self._asked if nodes is None or nodes >= self.max_nodes else nodes
+        widths, pool_size = self._search(nodes)
         state = self.begin(hidden, pending, length, sampling)
         fused = splitk.available(pending.device)
-        pool = (FusedPool if fused else Pool)(pending.shape[0], self._pool_size, pending.device)
-        for depth, width in enumerate(self._widths):
+        pool = (FusedPool if fused else Pool)(pending.shape[0], pool_size, pending.device)
+        for depth, width in enumerate(widths):
             found = self.children(state, depth, length, sampling)
             beam, tokens = pool.grow(found.tokens, found.logp, width)
             if width:
                 state = self.follow(state, beam, tokens)
-        return best_nodes(pool, self.max_nodes)
+        return best_nodes(pool, min(nodes, pool_size))
 
     def _ranked(self, logits: Tensor, depth: int | None, length: Tensor, sampling: Sampling) -> Children:
         """The best of each place's tokens. logits (B, P, V'), overwritten: of one depth, or (None) of 0 … P - 1"""
@@ -203,10 +223,10 @@ def drafter_of(heads: Any, info: HeadsInfo, tree: str) -> Drafter:
     """A tree of each step's own; but a user's tree file (`tree`: EngineConfig's) places the candidates of parallel
     heads by rank."""
     if info.family != "medusa":
-        return SequentialDrafter(heads, info.tau, info.noise_tau)
+        return SequentialDrafter(heads, info.tau, info.noise_tau, ranks=info.ranks)
     if tree != "auto" and not tree.isdigit():
         return MedusaDrafter(heads, info.num_heads, NUM_RANKS, ())  # size() brings the file's paths
-    return ParallelDrafter(heads, info.tau, info.noise_tau)
+    return ParallelDrafter(heads, info.tau, info.noise_tau, ranks=info.ranks)
 
 
 def best_nodes(pool: Pool | FusedPool, max_nodes: int) -> HeadNodes:

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
-from ..config import MAX_NODES, EngineConfig
+from ..config import EngineConfig
+from .default_model import cache_folder
 from .draft import Drafter
 from .forward import PlainForward, PlugInError, TreeForward, kv_shapes
-from .plan import plan_context, plan_shapes, plan_slots
-from .runner import ROW_BUDGET, ModelRunner
+from .plan import expected_tokens, plan_context, plan_shapes, plan_slots
+from .runner import ModelRunner
 from .selftest import check, references
+from .step_times import time_steps, worth_timing
 from .tables import SlotTables
 
 SLACK = 64  # columns behind a full slot, for the largest tree
@@ -33,11 +35,13 @@ def build_runner(
     eos_ids: list[int],
     max_positions: int | None,
     drafter: Drafter | None = None,
+    what: str | None = None,
 ) -> Built:
-    """Plan, plug in, check. Raises LoadError when the plan cannot be met."""
+    """Plan, plug in, check, and measure steps where the size of tree is to be chosen; `what` names model and heads
+    among the measurements that are kept, without it none is made. Raises LoadError when the plan cannot be met."""
     device = model.device
     context, context_why = plan_context(config, max_positions, device)
-    shapes = plan_shapes(config, drafter, min(MAX_NODES, ROW_BUDGET[device.type]))
+    shapes = plan_shapes(config, drafter, device)
     columns = context + SLACK
     hidden_inputs = _hidden_inputs(drafter)
     plugged, slots, slots_why, error, plain_because = _plug_in(model, config, columns, max_positions, hidden_inputs)
@@ -61,7 +65,11 @@ def build_runner(
         eos_ids=eos_ids,
         vocab_size=vocab_size,
         max_context=context,
+        expected=expected_tokens(sorted(shapes), drafter),
     )
+    weights = sum(parameter.numel() for parameter in (*model.parameters(), *model.buffers()))
+    if what is not None and worth_timing(runner, weights):
+        notes.append(time_steps(runner, f"{what}, {weights} numbers", cache_folder()))
     return Built(runner, notes, error)
 
 

@@ -28,8 +28,10 @@ class Drafter(Protocol):
         pending: torch.Tensor,
         length: torch.Tensor,
         sampling: Sampling,
+        nodes: int | None = None,
     ) -> HeadNodes:
-        """slots (B) · hidden (B, H) · pending (B), the token at position `length` (B), which follows `hidden`'s own."""
+        """slots (B) · hidden (B, H) · pending (B), the token at position `length` (B), which follows `hidden`'s own ·
+        nodes: so many at most; None: max_nodes."""
 
 
 class StaticDrafter:
@@ -52,16 +54,16 @@ class StaticDrafter:
     def candidates(self, slots, hidden, pending, length, sampling) -> torch.Tensor:
         raise NotImplementedError
 
-    def draft(self, slots, hidden, pending, length, sampling) -> HeadNodes:
+    def draft(self, slots, hidden, pending, length, sampling, nodes=None) -> HeadNodes:
         found = self.candidates(slots, hidden, pending, length, sampling)
         if self._tables is None:
-            device, nodes = found.device, range(1, self._tree.num_nodes)
+            device, places = found.device, range(1, self._tree.num_nodes)
             source = [(len(path) - 1) * found.shape[2] + path[-1] for path in self._tree.paths]
-            lists = (source, [self._tree.parents[i] for i in nodes], [self._tree.depths[i] for i in nodes])
+            lists = (source, [self._tree.parents[i] for i in places], [self._tree.depths[i] for i in places])
             self._tables = tuple(torch.tensor(values, dtype=torch.int64, device=device) for values in lists)
         where, parents, depths = self._tables
-        tokens = found.flatten(1)[:, where]
-        return HeadNodes(tokens, parents.expand_as(tokens), depths.expand_as(tokens))
+        tokens = found.flatten(1)[:, where[:nodes]]
+        return HeadNodes(tokens, parents[:nodes].expand_as(tokens), depths[:nodes].expand_as(tokens))
 
 
 class MedusaDrafter(StaticDrafter):

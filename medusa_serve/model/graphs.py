@@ -8,6 +8,7 @@ steps, in thread-local mode: a notebook's main thread may use CUDA meanwhile (as
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,10 @@ MIN_WIDTH = 256  # columns of keys read; doubled until the longest row fits
 
 
 class StepGraphs:
-    """Replays of runner.step over rows 0 … B-1, B a power of two; rows that do not decode are inactive."""
+    """Replays of runner.step over B rows, a power of two; rows that do not decode are inactive.
+
+    A row is any slot, so that a few sequences cost a few rows wherever they lie; but where attention reads neighbouring
+    slots as they lie (no split-K kernel), row i is slot i."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
@@ -41,28 +45,64 @@ class StepGraphs:
         """Whether prefill passes can be captured: their attention must read lengths on the device."""
         return self._device_lengths
 
-    def run(self, host_slots: list[int], width: int, shape: Shape, sampled: bool, filtered: bool) -> torch.Tensor:
-        """One step of these slots; → runner.step's facts by slot, overwritten by the next step."""
-        runner = self._runner
-        rows = _power_of_two(max(host_slots) + 1, runner.num_slots)
-        columns = runner.tables.history.shape[1]
+    def _key(self, rows: int, width: int, shape: Shape, sampled: bool, filtered: bool) -> tuple[Any, ...]:
+        """Rows and width as they are captured."""
+        rows, columns = _power_of_two(rows, self._runner.num_slots), self._runner.tables.history.shape[1]
         # split-K attention reads lengths on the device: no width to choose, and one graph for all lengths
         width = columns if self._device_lengths else min(_power_of_two(max(width, MIN_WIDTH)), columns)
-        slots, active = self._slots[:rows], self._active[:rows]
+        return rows, width, shape, sampled, filtered
+
+    def run(
+        self, host_slots: list[int], width: int, shape: Shape, sampled: bool, filtered: bool, active: bool = True
+    ) -> torch.Tensor:
+        """One step of these slots; → runner.step's facts, a line for each of them and more, overwritten by the next
+        step. active False: a step that changes nothing."""
+        runner = self._runner
+        needed = len(host_slots) if self._device_lengths else max(host_slots) + 1
+        key = self._key(needed, width, shape, sampled, filtered)
+        rows, width = key[:2]
 
         def body() -> torch.Tensor:
-            return runner.step(slots, active, list(range(rows)), [0] * rows, width, shape, sampled, filtered)
+            slots, on = self._slots[:rows], self._active[:rows]
+            return runner.step(slots, on, list(range(rows)), [0] * rows, width, shape, sampled, filtered)
 
-        key = (rows, width, shape, sampled, filtered)
         if key not in self._graphs:  # with every row inactive, neither warm-up nor capture changes a sequence
             self._active.zero_()
             self._capture(key, body, f"a step of {rows} rows × {shape.num_nodes} nodes")
-        wanted = torch.zeros(runner.num_slots, dtype=torch.bool)
-        wanted[host_slots] = True
-        self._active.copy_(wanted.pin_memory(), non_blocking=True)
+        order, chosen = self._order(host_slots, rows), set(host_slots)
+        on = [active and slot in chosen for slot in order]
+        self._slots[:rows].copy_(torch.tensor(order).pin_memory(), non_blocking=True)
+        self._active[:rows].copy_(torch.tensor(on).pin_memory(), non_blocking=True)
         graph, facts = self._graphs[key]
         graph.replay()
         return facts
+
+    def time(self, rows: int, shape: Shape, repeats: int) -> float:
+        """Milliseconds of a step of `rows` slots, none of which is active."""
+        runner = self._runner
+        self.run(list(range(rows)), runner.tables.history.shape[1], shape, False, False, active=False)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph = self._graphs[self._key(rows, runner.tables.history.shape[1], shape, False, False)][0]
+        times = []
+        for _ in range(repeats):
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        return min(times)
+
+    def _order(self, host_slots: list[int], rows: int) -> list[int]:
+        """The slots of a step's rows, all different: these, then others that only fill the batch."""
+        if not self._device_lengths:
+            return list(range(rows))
+        taken = set(host_slots)
+        others = (slot for slot in range(self._runner.num_slots) if slot not in taken)
+        return [*host_slots, *islice(others, rows - len(host_slots))]
+
+    def lines(self, host_slots: list[int]) -> list[int]:
+        """Which lines of the facts are theirs."""
+        return list(range(len(host_slots))) if self._device_lengths else host_slots
 
     def prefill(self, packed: Packed, sampled: bool, filtered: bool) -> torch.Tensor:
         """One packed prefill pass; → the facts of its R rows, overwritten by the next one."""

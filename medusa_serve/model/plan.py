@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from ..config import MAX_NODES, EngineConfig
 from ..errors import LoadError
 from .draft import Drafter
-from .tree import read_choices
+from .tree import most_probable, read_choices
 
 
 class Shape(NamedTuple):
@@ -22,7 +24,7 @@ class Shape(NamedTuple):
 
 CPU_SLOTS, GPU_SLOTS = 8, 64
 CPU_CONTEXT, GPU_CONTEXT = 2048, 4096
-AUTO_NODES = (2, 4, 8, 16, 32, 64)
+AUTO_NODES = {"cpu": (2, 4, 8, 16), "cuda": (4, 8, 16, 32, 64)}
 GPU_SHARE = 0.8  # of the free memory; the rest is for activations and logits
 
 
@@ -57,17 +59,15 @@ def plan_slots(config: EngineConfig, bytes_per_column: int, columns: int, device
     return min(GPU_SLOTS, fits), "what fits into memory" if fits < GPU_SLOTS else "the default on a GPU"
 
 
-def plan_shapes(config: EngineConfig, drafter: Drafter | None, most: int = MAX_NODES) -> dict[int, Shape]:
-    """The shapes of a step by node count, the plain one among them; sizes the drafter.
-
-    most: nodes that auto may choose. Raises LoadError for a tree that cannot be filled.
-    """
+def plan_shapes(config: EngineConfig, drafter: Drafter | None, device: torch.device) -> dict[int, Shape]:
+    """The shapes of a step by node count, the plain one among them; sizes the drafter. Raises LoadError for a tree that
+    cannot be filled."""
     plain = {1: Shape(1, 0, 0)}
     if config.tree == "off" or not (drafter or config.lookup):
         return plain
     if config.tree != "auto" and not config.tree.isdigit():
         return plain | _from_file(config, drafter)
-    sizes = tuple(n for n in AUTO_NODES if n <= most) if config.tree == "auto" else (int(config.tree),)
+    sizes = AUTO_NODES[device.type] if config.tree == "auto" else (int(config.tree),)
     if drafter is not None:
         drafter.size(max(sizes) - 1, None)
     shapes = {nodes: shape for nodes in sizes if (shape := _shape(nodes, drafter, config.lookup)) is not None}
@@ -99,6 +99,27 @@ def _shape(nodes: int, drafter: Drafter | None, use_lookup: bool) -> Shape | Non
         return None
     chain += max(0, spare)
     return Shape(nodes, chain, max(drafter.max_depth, chain))
+
+
+def held_by(shapes: dict[int, Shape], nodes: int) -> tuple[int, ...]:
+    """For each node of a tree of N, the smallest N whose tree holds it: the heads' nodes stand best first, the chain's
+    behind them in their own order."""
+    heads = nodes - 1 - shapes[nodes].num_lookup
+    sizes = [(n, n - 1 - shape.num_lookup, shape.num_lookup) for n, shape in sorted(shapes.items()) if n <= nodes]
+    found = [next(n for n, first, _ in sizes if node <= first) for node in range(heads + 1)]
+    chain = range(1, shapes[nodes].num_lookup + 1)
+    return (*found, *(next(n for n, _, length in sizes if place <= length) for place in chain))
+
+
+def expected_tokens(choices: Sequence[int], drafter: Any) -> tuple[float, ...]:
+    """Tokens per step of a tree of each size: from the heads' calibration, else a curve like that of published heads
+    (1.5 with 4 nodes, 2.6 with 64)."""
+    ranks = getattr(drafter, "ranks", None)
+    if not ranks:
+        return tuple(1.0 + 0.26 * math.log2(n) for n in choices)
+    paths = most_probable(ranks, max(choices))
+    shares = [math.prod(ranks[depth][rank] for depth, rank in enumerate(path)) for path in paths]
+    return tuple(1.0 + sum(shares[: n - 1]) for n in choices)
 
 
 def _kind(device: torch.device) -> str:

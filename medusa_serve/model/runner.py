@@ -4,7 +4,8 @@ decoding."""
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -18,12 +19,13 @@ from .forward import PlainForward, TreeForward
 from .graphs import StepGraphs
 from .lookup import lookup
 from .packed import Packed, Run, block_view, pack
-from .plan import Shape
+from .plan import Shape, held_by
 from .tables import Admission, SlotTables
 from .transfer import Started, to_device
 from .tree import assemble
 
 ROW_BUDGET = {"cpu": 16, "cuda": 256}  # rows × nodes of one pass, until step times are measured
+TIMED_LENGTH = 192  # tokens of history of the steps that are timed
 PREFILL_ROWS = {"cpu": 1, "cuda": 64}  # prompts of one prefill pass; a CPU is busy with one
 
 
@@ -43,7 +45,9 @@ class ModelRunner:
         eos_ids: Sequence[int],
         vocab_size: int,
         max_context: int,
+        expected: Sequence[float] = (),
     ) -> None:
+        """expected: tokens per step of each N, ascending"""
         self.forward, self.tables, self.drafter = forward, tables, drafter
         self.device = tables.history.device
         self.num_slots = tables.length.shape[0]
@@ -55,6 +59,10 @@ class ModelRunner:
         self.prefill_rows = min(self.num_slots, PREFILL_ROWS[self.device.type]) if forward.supports_trees else 1
         self._shapes = shapes
         self.node_choices = tuple(sorted(shapes))
+        self.has_heads = drafter is not None
+        self.expected = tuple(expected)
+        self.step_ms: Mapping[tuple[int, int], float] = {}
+        self._held_by = {nodes: held_by(shapes, nodes) for nodes in self.node_choices}
         self._graphs = StepGraphs(self) if self.device.type == "cuda" and forward.supports_trees else None
         self.overlaps = self._graphs is not None
         self._host_length = [0] * self.num_slots
@@ -92,7 +100,7 @@ class ModelRunner:
         owners = [self._owner[slot] for slot in host_slots]
 
         def read(lines: list[list[int]]) -> list[StepOutput | None]:
-            outputs = self._outputs(host_slots, owners, lines, grow=False)
+            outputs = self._outputs(host_slots, owners, lines, (), grow=False)
             return [out if run.whole or out.failed else None for out, run in zip(outputs, runs, strict=True)]
 
         return Started(torch.cat(facts), read)
@@ -149,7 +157,8 @@ class ModelRunner:
         )
         sampling = tables.sampling(slots, sampled, filtered)
         walk = accept(logits, draft, 0, sampling, tables.limits(slots))
-        return self._keep(slots, whole.bool(), walk, hidden, torch.zeros_like(slots), sampling)
+        largest = self._shapes[self.node_choices[-1]]
+        return self._keep(slots, whole.bool(), walk, hidden, torch.zeros_like(slots), sampling, largest)
 
     @torch.inference_mode()
     def decode(self, slots: Sequence[int], nodes: int) -> Started[StepOutput]:
@@ -165,11 +174,11 @@ class ModelRunner:
             active = torch.ones_like(rows, dtype=torch.bool)
             facts = self.step(rows, active, host_slots, lengths, max(lengths) + nodes, shape, *flags)
         owners = [self._owner[slot] for slot in host_slots]
-        by_slot = self._graphs is not None
+        places = range(len(host_slots)) if self._graphs is None else self._graphs.lines(host_slots)
 
         def read(lines: list[list[int]]) -> list[StepOutput]:
-            mine = [lines[slot] for slot in host_slots] if by_slot else lines
-            return self._outputs(host_slots, owners, mine)
+            mine = [lines[place] for place in places]
+            return self._outputs(host_slots, owners, mine, self._held_by[nodes])
 
         return Started(facts, read)
 
@@ -187,7 +196,7 @@ class ModelRunner:
         """Draft, verify, accept, commit, draft for the next step: device work alone, no wait for it.
 
         slots (B) · active (B): rows that count; the others only fill the batch · width: columns of keys to read
-        → (B, 5 + D + 1): tokens kept, finished, finite, drafted, ready for the next step, then the tokens
+        → (B, 5 + 2 (D + 1)): tokens kept, finished, finite, drafted, ready for the next step, the tokens, their nodes
         """
         tables = self.tables
         limits: Limits = tables.limits(slots)
@@ -201,7 +210,7 @@ class ModelRunner:
         walk = accept(logits, draft, shape.max_depth, sampling, limits)
         self.forward.commit(view, walk.nodes)
         drafted = (draft.tokens[:, 1:] >= 0).sum(dim=1)
-        return self._keep(slots, active, walk, hidden, drafted, sampling)
+        return self._keep(slots, active, walk, hidden, drafted, sampling, shape)
 
     def _keep(
         self,
@@ -211,12 +220,13 @@ class ModelRunner:
         hidden: torch.Tensor | None,
         drafted: torch.Tensor,
         sampling: Sampling,
+        shape: Shape,
     ) -> torch.Tensor:
-        """Advance the tables and draft for the next step; → the step's facts."""
+        """Advance the tables and draft for the next step, which will likely have the same shape; → the step's facts."""
         count = self.tables.advance(slots, active, walk)
-        ready = self._draft_next(slots, active, walk, hidden, sampling)
+        ready = self._draft_next(slots, active, walk, hidden, sampling, shape)
         facts = torch.stack([count, walk.finished, walk.finite, drafted, ready], dim=1)
-        return torch.cat([facts, walk.tokens], dim=1)
+        return torch.cat([facts, walk.tokens, walk.nodes], dim=1)
 
     def _draft_next(
         self,
@@ -225,14 +235,22 @@ class ModelRunner:
         walk: Walk,
         hidden: torch.Tensor | None,
         sampling: Sampling,
+        shape: Shape,
     ) -> torch.Tensor:
-        """Heads (on the last accepted node only) and lookup for the next tree; → (B) draft tokens at hand."""
+        """Heads (on the last accepted node only) and lookup for the next tree; → (B) draft tokens at hand.
+
+        Behind a plain step the heads rest, and what they drafted before is void."""
         tables, ready = self.tables, torch.zeros_like(slots)
         length, heads = tables.length[slots], None
+        if self.drafter is not None and shape.num_nodes == 1:
+            tables.heads.tokens[slots] = torch.where(active[:, None], -1, tables.heads.tokens[slots])
+            tables.lookup[slots] = torch.where(active[:, None], -1, tables.lookup[slots])
+            return ready
         if self.drafter is not None and hidden is not None:
             last = walk.nodes.gather(1, (walk.num_emitted - 1).clamp(min=0)[:, None])[:, 0]
             at = hidden[torch.arange(slots.shape[0], device=slots.device), last]
-            heads = self.drafter.draft(slots, at, tables.pending(slots), length, sampling)
+            nodes = min(shape.num_nodes - 1 - shape.num_lookup, self.drafter.max_nodes)
+            heads = self.drafter.draft(slots, at, tables.pending(slots), length, sampling, nodes)
             ready = (heads.tokens >= 0).any(dim=1) * (self.node_choices[-1] - 1)
         found = lookup(tables.history[slots], length, tables.lookup.shape[1])
         ready = torch.maximum(ready, (found >= 0).sum(dim=1))
@@ -240,9 +258,15 @@ class ModelRunner:
         return ready
 
     def _outputs(
-        self, host_slots: list[int], owners: list[int], facts: list[list[int]], grow: bool = True
+        self,
+        host_slots: list[int],
+        owners: list[int],
+        facts: list[list[int]],
+        holders: Sequence[int],
+        grow: bool = True,
     ) -> list[StepOutput]:
-        """grow: what was emitted lengthens the sequence (a first token does not: its place was counted before)."""
+        """holders: of each node, the smallest N that has it · grow: what was emitted lengthens the sequence (a first
+        token does not: its place was counted before)."""
         outputs = []
         for slot, owner, (count, finished, finite, drafted, ready, *tokens) in zip(
             host_slots, owners, facts, strict=True
@@ -251,12 +275,29 @@ class ModelRunner:
             if finite:
                 if grow and mine:
                     self._host_length[slot] += count
-                kept = tuple(tokens[:count])
-                outputs.append(StepOutput(slot, kept, drafted, bool(finished), False, ready))
+                kept, path = tuple(tokens[:count]), tokens[len(tokens) // 2 :]
+                held = tuple(holders[node] for node in path[1:count])
+                outputs.append(StepOutput(slot, kept, drafted, bool(finished), False, ready, held))
             else:
                 self._poison(slot)
                 outputs.append(StepOutput(slot, (), drafted, finished=True, failed=True))
         return outputs
+
+    @torch.inference_mode()
+    def time_step(self, rows: int, nodes: int, repeats: int = 3) -> float:
+        """Milliseconds of a decode step of the first `rows` slots, the least of some repeats. Before serving only: the
+        slots must be free."""
+        shape = self._shapes[nodes]
+        if self._graphs is not None:
+            return self._graphs.time(rows, shape, repeats)
+        slots, width = torch.arange(rows, device=self.device), TIMED_LENGTH + nodes
+        times = []
+        for _ in range(repeats + 1):
+            started = time.perf_counter()
+            lengths = [TIMED_LENGTH] * rows
+            self.step(slots, slots < 0, list(range(rows)), lengths, width, shape, False, False)
+            times.append((time.perf_counter() - started) * 1000)
+        return min(times[1:])
 
     def _poison(self, slot: int) -> None:
         """Masked NaN rows of V would still give NaN: such a slot is zeroed before it rests or serves again."""

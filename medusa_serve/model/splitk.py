@@ -24,6 +24,7 @@ except ImportError:  # a CPU build of torch brings none; `available` says so
 
 MAX_DIM = 128  # of keys and values: larger tiles do not fit beside each other
 ROWS, COLUMNS = 64, 64  # tile: packed query rows at most, and key columns
+COMBINED = 4  # packed query rows of a program that joins splits
 
 
 @lru_cache
@@ -79,10 +80,10 @@ def tree_attention(
         num_warps=4,
     )  # fmt: skip
     if splits > 1:
-        _combine[(rows * kv_heads, blocks)](
-            out, part, peak[0], peak[1],
-            KV_HEADS=kv_heads, GROUP=group, NEW=new, VALUE_DIM=value_dim, SPLITS=splits, TILE=tile,
-            BLOCK_VALUE=triton.next_power_of_2(value_dim), num_warps=4,
+        _combine[(rows * kv_heads, triton.cdiv(packed, COMBINED))](
+            out, part, peak[0], peak[1], blocks * tile,
+            KV_HEADS=kv_heads, GROUP=group, NEW=new, VALUE_DIM=value_dim, SPLITS=splits, LINES=COMBINED,
+            BLOCK_VALUE=triton.next_power_of_2(value_dim), num_warps=1,
         )  # fmt: skip
     return out
 
@@ -165,30 +166,27 @@ if triton is not None:
 
     @triton.jit
     def _combine(
-        out, part, peaks, sums,
+        out, part, peaks, sums, lines,
         KV_HEADS: tl.constexpr, GROUP: tl.constexpr, NEW: tl.constexpr, VALUE_DIM: tl.constexpr, SPLITS: tl.constexpr,
-        TILE: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+        LINES: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     ):  # fmt: skip
-        """Join the splits of one tile by their peaks."""
+        """Join the splits of a few packed queries by their peaks."""
         at, block = tl.program_id(0), tl.program_id(1)
         row, kv_head = at // KV_HEADS, at % KV_HEADS
-        packed = block * TILE + tl.arange(0, TILE)
+        packed = block * LINES + tl.arange(0, LINES)
         node, head = packed % NEW, kv_head * GROUP + packed // NEW
         valid = packed < GROUP * NEW
         e = tl.arange(0, BLOCK_VALUE)
-        lines = TILE * tl.num_programs(1)
-        peak = tl.full([TILE], float("-inf"), tl.float32)
-        for split in tl.static_range(SPLITS):
-            peak = tl.maximum(peak, tl.load(peaks + (at * SPLITS + split) * lines + packed))
-        mass = tl.zeros([TILE], tl.float32)
-        acc = tl.zeros([TILE, BLOCK_VALUE], tl.float32)
+        inside = (e < VALUE_DIM)[None, :] & valid[:, None]
+        line = (at * SPLITS + tl.arange(0, SPLITS))[:, None] * lines + packed[None, :]
+        peak = tl.max(tl.load(peaks + line, mask=valid[None, :], other=0.0), axis=0)
+        mass = tl.zeros([LINES], tl.float32)
+        acc = tl.zeros([LINES, BLOCK_VALUE], tl.float32)
         for split in tl.static_range(SPLITS):
             line = (at * SPLITS + split) * lines + packed
-            weight = tl.exp(tl.load(peaks + line) - peak)
-            mass += weight * tl.load(sums + line)
-            where = part + line[:, None] * VALUE_DIM + e[None, :]
-            mine = tl.load(where, mask=(e < VALUE_DIM)[None, :] & valid[:, None], other=0.0)
-            acc += weight[:, None] * mine
+            weight = tl.exp(tl.load(peaks + line, mask=valid, other=0.0) - peak)
+            mass += weight * tl.load(sums + line, mask=valid, other=1.0)
+            acc += weight[:, None] * tl.load(part + line[:, None] * VALUE_DIM + e[None, :], mask=inside, other=0.0)
         to = out + ((row * NEW + node) * (KV_HEADS * GROUP) + head)[:, None] * VALUE_DIM + e[None, :]
         result = acc / mass[:, None]
-        tl.store(to, result.to(out.dtype.element_ty), mask=valid[:, None] & (e < VALUE_DIM)[None, :])
+        tl.store(to, result.to(out.dtype.element_ty), mask=inside)

@@ -106,9 +106,12 @@ class SlotTables:
     def keep_draft(
         self, slots: torch.Tensor, active: torch.Tensor, heads: HeadNodes | None, lookup: torch.Tensor
     ) -> None:
-        """The next step's draft of the active rows."""
-        pairs = [(self.lookup, lookup)] + (list(zip(self.heads, heads, strict=True)) if heads is not None else [])
-        for table, rows in pairs:
+        """The next step's draft of the active rows; behind the heads' nodes there are none."""
+        pairs = [(self.lookup, lookup, -1)]
+        if heads is not None:
+            pairs += list(zip(self.heads, heads, (-1, 0, 0), strict=True))
+        for table, rows, nothing in pairs:
+            rows = torch.nn.functional.pad(rows, (0, table.shape[1] - rows.shape[1]), value=nothing)
             table[slots] = torch.where(active[:, None], rows, table[slots])
 
     def pending(self, slots: torch.Tensor) -> torch.Tensor:

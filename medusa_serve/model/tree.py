@@ -148,13 +148,15 @@ def assemble(
 
 
 def ancestors(parents: torch.Tensor, max_depth: int) -> torch.Tensor:
-    """parents (B, N) → (B, N, N) bool: each node sees itself and, after `max_depth` rounds, all its ancestors."""
-    rows, nodes = parents.shape
-    own = torch.eye(nodes, dtype=torch.bool, device=parents.device).expand(rows, -1, -1)
-    above = parents[:, :, None].expand(-1, -1, nodes)
-    mask = own
-    for _ in range(max_depth):
-        mask = own | mask.gather(1, above)
+    """parents (B, N) → (B, N, N) bool: each node sees itself and all its ancestors, up to `max_depth` of them; the
+    distance that is seen doubles each round."""
+    nodes = parents.shape[1]
+    index = torch.arange(nodes, device=parents.device)
+    mask = (index == index[:, None]) | (index == parents[:, :, None])
+    above, seen = parents.gather(1, parents), 1
+    while seen < max_depth:
+        mask = mask | mask.gather(1, above[:, :, None].expand(-1, -1, nodes))
+        above, seen = above.gather(1, above), 2 * seen + 1
     return mask
 
 

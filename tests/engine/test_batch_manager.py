@@ -87,6 +87,26 @@ def until(condition, seconds=5.0):
 # ---- text ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("accept", "settled"), [((0,), 1), ((2,), 4), ((9, 11), 16)])
+def test_the_node_budget_follows_what_is_accepted(accept, settled):
+    """Steps that take 10, 12, 14 and 16 ms: 1, 3 or 11 tokens of them decide, and the text never changes."""
+    clock, ms = ManualClock(), {1: 10.0, 4: 12.0, 8: 14.0, 16: 16.0}
+    times = {(rows, nodes): each for rows in (1, 4) for nodes, each in ms.items()}
+    engine = Engine(accept=accept, clock=clock, has_heads=True, step_ms=times, expected=(1.0, 1.8, 2.2, 2.6))
+    engine.runner.before = lambda kind, slots: clock.advance(
+        ms[engine.runner.calls[-1][2]] / 1000 if kind == "decode" else 0.0
+    )
+    id = engine.submit("Hello", 3000)
+    plain = engine.submit("World", 3000, speculation=False)
+    engine.run()
+    assert list(engine.completion(id).token_ids) == engine.solo("Hello", 3000)
+    assert list(engine.completion(plain).token_ids) == engine.solo("World", 3000)
+    together = [call[2] for call in engine.runner.calls if call[0] == "decode" and len(call[1]) == 2]
+    late = together[len(together) // 2 :]
+    assert late.count(settled) > 0.8 * len(late)
+    at_rest(engine)
+
+
 @pytest.mark.parametrize("accept", [(0,), (3,), (15,), (0, 2, 1, 7)])
 def test_alone(accept):
     engine = Engine(accept=accept)

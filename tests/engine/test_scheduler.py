@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from medusa_serve.engine.scheduler import Plan, Scheduler, choose_nodes, common_prefix, cost_of_prefill
@@ -139,9 +141,20 @@ def test_chunk_size_from_the_measured_cost(token_ms, step_ms, count):
     a, _ = admitted(scheduler, sequence(5), sequence(1000))
     decode(a, 7)
     scheduler.note_prefill(100, 0.1 * token_ms)
-    scheduler.note_decode(1, step_ms / 1000)
-    scheduler.note_decode(16, 9.9)  # not a plain step
+    scheduler.note_decode(1, 1, step_ms / 1000)
+    scheduler.note_decode(1, 16, 9.9)  # not a plain step
     assert scheduler.plan().prefill == (PrefillChunk(1, count),)
+
+
+def test_heads_draft_also_when_their_last_step_is_not_read_yet():
+    for has_heads, nodes in ((False, 1), (True, 16)):
+        scheduler = Scheduler(FakeRunner(has_heads=has_heads), 512)
+        (seq,) = admitted(scheduler, sequence(5))
+        decode(seq, 7)
+        assert seq.draft_ready == 0
+        assert scheduler.plan().nodes == nodes
+    seq.params = replace(seq.params, speculation=False)
+    assert scheduler.plan().nodes == 1
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,9 @@ def test_a_pass_over_slots_gives_what_the_teacher_gives(family, indexes):
 class Spy(SequentialDrafter):
     """Keeps what the heads are given."""
 
-    def draft(self, slots, hidden, pending, length, sampling):
+    def draft(self, slots, hidden, pending, length, sampling, nodes=None):
         self.seen += list(zip(hidden.clone(), pending.tolist(), length.tolist(), strict=True))
-        return super().draft(slots, hidden, pending, length, sampling)
+        return super().draft(slots, hidden, pending, length, sampling, nodes)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

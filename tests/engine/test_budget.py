@@ -1,0 +1,118 @@
+"""The node budget on step times and acceptance that are known. python -m pytest tests/engine/test_budget.py"""
+
+import random
+
+import pytest
+
+from medusa_serve.engine.budget import OWN_WEIGHT, PROBE, NodeBudget
+
+CHOICES = (1, 4, 16)
+EXPECTED = (1.0, 2.0, 3.0)
+FLAT = {(rows, nodes): 10.0 for rows in (1, 8) for nodes in CHOICES}  # nodes cost nothing
+BUSY = {(rows, nodes): 2.0 + rows * nodes for rows in (1, 8) for nodes in CHOICES}  # all that counts
+
+
+def budget(step_ms, expected=EXPECTED, slots=8):
+    return NodeBudget(CHOICES, step_ms, expected, slots)
+
+
+def chosen(made, rows, steps=5):
+    return [made.choose(rows) for _ in range(steps)][-1]
+
+
+def test_the_calibrated_curve_decides_first():
+    made = budget(FLAT)
+    assert chosen(made, [("a", made.own())]) == 16
+    made = budget({(1, 1): 10, (1, 4): 12, (1, 16): 40})
+    assert chosen(made, [("a", made.own())]) == 4
+    made = budget({(1, 1): 10, (1, 4): 25, (1, 16): 40})
+    assert chosen(made, [("a", made.own())]) == 1
+
+
+def test_many_rows_make_nodes_dear():
+    made = budget({(1, 1): 10, (1, 4): 10, (1, 16): 10.5, (8, 1): 12, (8, 4): 20, (8, 16): 60})
+    assert chosen(made, [("a", made.own())]) == 16
+    rows = [(str(n), made.own()) for n in range(8)]
+    assert chosen(made, rows) == 4
+
+
+def test_rows_that_decode_plainly_gain_nothing_by_nodes():
+    made = budget({(rows, nodes): 10.0 + nodes for rows in (1, 8) for nodes in CHOICES})
+    assert chosen(made, [("a", None), ("b", None), ("c", None)]) == 1
+    assert chosen(made, [("a", made.own()), ("b", None), ("c", None), ("d", None)]) == 1
+    assert chosen(made, [("a", made.own())]) == 4
+
+
+def test_times_between_and_past_measured_rows_lie_on_lines():
+    made = budget({(1, 1): 10.0, (4, 1): 16.0, (1, 4): 5.0, (1, 16): 1.0, (2, 16): 2.0}, slots=6)
+    assert made._ms == [[10, 12, 14, 16, 18, 20], [5.0] * 6, [1, 2, 3, 4, 5, 6]]
+
+
+def test_a_step_tells_what_smaller_trees_would_have_given():
+    made = budget(FLAT)
+    own = made.own()
+    made.note(own, (4, 4, 16), 16)  # three accepted, the last one only in the large tree
+    assert own.tokens == [1, 3, 4]
+    made.note(own, (4,), 4)  # says nothing of 16
+    assert own.weight == [pytest.approx(1.95), pytest.approx(1.95), 1]
+    assert own.tokens == [pytest.approx(1.95), pytest.approx(3 * 0.95 + 2), 4]
+    made.note(own, (), 1)
+    assert own.weight[1:] == [pytest.approx(1.95), 1]
+
+
+@pytest.mark.parametrize(("truth", "best"), [((1.0, 1.0), 1), ((1.9, 2.0), 4), ((2.2, 4.5), 16)])
+def test_live_figures_overrule_the_calibration(truth, best):
+    """Steps simulated with a known acceptance: the choice comes to rest at the truly fastest N."""
+    ms = {(1, 1): 10.0, (1, 4): 11.0, (1, 16): 20.0}
+    made, rng = budget(ms), random.Random(3)
+    own, drafted_for, picks = made.own(), 16, []
+    for _ in range(3000):
+        nodes = made.choose([("a", own)])
+        tree, drafted_for = min(nodes, drafted_for), nodes
+        held = [4] * _count(rng, truth[0] - 1) if tree >= 4 else []
+        held += [16] * _count(rng, truth[1] - truth[0]) if tree == 16 else []
+        made.note(own, held, tree)
+        picks.append(nodes)
+    late = picks[-600:]
+    assert late.count(best) >= 0.9 * len(late)
+    assert made.speeds([own])[CHOICES.index(best)] == max(made.speeds([own]))
+
+
+def _count(rng, mean):
+    """A whole number of this mean."""
+    return int(mean) + (rng.random() < mean - int(mean))
+
+
+def test_a_larger_tree_is_looked_at_now_and_then():
+    ms = {(1, 1): 10.0, (1, 4): 11.0, (1, 16): 100.0}
+    made = budget(ms)
+    picks = [made.choose([("a", made.own())]) for _ in range(3 * (PROBE + 2))]
+    assert picks.count(16) == 6
+    assert picks.count(4) == len(picks) - 6
+    slow = budget({(1, 1): 10.0, (1, 4): 100.0, (1, 16): 200.0})
+    picks = [slow.choose([("a", slow.own())]) for _ in range(2 * (PROBE + 2))]
+    assert picks.count(4) == 4  # two each: behind a plain step nothing is drafted
+    plain = budget(FLAT)
+    assert {plain.choose([("a", None)]) for _ in range(200)} == {1}
+
+
+def test_a_small_gain_does_not_change_the_choice():
+    ms = {(1, 1): 10.0, (1, 4): 10.0, (1, 16): 15.0}
+    made = budget(ms, expected=(1.0, 2.0, 2.0))
+    own = made.own()
+    assert chosen(made, [("a", own)]) == 4
+    for _ in range(OWN_WEIGHT):
+        made.note(own, (4, 16), 16)  # 16 nodes: 3 tokens in 15 ms, just what 4 nodes give
+    speeds = made.speeds([own])
+    assert speeds[2] < 1.03 * speeds[1]
+    assert made.choose([("b", own)]) == 4
+
+
+def test_one_sequence_does_not_speak_for_the_others():
+    made = budget(FLAT)
+    good, bad = made.own(), made.own()
+    for _ in range(60):
+        made.note(good, (4, 4, 16, 16), 16)
+        made.note(bad, (), 16)
+    assert made._curve(good, made._curve(made._all, []))[2] > 3.5
+    assert made._curve(bad, made._curve(made._all, []))[2] < 2.2

@@ -1,0 +1,65 @@
+"""Shapes of a step, and what is expected of them: python -m pytest tests/model/test_plan.py"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from medusa_serve.model.plan import Shape, expected_tokens, held_by
+from medusa_serve.model.step_times import time_steps, worth_timing
+from medusa_serve.model.tree import most_probable
+from tests.oracles import DEFAULT_RANKS
+
+
+def test_which_tree_holds_a_node():
+    """16 nodes: root, 11 of the heads, a chain of 4; the smaller ones hold the first of each."""
+    shapes = {1: Shape(1, 0, 0), 4: Shape(4, 1, 4), 8: Shape(8, 2, 5), 16: Shape(16, 4, 6)}
+    assert held_by(shapes, 16) == (1, 4, 4, 8, 8, 8, *[16] * 6, 4, 8, 16, 16)
+    assert held_by(shapes, 4) == (1, 4, 4, 4)
+    assert held_by(shapes, 1) == (1,)
+
+
+def test_what_a_tree_is_expected_to_give():
+    drafter = SimpleNamespace(ranks=DEFAULT_RANKS)
+    choices = (1, 2, 4, 16)
+    got = expected_tokens(choices, drafter)
+    assert got[0] == 1.0
+    assert got[1] == pytest.approx(1.56)
+    assert list(got) == sorted(got)
+    paths = most_probable(DEFAULT_RANKS, 4)
+    assert len(paths) == 3
+    assert got[2] == pytest.approx(1 + 0.56 + 0.56 * 0.45 + 0.56 * 0.20)
+    assert expected_tokens(choices, None) == expected_tokens(choices, SimpleNamespace(ranks=None))
+    assert list(expected_tokens(choices, None)) == sorted(expected_tokens(choices, None))
+
+
+class Timed:
+    """A runner whose steps take rows + nodes milliseconds."""
+
+    device, num_slots, max_context, node_choices = torch.device("cpu"), 6, 64, (1, 4, 16)
+
+    def __init__(self):
+        self.asked, self.step_ms = [], {}
+
+    def time_step(self, rows, nodes):
+        self.asked.append((rows, nodes))
+        return float(rows + nodes)
+
+
+def test_steps_are_timed_once(tmp_path):
+    first, again, other = Timed(), Timed(), Timed()
+    assert "1: 2.0, 4: 5.0, 16: 17.0" in time_steps(first, "a model", tmp_path)
+    assert first.step_ms == {(b, n): b + n for b, n in first.asked}
+    assert {(1, 1), (1, 4), (1, 16), (4, 1), (4, 4), (6, 1), (6, 4)} == set(first.asked)
+    assert "earlier" in time_steps(again, "a model", tmp_path)
+    assert (again.asked, again.step_ms) == ([], first.step_ms)
+    time_steps(other, "another model", tmp_path)
+    assert other.asked == first.asked
+
+
+def test_only_where_there_is_a_choice_that_matters():
+    runner = Timed()
+    assert worth_timing(runner, 10**9)
+    assert not worth_timing(runner, 10**6)
+    runner.node_choices = (1, 16)
+    assert not worth_timing(runner, 10**9)
