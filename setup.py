@@ -45,7 +45,8 @@ setup(
             "psutil>=5.9",
             "openai>=2",
             "pytest-xdist>=3.5",
-        ]
+        ],
+        "bench": ["matplotlib>=3.8"],  # for pictures of results alone
     },
     entry_points={"console_scripts": ["medusa-serve=medusa_serve.cli:main"]},
     classifiers=[

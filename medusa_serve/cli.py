@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from . import __version__, heads_commands
-from .bench import acceptance, drafting
-from .config import DEFAULT_MODEL, DTYPES, EngineConfig
+from .bench import acceptance, decode, drafting, peers, plot, serve, step
+from .config import DEFAULT_MODEL, DTYPES, QUANTIZE, EngineConfig
 from .errors import InvalidConfig, InvalidRequest, MedusaServeError
 from .server import serve_command
 from .types import Completion, SamplingParams
@@ -106,9 +106,15 @@ def _add_bench(commands: Any) -> None:
     for module, name, text in (
         (acceptance, "acceptance", "tokens per step by category of prompt and size of tree"),
         (drafting, "drafting", "what drafting costs, as a share of a plain step"),
+        (peers, "peers", "tokens per second beside transformers and llama.cpp, in one run"),
+        (serve, "serve", "an HTTP server under load: first token, time per token, percentiles"),
+        (decode, "decode", "tokens per second by number of sequences, with and without speculation"),
+        (step, "step", "a decode step by rows and nodes, beside the time that reading the weights takes"),
     ):
         _add_model_options(parser := add(name, text))
         module.add_options(parser)
+    about = "draw a picture of what other benches wrote"
+    plot.add_options(kinds.add_parser("plot", help=about, description=about, allow_abbrev=False))
 
 
 def _add_train(commands: Any) -> None:
@@ -129,6 +135,9 @@ def _add_model_options(parser: argparse.ArgumentParser, *, heads: bool = True) -
         group.add_argument("--heads", default="auto", metavar="NAME", help="auto, none, or a file or folder of heads")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--dtype", default="auto", help="auto, " + ", ".join(d for d in DTYPES[1:] if d != "float64"))
+    if heads:  # whoever learns from the model, or checks heads against it, wants its own weights
+        about = f"on a CPU: auto (whatever is fastest), {', '.join(QUANTIZE[1:])}"
+        group.add_argument("--quantize", default="auto", help=about)
     return group
 
 
@@ -171,6 +180,7 @@ def _engine_config(options: argparse.Namespace) -> EngineConfig:
         heads=options.heads,
         device=options.device,
         dtype=options.dtype,
+        quantize=options.quantize,
         slots=options.slots,
         max_context=options.max_context,
         tree=options.tree,
@@ -293,7 +303,7 @@ def _train(options: argparse.Namespace) -> int:
     from .training.pipeline import train_from_prompts
 
     try:
-        config = EngineConfig(model=options.model, device=options.device, dtype=options.dtype)
+        config = EngineConfig(model=options.model, device=options.device, dtype=options.dtype, quantize="none")
         made = train_from_prompts(config, **{x: getattr(options, x) for x in ("prompts", "minutes", "out", "family")})
     except InvalidConfig as error:
         _refuse(options, error)

@@ -53,6 +53,8 @@ def run(*arguments: str) -> int:
         (["--tree", "1"], "tree must have"),
         (["--tree", ""], "tree must be"),
         (["--dtype", "int3"], "dtype must be"),
+        (["--quantize", "int3"], "quantize must be"),
+        (["--quantize", "int8", "--dtype", "float32"], "quantize int8 computes in bfloat16"),
         (["--device", "tpu"], "device must be"),
         (["--model", " "], "model must be"),
         (["--api-key", ""], "api_key must be"),

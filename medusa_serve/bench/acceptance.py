@@ -375,7 +375,8 @@ def run(options: argparse.Namespace) -> int:
     if options.prompts is None:
         options.parser.error("the following arguments are required: --prompts (or --show)")
     try:
-        engine = EngineConfig(model=options.model, heads=options.heads, device=options.device, dtype=options.dtype)
+        fixed = ("model", "heads", "device", "dtype", "quantize")
+        engine = EngineConfig(**{name: getattr(options, name) for name in fixed})
         config = AcceptanceConfig(**given)
     except InvalidConfig as error:
         options.parser.error(error.message.rstrip("."))

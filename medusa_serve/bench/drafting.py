@@ -73,7 +73,7 @@ def bench_drafting(engine: EngineConfig, config: DraftingConfig) -> dict[str, An
     return {
         "kind": "drafting",
         "machine": machine(),
-        "engine": {"model": loaded.name, "heads": name, "device": str(loaded.device), "dtype": str(loaded.dtype)[6:]},
+        "engine": {"model": loaded.name, "heads": name, "device": str(loaded.device), "dtype": loaded.numbers},
         "heads": str(path),
         "draft_vocab": drafter.heads.output.vocab_size,
         "depth": drafter.heads.max_depth,
@@ -112,7 +112,7 @@ def plain_runner(runner: ModelRunner) -> ModelRunner:
     from ..model.tables import SlotTables
 
     tables = SlotTables(1, runner.tables.history.shape[1], [], 0, 0, runner.device)
-    sizes = {"vocab_size": runner.vocab_size, "max_context": runner.max_context}
+    sizes: Any = {"vocab_size": runner.vocab_size, "max_context": runner.max_context}
     return ModelRunner(runner.forward, tables, shapes={1: Shape(1, 0, 0)}, drafter=None, eos_ids=[], **sizes)
 
 
@@ -120,7 +120,7 @@ class _Recorder:
     """Stands in for the drafter in one step, and keeps what the engine asked it."""
 
     def __init__(self, drafter: Any) -> None:
-        self._drafter = drafter
+        self._drafter, self.max_nodes = drafter, drafter.max_nodes
         self.arguments: tuple[Any, ...] = ()
 
     def draft(self, *arguments: Any) -> Any:
@@ -132,17 +132,16 @@ def recorded_draft(runner: ModelRunner, prompt: Sequence[int]) -> Call:
     """The drafter's call after a step behind this prompt, to be made again."""
     import torch
 
-    from ..model.plan import Shape
-
     drafter: Any = runner.drafter
     recorder: Any = _Recorder(drafter)
     _begin(runner, prompt)
     slot, active = torch.zeros(1, dtype=torch.int64, device=runner.device), torch.ones(1, dtype=torch.bool)
     runner.drafter = recorder
     try:
-        with torch.inference_mode():  # a plain step, and never a graph of it: that would own these tensors
+        with torch.inference_mode():  # a step, and never a graph of it: that would own these tensors
             size = len(prompt)
-            runner.step(slot, active.to(runner.device), [0], [size], size + 1, Shape(1, 0, 0), False, False)
+            shape = runner._shapes[runner.node_choices[-1]]
+            runner.step(slot, active.to(runner.device), [0], [size], size + shape.num_nodes, shape, False, False)
     finally:
         runner.drafter = drafter
         runner.free(0)
@@ -236,7 +235,8 @@ def run(options: argparse.Namespace) -> int:
         name: value for name in ("nodes", "draft_vocab", "rounds") if (value := getattr(options, name)) is not None
     }
     try:
-        engine = EngineConfig(model=options.model, heads=options.heads, device=options.device, dtype=options.dtype)
+        names = ("model", "heads", "device", "dtype", "quantize")
+        engine = EngineConfig(**{name: getattr(options, name) for name in names})
         config = DraftingConfig(**given)
     except InvalidConfig as error:
         options.parser.error(error.message.rstrip("."))

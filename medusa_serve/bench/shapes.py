@@ -1,0 +1,97 @@
+"""Models of known shapes and drafters that need no training: what a step costs does not depend on the numbers."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from ..config import MAX_NODES, EngineConfig
+
+SHAPES: dict[str, dict[str, Any]] = {  # the numbers of transformers' LlamaConfig
+    "llama-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 256,
+        "max_position_embeddings": 2048,
+    },
+}
+FIXED_DEPTH, FIXED_RANKS = 5, 10
+
+
+def random_model(shape: str, engine: EngineConfig) -> Any:
+    """A LoadedModel of random weights, made on the engine's device in its dtype; without a tokenizer. Raises
+    LoadError."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from ..model.loader import LoadedModel, _choose_device, _choose_numbers, _to_int8
+
+    notes: list[str] = []
+    nobody: Any = None
+    config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    device = _choose_device(engine.device, notes)
+    dtype, int8 = _choose_numbers(engine, device, config, notes)
+    with _seeded(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    return LoadedModel(
+        model=model,
+        tokenizer=nobody,
+        codec=nobody,
+        name=f"random {shape}",
+        device=device,
+        dtype=dtype,
+        eos_ids=frozenset(),
+        max_positions=config.max_position_embeddings,
+        quantized=int8 and _to_int8(model, engine, notes),
+        notes=notes,
+    )
+
+
+def random_drafter(model: Any) -> Any:
+    """Sequential heads of the usual proportions, attached to the model, in the dtype that the engine would take."""
+    from ..model.beam import SequentialDrafter
+    from ..model.draft_cost import make_fast
+    from ..model.heads import SequentialHeads
+
+    hidden = model.config.hidden_size
+    with _seeded(model.device):
+        heads = SequentialHeads(hidden, inner=hidden // 4, readout=hidden // 8)
+    heads.to(model.dtype).requires_grad_(False).attach(model.get_output_embeddings(), model.get_input_embeddings())
+    make_fast(heads)
+    return SequentialDrafter(heads)
+
+
+def _seeded(device: Any) -> contextlib.ExitStack:
+    """New tensors are made on the device, with the same random numbers each time; the generators stay as they were."""
+    import torch
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+    stack.enter_context(torch.device(device))
+    torch.manual_seed(0)
+    return stack
+
+
+def fixed_drafter() -> Any:
+    """Drafts the same tokens in a tree of the same form at every step: trees of N nodes without heads."""
+    import torch
+
+    from ..model.draft import StaticDrafter
+    from ..model.tree import most_probable
+
+    class FixedDrafter(StaticDrafter):
+        def candidates(self, slots: Any, hidden: Any, pending: Any, length: Any, sampling: Any) -> Any:
+            ranks = torch.arange(self.num_ranks, device=pending.device)
+            return ranks.expand(len(slots), self.num_heads, -1)
+
+    ranks = [[0.6 * 0.5**rank for rank in range(FIXED_RANKS)]] * FIXED_DEPTH
+    return FixedDrafter(FIXED_DEPTH, FIXED_RANKS, most_probable(ranks, MAX_NODES))

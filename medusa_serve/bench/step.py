@@ -1,0 +1,253 @@
+"""t(B, N), a whole decode step of B sequences with trees of N nodes, against the time in which this machine reads the
+model's weights: `medusa-serve bench step`.
+
+A step is what the engine runs: verify, accept, commit, and draft for the next one; it is read as the engine reads it,
+one step behind where the device runs ahead. N = 1 is plain decoding by a runner without a drafter. What a sequence has
+behind it is not computed but taken as it lies in the cache: it costs the same to read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..config import DEFAULT_MODEL, MAX_NODES, EngineConfig, check_int
+from ..errors import InvalidConfig, LoadError
+from ..types import PrefillChunk, SamplingParams, StepOutput
+from .acceptance import check_folder, numbers, write
+from .floor import forget_peak, memory_of, read_bytes, read_rates
+from .plot import step_table
+from .shapes import SHAPES, fixed_drafter, random_drafter, random_model
+
+if TYPE_CHECKING:
+    from ..model.loader import LoadedModel
+    from ..model.runner import ModelRunner
+
+Row = dict[str, Any]
+RULE = (
+    "ms: of a step with `batch` sequences of {length} tokens each, by the clock, in blocks of {steps}. device_ms: "
+    "between CUDA events around it. Blocks in turn, the median of {rounds} rounds, what comes first thrown away. "
+    "to_floor: ms over the floor, the bytes of the weights that a step reads (not the cache) over the median rate of "
+    "long reads in the same run. to_plain: ms over that of one node, in the same rounds."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """rows: B, sequences of a step · nodes: N, 1 is measured in any case · length: tokens behind each sequence ·
+    rounds, after one that warms up · steps: of a block · random: a key of SHAPES, built of random weights"""
+
+    rows: tuple[int, ...] = (1, 2, 4, 8)
+    nodes: tuple[int, ...] = (1, 4, 8, 16, 64)
+    length: int = 256
+    rounds: int = 5
+    steps: int = 8
+    random: str | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "rows", 1, 1024)
+        check_numbers(self, "nodes", 1, MAX_NODES)
+        check_int(self, "length", 2, 2**20)
+        check_int(self, "rounds", 1, 1000)
+        check_int(self, "steps", 1, 1000)
+        if self.random is not None and self.random not in SHAPES:
+            raise InvalidConfig(f"random must be one of {', '.join(SHAPES)}, not {self.random!r}.", param="random")
+
+
+class Block(NamedTuple):
+    """Milliseconds of a step, and of a plain one of as many sequences in the same round. device_ms: None on a CPU"""
+
+    batch: int
+    nodes: int
+    ms: float
+    device_ms: float | None
+    plain_ms: float
+
+
+# ---- the run -----------------------------------------------------------------------------------------------------
+
+
+def bench_step(engine: EngineConfig, config: StepConfig) -> dict[str, Any]:
+    """All cells with the floor. Raises LoadError: what cannot be loaded or does not fit, trees that cannot be
+    filled."""
+    from ..model.build import build_runner
+    from .facts import command, facts
+
+    loaded, drafter, name = _loaded(engine, config)
+    reads, blocks, memory = read_rates(loaded.device), list[Block](), list[Row]()
+    for nodes in [n for n in sorted(config.nodes) if n > 1] or [1]:
+        forget_peak(loaded.device)
+        plan = _plan(engine, config, nodes, drafter)
+        built = build_runner(
+            loaded.model, plan, eos_ids=[], max_positions=loaded.max_positions, drafter=copy.copy(drafter)
+        )
+        try:
+            if nodes not in built.runner.node_choices:
+                raise LoadError(f"There is nothing to measure: {built.notes[-1]}.")
+            blocks += measure(built.runner, nodes, config)
+            memory += [{"nodes": nodes, **memory_of(loaded.model, built.runner)}]
+        finally:
+            built.runner.close()
+        reads += read_rates(loaded.device)
+    size, rate = read_bytes(loaded.model), statistics.median(reads)
+    floor = {"weight_bytes": size, "bytes_per_second": round(rate), "ms": size / rate * 1000}
+    options = {name: getattr(config, name) for name in ("length", "rounds", "steps", "random")}
+    return {
+        "kind": "step",
+        "rule": RULE.format(**options),
+        "machine": facts(),
+        "command": command(),
+        "engine": {"model": loaded.name, "heads": name, "device": str(loaded.device), "dtype": loaded.numbers},
+        "options": options,
+        "floor": floor | {"ms": round(floor["ms"], 4)},
+        "memory": memory,
+        "rows": rows_of(blocks, floor["ms"]),
+    }
+
+
+def _plan(engine: EngineConfig, config: StepConfig, nodes: int, drafter: Any) -> EngineConfig:
+    """As many slots as are needed, with room for a block whose every draft is accepted."""
+    deepest = min(nodes - 1, drafter.max_depth)
+    room = config.length + 2 + (config.steps + 1) * (1 + deepest)
+    context = max(room, engine.max_context or 0)
+    tree = "off" if nodes == 1 else str(nodes)
+    return replace(engine, tree=tree, lookup=False, slots=max(config.rows), max_context=context)
+
+
+def _loaded(engine: EngineConfig, config: StepConfig) -> tuple[LoadedModel, Any, str]:
+    """(model, drafter, what the heads are called)."""
+    from ..llm import _drafter
+    from ..model.loader import load_model
+
+    if config.random is None:
+        loaded = load_model(engine)
+        drafter, name, _ = _drafter(engine, loaded)
+        return loaded, drafter or fixed_drafter(), name
+    loaded = random_model(config.random, engine)
+    if engine.heads == "none":
+        return loaded, fixed_drafter(), "none"
+    return loaded, random_drafter(loaded.model), "random sequential"
+
+
+def measure(runner: ModelRunner, nodes: int, config: StepConfig) -> list[Block]:
+    """Blocks of every number of rows, plain and with trees of `nodes` in turn."""
+    runners = {1: plain_runner(runner), nodes: runner}  # one, if that is the plain one
+    found = []
+    for index in range(config.rounds + 1):
+        for batch in sorted(config.rows):
+            times = {n: step_ms(one, batch, n, config) for n, one in runners.items()}
+            if index:  # the first round warms up and captures
+                found += [Block(batch, n, *each, times[1][0]) for n, each in times.items()]
+    return found
+
+
+def plain_runner(runner: ModelRunner) -> ModelRunner:
+    """A runner without heads over the same model and cache; they take turns in the same slots."""
+    from ..model.plan import Shape
+    from ..model.runner import ModelRunner
+    from ..model.tables import SlotTables
+
+    slots, columns = runner.tables.history.shape
+    tables = SlotTables(slots, columns, [], 0, 0, runner.device)
+    sizes: Any = {"vocab_size": runner.vocab_size, "max_context": runner.max_context}
+    return ModelRunner(runner.forward, tables, shapes={1: Shape(1, 0, 0)}, drafter=None, eos_ids=[], **sizes)
+
+
+def step_ms(runner: ModelRunner, batch: int, nodes: int, config: StepConfig) -> tuple[float, float | None]:
+    """Milliseconds of a step: by the clock, and between CUDA events around each call (median)."""
+    import torch
+
+    slots = list(range(batch))
+    params = SamplingParams(seed=0, ignore_eos=True)
+    for slot in slots:
+        prompt = [(31 * slot + 7 * place) % runner.vocab_size for place in range(config.length)]
+        runner.admit(slot, prompt, params, runner.max_context, config.length - 1)  # what lies in the cache will do
+    runner.prefill([PrefillChunk(slot, 1) for slot in slots]).outputs()
+    runner.decode(slots, nodes).outputs()
+    flights, last = deque[Any](), list[StepOutput]()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * config.steps * runner.overlaps)]
+    started = time.perf_counter()
+    for number in range(config.steps):
+        for event in events[2 * number : 2 * number + 1]:
+            event.record()
+        flights.append(runner.decode(slots, nodes))
+        for event in events[2 * number + 1 : 2 * number + 2]:
+            event.record()
+        if len(flights) > runner.overlaps:
+            last = flights.popleft().outputs()
+    while flights:
+        last = flights.popleft().outputs()
+    took = (time.perf_counter() - started) / config.steps * 1000
+    for slot in slots:
+        runner.free(slot)
+    if any(out.failed or out.finished for out in last):
+        raise LoadError("The model gave no finite numbers, or a sequence ended, so that steps were not whole.")
+    pairs = zip(events[::2], events[1::2], strict=True)
+    return took, statistics.median(a.elapsed_time(b) for a, b in pairs) if events else None
+
+
+def rows_of(blocks: Sequence[Block], floor_ms: float) -> list[Row]:
+    """A row for each B and N, with medians over the rounds."""
+    rows = []
+    for batch, nodes in sorted({block[:2] for block in blocks}):
+        mine = [block for block in blocks if block[:2] == (batch, nodes)]
+        ms = statistics.median(block.ms for block in mine)
+        device = [block.device_ms for block in mine if block.device_ms is not None]
+        rows.append(
+            {
+                "batch": batch,
+                "nodes": nodes,
+                "ms": round(ms, 4),
+                "device_ms": round(statistics.median(device), 4) if device else None,
+                "to_floor": round(ms / floor_ms, 4),
+                "to_plain": round(statistics.median(block.ms / block.plain_ms for block in mine), 4),
+            }
+        )
+    return rows
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+def check_numbers(config: Any, name: str, low: int, high: int) -> None:
+    """Raise InvalidConfig unless the field holds different ints in [low, high]."""
+    values = getattr(config, name)
+    if not values or len(set(values)) < len(values) or not all(low <= value <= high for value in values):
+        raise InvalidConfig(f"{name} must be different numbers from {low} to {high}.", param=name)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--rows", type=numbers(int), metavar="B,…", help="sequences of a step (1,2,4,8)")
+    add("--nodes", type=numbers(int), metavar="N,…", help="sizes of tree; 1 is plain decoding (1,4,8,16,64)")
+    add("--length", type=int, metavar="N", help="tokens behind each sequence (256)")
+    add("--rounds", type=int, metavar="N", help="interleaved repetitions; the median counts (5)")
+    add("--steps", type=int, metavar="N", help="of a block that is timed (8)")
+    add("--random", metavar="SHAPE", help=f"random weights instead of a model: {', '.join(SHAPES)}")
+    add("--max-context", type=int, metavar="N", help="tokens of a slot (what the run needs)")
+    add("--out", metavar="FILE", help="write the figures there as JSON")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    given = {name: value for name in StepConfig.__dataclass_fields__ if (value := getattr(options, name)) is not None}
+    fixed = {name: getattr(options, name) for name in EngineConfig.__dataclass_fields__ if name in options}
+    if options.random and (options.model != DEFAULT_MODEL or options.heads not in ("auto", "none")):
+        options.parser.error("--random makes its own model and heads, so --model and --heads NAME mean nothing")
+    try:
+        engine, config = EngineConfig(**fixed), StepConfig(**given)
+    except InvalidConfig as error:
+        options.parser.error(error.message.rstrip("."))
+    if options.out:
+        check_folder(options.out)
+    result = bench_step(engine, config)
+    if options.out:
+        write(options.out, result)
+    print(step_table(result))
+    return 0
