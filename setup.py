@@ -45,6 +45,7 @@ setup(
             "psutil>=5.9",
             "openai>=2",
             "pytest-xdist>=3.5",
+            "matplotlib>=3.8",
         ],
         "bench": ["matplotlib>=3.8"],  # for pictures of results alone
     },

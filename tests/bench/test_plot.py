@@ -216,6 +216,12 @@ def test_nonsense_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for content in ("[]", '{"kind": "drafting"}', '{"kind": ["step"]}'):
         (tmp_path / "odd.json").write_text(content)
         refused("no result that can be drawn", str(tmp_path / "odd.json"), *out, code=1)
+    assert not (tmp_path / "x.svg").exists()
+
+
+def test_a_cut_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed; pip install medusa-serve[bench]")
     (tmp_path / "half.json").write_text('{"kind": "step", "rows": []}')
-    refused("is incomplete", str(tmp_path / "half.json"), *out, code=1)
+    assert run(str(tmp_path / "half.json"), "--out", str(tmp_path / "x.svg")) == 1
+    assert "is incomplete" in capsys.readouterr().err
     assert not (tmp_path / "x.svg").exists()
