@@ -4,10 +4,11 @@ start here."""
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .config import EngineConfig
 from .engine.batch_manager import BatchManager
@@ -17,6 +18,7 @@ from .types import Completion, Delta, SamplingParams
 
 Messages = Sequence[dict[str, str]]
 Prompt = str | Messages
+Result = TypeVar("Result")
 
 
 class LLM:
@@ -31,19 +33,7 @@ class LLM:
 
     def __init__(self, model: str | EngineConfig | None = None, **options: Any) -> None:
         self.config = _config(model, options)
-        from .model.build import build_runner
-        from .model.loader import load_model
-
-        loaded = load_model(self.config)
-        drafter, self.heads_name, heads_notes = _drafter(self.config, loaded)
-        built = build_runner(
-            loaded.model,
-            self.config,
-            eos_ids=sorted(loaded.eos_ids),
-            max_positions=loaded.max_positions,
-            drafter=drafter,
-            what=f"{loaded.name} in {loaded.numbers}, heads {self.heads_name}",
-        )
+        loaded, built, self.heads_name, heads_notes = _elsewhere(lambda: _loaded(self.config))
         self.model_name, self.codec = loaded.name, loaded.codec
         self.device, self.dtype = str(loaded.device), loaded.numbers
         self.notes = [*loaded.notes, *heads_notes, *built.notes]
@@ -131,7 +121,7 @@ class LLM:
         if isinstance(prompt, str):
             return self.codec.encode(prompt)
         if isinstance(prompt, Sequence) and all(isinstance(message, dict) for message in prompt):
-            return self.codec.encode_chat(list(prompt))  # type: ignore[arg-type]
+            return self.codec.encode_chat(list(prompt))
         raise InvalidRequest("A prompt is a string or a list of messages.", param="prompt")
 
     def close(self) -> None:
@@ -142,6 +132,45 @@ class LLM:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _loaded(config: EngineConfig) -> tuple[Any, Any, str, list[str]]:
+    """(loaded, built, the heads' name, notes on them)"""
+    from .model.build import build_runner
+    from .model.loader import load_model
+
+    loaded = load_model(config)
+    drafter, heads, notes = _drafter(config, loaded)
+    built = build_runner(
+        loaded.model,
+        config,
+        eos_ids=sorted(loaded.eos_ids),
+        max_positions=loaded.max_positions,
+        drafter=drafter,
+        what=f"{loaded.name} in {loaded.numbers}, heads {heads}",
+    )
+    return loaded, built, heads, notes
+
+
+def _elsewhere(work: Callable[[], Result]) -> Result:
+    """Do it in a thread of its own, which ends. Each thread that computes keeps OpenMP workers; where those of two
+    threads are more than the cores, they sleep after every product instead of waiting for the next one, and the
+    engine's steps take twice as long (measured on two cores)."""
+    done: list[Result] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="medusa-load", daemon=True)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return done[0]
 
 
 def _config(model: str | EngineConfig | None, options: dict[str, Any]) -> EngineConfig:

@@ -1,6 +1,7 @@
 """The composition root over a tiny folder: LLM, and the app over a real LLM."""
 
 import json
+import threading
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from medusa_serve import LLM, EngineConfig, SamplingParams, ServerConfig
 from medusa_serve.errors import ContextTooLong, InvalidConfig, InvalidRequest, LoadError
+from medusa_serve.model import loader
 from medusa_serve.model.beam import ParallelDrafter
 from medusa_serve.model.checkpoints import save_heads
 from medusa_serve.model.draft import MedusaDrafter
@@ -99,6 +101,24 @@ def test_params_of_another_kind_are_refused(llm):
         llm.generate("a", {"max_tokens": 2})
     with pytest.raises(InvalidRequest, match="params"):
         next(llm.stream("a", 4))
+
+
+def test_loading_leaves_no_workers_in_the_callers_thread(folder, monkeypatch):
+    """What loads computes too; its thread must be gone when the engine's begins."""
+    seen, load = [], loader.load_model
+
+    def spy(config):
+        seen.append(threading.current_thread())
+        return load(config)
+
+    monkeypatch.setattr(loader, "load_model", spy)
+    with LLM(folder, slots=2, max_context=64) as made:
+        assert made.generate("a b", SamplingParams(max_tokens=2))
+        (thread,) = seen
+        assert thread is not threading.current_thread()
+        assert not thread.is_alive()
+    with pytest.raises(LoadError, match="There is no folder"):
+        LLM("/nowhere/at/all")
 
 
 def test_every_prompt_may_have_params_of_its_own(llm):
