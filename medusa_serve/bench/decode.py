@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..config import MAX_NODES, EngineConfig, check_int
 from ..errors import InvalidConfig, LoadError
 from ..types import Completion, Delta, SamplingParams
-from .acceptance import Question, _questions, check_folder, numbers, write
+from .acceptance import Question, _questions, numbers
+from .command import run_bench
 from .plot import decode_table
 from .step import check_numbers
 
@@ -283,17 +284,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    names = DecodeConfig.__dataclass_fields__
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    fixed = {name: getattr(options, name) for name in EngineConfig.__dataclass_fields__ if name in options}
-    try:
-        engine, config = EngineConfig(**fixed), DecodeConfig(**given)
-    except InvalidConfig as error:
-        options.parser.error(error.message.rstrip("."))
-    if options.out:
-        check_folder(options.out)
-    result = bench_decode(engine, config)
-    if options.out:
-        write(options.out, result)
-    print(decode_table(result))
-    return 0
+    return run_bench(options, DecodeConfig, bench_decode, decode_table)

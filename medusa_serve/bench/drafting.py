@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from ..config import MAX_NODES, EngineConfig, check_int
 from ..errors import InvalidConfig, LoadError
 from ..types import PrefillChunk, SamplingParams
-from .acceptance import check_folder, heads_path, numbers, write
+from .acceptance import heads_path, numbers
+from .command import run_bench
 
 if TYPE_CHECKING:
     from ..model.runner import ModelRunner
@@ -231,19 +232,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    given = {
-        name: value for name in ("nodes", "draft_vocab", "rounds") if (value := getattr(options, name)) is not None
-    }
-    try:
-        names = ("model", "heads", "device", "dtype", "quantize")
-        engine = EngineConfig(**{name: getattr(options, name) for name in names})
-        config = DraftingConfig(**given)
-    except InvalidConfig as error:
-        options.parser.error(error.message.rstrip("."))
-    if options.out:
-        check_folder(options.out)
-    result = bench_drafting(engine, config)
-    if options.out:
-        write(options.out, result)
-    print(table(result))
-    return 0
+    return run_bench(options, DraftingConfig, bench_drafting, table)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..config import EngineConfig, check_int
 from ..errors import InvalidConfig, LoadError
-from .acceptance import check_folder, write
+from .command import run_bench
 from .contestants import CONTESTANTS, Contestant, LeftOut, Match, Prompts, reason
 
 OURS, PLAIN = "speculative", "plain"
@@ -226,16 +226,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    told = {name: value for name, value in vars(options).items() if value is not None}
-    try:
-        engine = EngineConfig(**{name: told[name] for name in EngineConfig.__dataclass_fields__ if name in told})
-        config = PeersConfig(**{name: told[name] for name in PeersConfig.__dataclass_fields__ if name in told})
-    except InvalidConfig as error:
-        options.parser.error(error.message.rstrip("."))
-    if options.out:
-        check_folder(options.out)
-    result = bench_peers(engine, config)
-    if options.out:
-        write(options.out, result)
-    print(table(result))
-    return 0
+    return run_bench(options, PeersConfig, bench_peers, table)

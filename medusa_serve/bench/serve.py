@@ -25,7 +25,8 @@ from ..config import EngineConfig, check_int
 from ..errors import InvalidConfig, LoadError
 from ..types import SamplingParams
 from . import http_load
-from .acceptance import check_folder, numbers, write
+from .acceptance import numbers
+from .command import run_bench
 from .http_load import PERCENTILES, Sample, Target, summary
 
 if TYPE_CHECKING:
@@ -251,19 +252,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     key = options.api_key if options.api_key is not None else os.environ.get("MEDUSA_SERVE_API_KEY") or None
-    all_of_them = vars(options) | {"key": key if options.url else None}
-    told = {name: value for name, value in all_of_them.items() if value is not None}
-    if "rates" in told:
-        told.setdefault("clients", ())
-    try:
-        engine = EngineConfig(**{name: told[name] for name in EngineConfig.__dataclass_fields__ if name in told})
-        config = ServeConfig(**{name: told[name] for name in ServeConfig.__dataclass_fields__ if name in told})
-    except InvalidConfig as error:
-        options.parser.error(error.message.rstrip("."))
-    if options.out:
-        check_folder(options.out)
-    result = bench_serve(engine, config)
-    if options.out:
-        write(options.out, result)
-    print(table(result))
-    return 0
+    options.key = key if options.url else None
+    if options.rates is not None and options.clients is None:
+        options.clients = ()
+    return run_bench(options, ServeConfig, bench_serve, table)

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..config import DEFAULT_MODEL, MAX_NODES, EngineConfig, check_int
 from ..errors import InvalidConfig, LoadError
 from ..types import PrefillChunk, SamplingParams, StepOutput
-from .acceptance import check_folder, numbers, write
+from .acceptance import numbers
+from .command import run_bench
 from .floor import forget_peak, memory_of, read_bytes, read_rates
 from .plot import step_table
 from .shapes import SHAPES, fixed_drafter, random_drafter, random_model
@@ -236,18 +237,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    given = {name: value for name in StepConfig.__dataclass_fields__ if (value := getattr(options, name)) is not None}
-    fixed = {name: getattr(options, name) for name in EngineConfig.__dataclass_fields__ if name in options}
     if options.random and (options.model != DEFAULT_MODEL or options.heads not in ("auto", "none")):
         options.parser.error("--random makes its own model and heads, so --model and --heads NAME mean nothing")
-    try:
-        engine, config = EngineConfig(**fixed), StepConfig(**given)
-    except InvalidConfig as error:
-        options.parser.error(error.message.rstrip("."))
-    if options.out:
-        check_folder(options.out)
-    result = bench_step(engine, config)
-    if options.out:
-        write(options.out, result)
-    print(step_table(result))
-    return 0
+    return run_bench(options, StepConfig, bench_step, step_table)
