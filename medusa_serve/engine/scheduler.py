@@ -60,7 +60,7 @@ class Scheduler:
         self._turns_waited = 0
         self._plain_steps: deque[float] = deque(maxlen=64)
         self._passes: deque[tuple[int, float]] = deque(maxlen=RECENT)  # prefill passes: prompt tokens, seconds
-        times = getattr(runner, "step_ms", {})
+        times = runner.step_ms
         self._budget = NodeBudget(runner.node_choices, times, runner.expected, runner.num_slots) if times else None
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}
@@ -167,7 +167,7 @@ class Scheduler:
             rows = [(seq.id, seq.gains) for seq in decoding]
             return self._budget.choose(rows) if rows else 1
         # with heads there are drafts as long as steps have nodes; the last step may not be read yet
-        most = self._runner.node_choices[-1] - 1 if getattr(self._runner, "has_heads", False) else 0
+        most = self._runner.node_choices[-1] - 1 if self._runner.has_heads else 0
         ready = [max(most, seq.draft_ready) for seq in decoding if seq.speculates]
         return choose_nodes(self._runner.node_choices, ready, getattr(self._runner, "row_budget", ROW_BUDGET))
 
