@@ -13,6 +13,12 @@ from .acceptance import check_folder, write
 Config = TypeVar("Config")
 
 
+def end_options(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
+    """The options that every such command ends with; `run` is called with what was given."""
+    parser.add_argument("--out", metavar="FILE", help="write the figures there as JSON")
+    parser.set_defaults(run=run, parser=parser)
+
+
 def run_bench(
     options: argparse.Namespace,
     kind: Callable[..., Config],

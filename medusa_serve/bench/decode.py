@@ -22,7 +22,7 @@ from ..config import MAX_NODES, EngineConfig, check_int
 from ..errors import InvalidConfig, LoadError
 from ..types import Completion, Delta, SamplingParams
 from .acceptance import Question, _questions, numbers
-from .command import run_bench
+from .command import end_options, run_bench
 from .plot import decode_table
 from .step import check_numbers
 
@@ -279,8 +279,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--one-at-a-time", action="store_true", default=None, help="never two engines in memory; slower")
     add("--max-context", type=int, metavar="N", help="tokens of prompt and completion (the engine's default)")
     add("--no-lookup", dest="lookup", action="store_false", help="do not draft from the sequence's own tokens")
-    add("--out", metavar="FILE", help="write the figures there as JSON")
-    parser.set_defaults(run=run, parser=parser)
+    end_options(parser, run)
 
 
 def run(options: argparse.Namespace) -> int:

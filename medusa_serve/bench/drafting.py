@@ -21,7 +21,7 @@ from ..config import MAX_NODES, EngineConfig, check_int
 from ..errors import InvalidConfig, LoadError
 from ..types import PrefillChunk, SamplingParams
 from .acceptance import heads_path, numbers
-from .command import run_bench
+from .command import end_options, run_bench
 
 if TYPE_CHECKING:
     from ..model.runner import ModelRunner
@@ -227,8 +227,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=numbers(int), metavar="N,…", help="sizes of tree (4,8,16,64)")
     parser.add_argument("--draft-vocab", type=int, metavar="N", help="tokens to draft from; 0: all (the heads' own)")
     parser.add_argument("--rounds", type=int, metavar="N", help="interleaved repetitions; the median counts (7)")
-    parser.add_argument("--out", metavar="FILE", help="write the figures there as JSON")
-    parser.set_defaults(run=run, parser=parser)
+    end_options(parser, run)
 
 
 def run(options: argparse.Namespace) -> int:

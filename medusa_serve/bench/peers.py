@@ -15,7 +15,7 @@ from typing import Any
 
 from ..config import EngineConfig, check_int
 from ..errors import InvalidConfig, LoadError
-from .command import run_bench
+from .command import end_options, run_bench
 from .contestants import CONTESTANTS, Contestant, LeftOut, Match, Prompts, reason
 
 OURS, PLAIN = "speculative", "plain"
@@ -221,8 +221,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, metavar="N", help="of each answer (96)")
     parser.add_argument("--rounds", type=int, metavar="N", help="interleaved repetitions; the median counts (5)")
     parser.add_argument("--concurrency", type=int, metavar="N", help="prompts at once, for those that can (1)")
-    parser.add_argument("--out", metavar="FILE", help="write the figures there as JSON")
-    parser.set_defaults(run=run, parser=parser)
+    end_options(parser, run)
 
 
 def run(options: argparse.Namespace) -> int:

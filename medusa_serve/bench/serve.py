@@ -26,7 +26,7 @@ from ..errors import InvalidConfig, LoadError
 from ..types import SamplingParams
 from . import http_load
 from .acceptance import numbers
-from .command import run_bench
+from .command import end_options, run_bench
 from .http_load import PERCENTILES, Sample, Target, summary
 
 if TYPE_CHECKING:
@@ -246,8 +246,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, metavar="N", help="of an answer at most (96)")
     parser.add_argument("--rounds", type=int, metavar="N", help="of the comparison with the engine alone (3)")
     parser.add_argument("--seed", type=int, metavar="N", help="of the open loops' arrival times (0)")
-    parser.add_argument("--out", metavar="FILE", help="write the figures there as JSON")
-    parser.set_defaults(run=run, parser=parser)
+    end_options(parser, run)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ from ..config import DEFAULT_MODEL, MAX_NODES, EngineConfig, check_int
 from ..errors import InvalidConfig, LoadError
 from ..types import PrefillChunk, SamplingParams, StepOutput
 from .acceptance import numbers
-from .command import run_bench
+from .command import end_options, run_bench
 from .floor import forget_peak, memory_of, read_bytes, read_rates
 from .plot import step_table
 from .shapes import SHAPES, fixed_drafter, random_drafter, random_model
@@ -232,8 +232,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, metavar="N", help="of a block that is timed (8)")
     add("--random", metavar="SHAPE", help=f"random weights instead of a model: {', '.join(SHAPES)}")
     add("--max-context", type=int, metavar="N", help="tokens of a slot (what the run needs)")
-    add("--out", metavar="FILE", help="write the figures there as JSON")
-    parser.set_defaults(run=run, parser=parser)
+    end_options(parser, run)
 
 
 def run(options: argparse.Namespace) -> int:

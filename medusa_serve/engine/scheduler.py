@@ -21,7 +21,6 @@ RECENT = 8  # prefill passes that tell what one costs: few, as prompts and neigh
 GROWTH = 4  # a chunk is so many times the largest measured one at most
 ADMIT_SHARE = 8  # where prefill passes are packed, one waits for 1/8 as many new sequences as decode now …
 ADMIT_TURNS = 8  # … but no longer than so many turns
-ROW_BUDGET = 16  # rows x nodes of one pass, while nothing better was measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +168,7 @@ class Scheduler:
         # with heads there are drafts as long as steps have nodes; the last step may not be read yet
         most = self._runner.node_choices[-1] - 1 if self._runner.has_heads else 0
         ready = [max(most, seq.draft_ready) for seq in decoding if seq.speculates]
-        return choose_nodes(self._runner.node_choices, ready, getattr(self._runner, "row_budget", ROW_BUDGET))
+        return choose_nodes(self._runner.node_choices, ready, self._runner.row_budget)
 
     def note_prefill(self, count: int, seconds: float) -> None:
         """A pass over `count` prompt tokens took this long."""

@@ -42,10 +42,6 @@ class Int8Linear(nn.Module):
         bias = None if linear.bias is None else linear.bias.detach().bfloat16()
         return cls(*quantized(linear.weight.detach()), bias)
 
-    def rows(self, index: Tensor) -> Int8Linear:
-        """A layer of these outputs alone."""
-        return Int8Linear(self.weight[index], self.scale[index], None if self.bias is None else self.bias[index])
-
     def forward(self, x: Tensor) -> Tensor:
         out = int8_product(x, self.weight, self.scale)
         return out if self.bias is None else out + self.bias
