@@ -101,13 +101,13 @@ def bench_acceptance(engine: EngineConfig, config: AcceptanceConfig) -> dict[str
         "per_category": config.per_category,
         "max_tokens": config.max_tokens,
         "sequences": config.sequences,
-        "heads_sha256": _file_digest(heads),
+        "heads_sha256": heads_digest(heads),
         "prompts_sha256": hashlib.sha256(b"".join(_bytes(prompt) + b"\0" for prompt in prompts)).hexdigest(),
     }
     result = _stored(config.out, options) if config.out else None
     if result is None:
         rule = RULE.format(**{name: options[name] for name in ("per_category", "max_tokens", "sequences")})
-        result = {"kind": "acceptance", "rule": rule, "machine": machine(), "heads": str(heads), "options": options}
+        result = {"kind": "acceptance", "rule": rule, "machine": machine(), "heads": engine.heads, "options": options}
         result |= {"engine": None, "evaluation": None, "rows": []}
     for nodes in sorted(config.nodes):
         done = {row["temperature"] for row in result["rows"] if row["nodes"] == nodes}
@@ -228,16 +228,19 @@ def _bytes(prompt: Prompt) -> bytes:
     return prompt.text.encode("utf-8", "surrogatepass")
 
 
-def _file_digest(heads: Path) -> str:
-    """Of the tensors and of config.json, whose calibration chooses the trees: other heads may come to the same path."""
-    from ..model.checkpoint_files import find_files
+def heads_digest(heads: Path) -> str:
+    """Of the tensors and of config.json, whose calibration chooses the trees: other heads may come to the same path.
 
-    digest = hashlib.sha256()
-    folder = heads if heads.is_dir() else heads.parent
-    for file in (*find_files(heads), folder / "config.json"):
-        if file.is_file():
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    Without the provenance: what is told of the heads changes no draft.
+    """
+    from ..model.checkpoint_files import read_tensors
+
+    found = read_tensors(heads, wanted=lambda name: False)
+    config = {name: value for name, value in found.config.items() if name != "provenance"}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for file in found.files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 

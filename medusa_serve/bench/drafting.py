@@ -55,7 +55,7 @@ def bench_drafting(engine: EngineConfig, config: DraftingConfig) -> dict[str, An
     from ..training.distill import encode
     from .engine import machine, read_prompts
 
-    path = heads_path(engine)
+    heads_path(engine)  # raises before a model is loaded
     loaded = load_model(engine)
     drafter, name, _ = _drafter(replace(engine, draft_vocab=config.draft_vocab), loaded)
     prompts = [encode(loaded.codec, text) for text in read_prompts().questions[:3]]
@@ -75,7 +75,7 @@ def bench_drafting(engine: EngineConfig, config: DraftingConfig) -> dict[str, An
         "kind": "drafting",
         "machine": machine(),
         "engine": {"model": loaded.name, "heads": name, "device": str(loaded.device), "dtype": loaded.numbers},
-        "heads": str(path),
+        "heads": engine.heads,
         "draft_vocab": drafter.heads.output.vocab_size,
         "depth": drafter.heads.max_depth,
         "rows": rows,

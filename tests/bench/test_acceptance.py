@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 from medusa_serve import cli
 from medusa_serve.bench import acceptance
-from medusa_serve.bench.acceptance import Answer, rows_of, table
+from medusa_serve.bench.acceptance import Answer, heads_digest, rows_of, table
 from medusa_serve.model.heads import MedusaHeads
 from tests.test_heads_commands import HIDDEN, LONG, SHORT, chain_folder, chain_heads, saved
 from tests.tiny import tiny_tokenizer
@@ -201,6 +202,19 @@ def test_a_file_of_other_options_is_refused(
     refused("no result of `bench acceptance`", "right")
     out.write_text(before := "{")
     refused("cannot be read as JSON", "right")
+
+
+def test_heads_are_known_by_what_drafts(world: dict[str, str], tmp_path: Path) -> None:
+    """Another word about where they come from is no other heads; another calibration or tensor is."""
+    folder = tmp_path / "copy"
+    shutil.copytree(Path(world["right"]), folder)
+    digest = heads_digest(folder)
+    assert digest == heads_digest(Path(world["right"])) != heads_digest(Path(world["wrong"]))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"provenance": {"base": "another word"}}))
+    assert heads_digest(folder) == digest
+    (folder / "config.json").write_text(json.dumps(config | {"calibration": {"tau": [0.5, 0.5]}}))
+    assert heads_digest(folder) != digest
 
 
 def test_what_cannot_be_measured_is_refused(
