@@ -18,9 +18,11 @@ from medusa_serve import cli
 from medusa_serve.bench import acceptance
 from medusa_serve.bench.acceptance import Answer, heads_digest, rows_of, table
 from medusa_serve.model.heads import MedusaHeads
+from medusa_serve.presets import FAMILIES, shipped_heads
 from tests.test_heads_commands import HIDDEN, LONG, SHORT, chain_folder, chain_heads, saved
 from tests.tiny import tiny_tokenizer
 
+ROOT = Path(__file__).parents[2]
 TOKENS, ROUND, LOOPING, LONG_ONE = 25, 7, 3, 1  # of an answer; evaluation prompts by kind
 
 
@@ -319,3 +321,41 @@ def test_drafting_has_a_price(world: dict[str, str], tmp_path: Path, capsys: pyt
     refused("no heads to measure", "--heads", "none", code=1)
     refused("nodes must be", "--nodes", "1", code=2)
     refused("rounds must be", "--rounds", "0", code=2)
+
+
+# ---- what ships --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_readme_shows_what_the_shipped_heads_reach(family: str) -> None:
+    result = json.loads((ROOT / f"notebooks/results/acceptance_{family}_h200.json").read_text())
+    heads = shipped_heads("smollm2-135m", family)
+    assert heads is not None
+    assert result["options"]["heads_sha256"] == heads_digest(heads)  # other heads: measure again
+    found = {
+        (row["temperature"], row["nodes"]): row["acceptance"]
+        for row in result["rows"]
+        if (row["category"], row["kind"]) == ("all", "all")
+    }
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for temperature in (0, 0.7):
+        cells = " | ".join(f"{found[temperature, nodes]:.2f}" for nodes in (4, 8, 24, 64))
+        assert f"\n| {family} | {temperature} | {cells} |\n" in readme
+
+
+def test_one_sequence_reaches_what_was_asked_for() -> None:
+    """The figures that the default heads have to hold, one sequence at a time; loops included."""
+    result = json.loads((ROOT / "notebooks/results/acceptance_one_h200.json").read_text())
+    assert result["options"]["heads_sha256"] == heads_digest(shipped_heads("smollm2-135m", "auto"))
+    assert result["options"]["sequences"] == 1
+    least = {(0, 4): 2.0, (0, 8): 2.3, (0, 24): 2.7, (0, 64): 3.1, (0.7, 8): 2.1, (0.7, 64): 2.7}
+    for row in result["rows"]:
+        if (row["category"], row["kind"]) == ("all", "all"):
+            assert row["answers"] == 225
+            assert row["acceptance"] >= least.pop((row["temperature"], row["nodes"]))
+    assert not least
+
+
+def test_drafting_costs_the_gpu_at_most_a_quarter_of_a_plain_step() -> None:
+    result = json.loads((ROOT / "notebooks/results/drafting_h200.json").read_text())
+    assert {row["nodes"]: row["draft_share"] <= 0.25 for row in result["rows"]} == {8: True, 64: True}
