@@ -8,7 +8,7 @@ from typing import Any
 from .errors import InvalidConfig
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
-QUANTIZE = ("auto", "none", "int8")
+QUANTIZE = ("auto", "none", "int8", "int4")
 DEFAULT_MODEL = "smollm2-135m"
 MAX_NODES = 64
 
@@ -21,8 +21,9 @@ class EngineConfig:
     heads        auto (what ships for the model, else none), none, medusa, sequential, or a file or folder of heads
     device       auto, cpu, cuda, cuda:N
     dtype        auto: what quantize says on a CPU; on a GPU bfloat16, or float16 where that is not native
-    quantize     int8 weights (a CPU's; a changed model), none, or auto: none on a GPU, for a small model, and where a
-                 dtype is asked for; else float32, bfloat16 or int8, whichever this CPU was measured to multiply fastest
+    quantize     a CPU's: int8 weights (a changed model), int4 (where they are four-bit numbers already), none, or auto:
+                 none on a GPU, for a small model, and where a dtype is asked for; else float32, bfloat16, int4 or int8,
+                 whichever this CPU was measured to multiply fastest
     slots        sequences that decode together; None: from memory (8 on a CPU, up to 64 on a GPU)
     max_context  tokens of prompt and completion of one sequence; None: min(model's, 2048 on a CPU, 4096 on a GPU)
     tree         auto, off (plain decoding), a number of nodes 2 … 64 with the root, or a JSON file of medusa_choices
@@ -60,8 +61,10 @@ class EngineConfig:
             raise InvalidConfig(
                 f"quantize must be one of {', '.join(QUANTIZE)}, not {self.quantize!r}.", param="quantize"
             )
-        if self.quantize == "int8" and self.dtype not in ("auto", "bfloat16"):
-            raise InvalidConfig(f"quantize int8 computes in bfloat16, not in {self.dtype}.", param="quantize")
+        if self.quantize in ("int8", "int4") and self.dtype not in ("auto", "bfloat16"):
+            raise InvalidConfig(
+                f"quantize {self.quantize} computes in bfloat16, not in {self.dtype}.", param="quantize"
+            )
         check_int(self, "slots", 1, 1024, optional=True)
         check_int(self, "max_context", 8, 2**22, optional=True)
         check_int(self, "draft_vocab", 0, 2**31, optional=True)

@@ -33,13 +33,13 @@ def random_model(shape: str, engine: EngineConfig) -> Any:
     LoadError."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from ..model.loader import LoadedModel, _choose_device, _choose_numbers, _to_int8
+    from ..model.loader import LoadedModel, _choose_device, _choose_numbers, _shrink
 
     notes: list[str] = []
     nobody: Any = None
     config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None, pad_token_id=None)
     device = _choose_device(engine.device, notes)
-    dtype, int8 = _choose_numbers(engine, device, config, notes)
+    dtype, weights = _choose_numbers(engine, device, config, notes)
     with _seeded(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     return LoadedModel(
@@ -51,7 +51,7 @@ def random_model(shape: str, engine: EngineConfig) -> Any:
         dtype=dtype,
         eos_ids=frozenset(),
         max_positions=config.max_position_embeddings,
-        quantized=int8 and _to_int8(model, engine, notes),
+        weights=_shrink(model, engine, weights, notes),
         notes=notes,
     )
 

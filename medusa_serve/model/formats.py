@@ -1,4 +1,5 @@
-"""In which numbers a CPU computes: float32, bfloat16, or bfloat16 with int8 weights, by a measurement of this machine.
+"""In which numbers a CPU computes: float32, bfloat16, or bfloat16 with int4 or int8 weights, by a measurement of this
+machine.
 
 Decoding reads every weight once a step, so smaller numbers are faster where the CPU has instructions for them
 (bfloat16: AVX512_BF16 or AMX), and far slower where it emulates them.
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .int4 import GROUP, ROW_MULTIPLE, Int4Linear
 from .int8 import WIDTH, int8_product, quantized
 from .measured import machine_key, recall, remember
 
@@ -38,7 +40,7 @@ def choose_format(config: Any, formats: tuple[str, ...], cache: Path) -> tuple[s
     weights = layers * (4 * hidden * hidden + 3 * hidden * inner) + hidden * text.vocab_size
     if weights <= SMALL:
         return formats[0], "the text is then exact token for token, and the model is small"
-    formats = formats if hidden % WIDTH == 0 == inner % WIDTH else tuple(name for name in formats if name != "int8")
+    formats = tuple(name for name in formats if _fits(name, inner, hidden) and _fits(name, hidden, inner))
     key = f"format {hidden} x {inner}: {machine_key('cpu')}"
     times, unkept = recall(cache, key), None
     if not isinstance(times, dict) or not set(formats) <= set(times):
@@ -60,8 +62,7 @@ def best_format(times: dict[str, float], formats: tuple[str, ...]) -> str:
 def format_times(weights: list[Tensor], rows: int = ROWS) -> dict[str, float]:
     """Milliseconds of the products of `rows` rows with these weights (out, in) float in each format: the median of
     rounds that take turns."""
-    fits = weights[0].shape[1] % WIDTH == 0
-    passes = {name: make(weights) for name, make in PASSES.items() if name != "int8" or fits}
+    passes = {name: make(weights) for name, make in PASSES.items() if _fits(name, *weights[0].shape)}
     x = torch.randn(rows, weights[0].shape[1])
     times: dict[str, list[float]] = {name: [] for name in passes}
     with torch.inference_mode():
@@ -71,6 +72,13 @@ def format_times(weights: list[Tensor], rows: int = ROWS) -> dict[str, float]:
                 run(x)
                 times[name].append((time.perf_counter() - started) * 1000)
     return {name: round(statistics.median(each[1:]), 3) for name, each in times.items()}
+
+
+def _fits(name: str, rows: int, columns: int) -> bool:
+    """Whether a weight of this shape can have the format."""
+    if name == "int4":
+        return columns % GROUP == 0 == rows % ROW_MULTIPLE
+    return name != "int8" or columns % WIDTH == 0
 
 
 def _float(dtype: torch.dtype) -> Callable[[list[Tensor]], Callable[[Tensor], None]]:
@@ -96,4 +104,14 @@ def _int8(weights: list[Tensor]) -> Callable[[Tensor], None]:
     return run
 
 
-PASSES = {"float32": _float(torch.float32), "bfloat16": _float(torch.bfloat16), "int8": _int8}
+def _int4(weights: list[Tensor]) -> Callable[[Tensor], None]:
+    small = [Int4Linear.random(*weight.shape) for weight in weights]
+
+    def run(x: Tensor) -> None:
+        for layer in small:
+            layer(x)
+
+    return run
+
+
+PASSES = {"float32": _float(torch.float32), "bfloat16": _float(torch.bfloat16), "int4": _int4, "int8": _int8}

@@ -16,6 +16,7 @@ from ..config import DEFAULT_MODEL, EngineConfig
 from ..errors import InvalidRequest, LoadError
 from .default_model import cache_folder, ensure_default_model
 from .formats import choose_format
+from .int4 import stored_in_few_bits, use_few_bits
 from .int8 import COVERS, linear_share, quantize_linears
 
 # Tokens that end a chat turn. Some models' templates use one that their generation config does not list as an end.
@@ -28,7 +29,8 @@ class LoadedModel:
     """A model in eval mode without gradients, on `device`, and how to talk to it.
 
     name           short: "smollm2-135m", the folder's name, or the last part of a hub id
-    dtype          that it computes in · quantized  whether its linear layers have int8 weights
+    dtype          that it computes in · weights  of its linear layers: "int8" (a changed model), "int4" (its own
+                   numbers, see int4.py) or "" where they are of the dtype
     eos_ids        ids that end a text; model.generation_config has the same
     max_positions  the model's own context; None where its config names none
     notes          "(what) because (why)" for each automatic choice
@@ -42,13 +44,13 @@ class LoadedModel:
     dtype: torch.dtype
     eos_ids: frozenset[int]
     max_positions: int | None
-    quantized: bool = False
+    weights: str = ""
     notes: list[str] = field(default_factory=list)
 
     @property
     def numbers(self) -> str:
-        """For a person: the dtype, or int8."""
-        return "int8" if self.quantized else str(self.dtype).removeprefix("torch.")
+        """For a person: the dtype, int8 or int4."""
+        return self.weights or str(self.dtype).removeprefix("torch.")
 
 
 def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
@@ -62,16 +64,17 @@ def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
     source, name = _source(config.model, progress)
     with _quiet(), _as_load_error(config.model):
         hf_config = _checked_config(source, config.model)
-        dtype, int8 = _choose_numbers(config, device, hf_config, notes)
+        few_bits = device.type == "cpu" and stored_in_few_bits(Path(source))
+        dtype, weights = _choose_numbers(config, device, hf_config, notes, few_bits)
         tokenizer = _load_tokenizer(source)
-        model = _load_weights(source, hf_config, device, dtype)
-        quantized = int8 and _to_int8(model, config, notes)
+        model = _load_weights(source, hf_config, device, torch.float32 if weights == "int4" else dtype)
+        weights = _shrink(model, config, weights, notes)
     codec = Codec(tokenizer)
     notes += codec.notes
     eos_ids = _end_ids(model, tokenizer, notes)
     _settle_generation_config(model, eos_ids)
     positions = _max_positions(model.config)
-    return LoadedModel(model, tokenizer, codec, name, device, dtype, eos_ids, positions, quantized, notes)
+    return LoadedModel(model, tokenizer, codec, name, device, dtype, eos_ids, positions, weights, notes)
 
 
 class Codec:
@@ -171,41 +174,53 @@ def _choose_device(wanted: str, notes: list[str]) -> torch.device:
 
 
 def _choose_numbers(
-    config: EngineConfig, device: torch.device, hf_config: Any, notes: list[str]
-) -> tuple[torch.dtype, bool]:
-    """The dtype, and whether the weights become int8."""
-    if config.quantize == "int8":
+    config: EngineConfig, device: torch.device, hf_config: Any, notes: list[str], few_bits: bool = False
+) -> tuple[torch.dtype, str]:
+    """The dtype, and what the weights become: "int8", "int4" (where they are of `few_bits`) or "" for the dtype."""
+    if config.quantize in ("int8", "int4"):
         if device.type != "cpu":
-            raise LoadError("int8 weights are for a CPU; leave quantize at auto or none.")
-        return torch.bfloat16, True
+            raise LoadError(f"{config.quantize} weights are for a CPU; leave quantize at auto or none.")
+        if config.quantize == "int4" and not few_bits:
+            raise LoadError(
+                "int4 weights are for models whose weights are four-bit numbers already, stored in float32; "
+                "this one's would be rounded."
+            )
+        return torch.bfloat16, config.quantize
     if config.dtype != "auto":
-        return getattr(torch, config.dtype), False
+        return getattr(torch, config.dtype), ""
     if device.type == "cpu":
-        formats = ("float32", "bfloat16", "int8")[: 2 if config.quantize == "none" else 3]
-        best, why = choose_format(hf_config, formats, cache_folder())
-        notes.append(f"dtype {'bfloat16 with int8 weights' if best == 'int8' else best} because {why}")
-        return (torch.bfloat16 if best == "int8" else getattr(torch, best)), best == "int8"
+        small = () if config.quantize == "none" else ("int4", "int8") if few_bits else ("int8",)
+        best, why = choose_format(hf_config, ("float32", "bfloat16", *small), cache_folder())
+        notes.append(f"dtype {f'bfloat16 with {best} weights' if best in small else best} because {why}")
+        return (torch.bfloat16, best) if best in small else (getattr(torch, best), "")
     with torch.cuda.device(device):
         native = torch.cuda.is_bf16_supported(including_emulation=False)  # by default a T4 says yes to emulation
     if native:
         notes.append("dtype bfloat16 because the GPU computes in it")
-        return torch.bfloat16, False
+        return torch.bfloat16, ""
     notes.append("dtype float16 because the GPU has no bfloat16 of its own")
-    return torch.float16, False
+    return torch.float16, ""
 
 
-def _to_int8(model: Any, config: EngineConfig, notes: list[str]) -> bool:
-    """Whether the model now has int8 weights. Raises LoadError where they are asked for and cannot be."""
-    share = linear_share(model)
+def _shrink(model: Any, config: EngineConfig, weights: str, notes: list[str]) -> str:
+    """Give the linear layers the weights that were chosen; → what they have now. Raises LoadError where they are asked
+    for and cannot be."""
+    if not weights:
+        return ""
+    share = use_few_bits(model) if weights == "int4" else linear_share(model)
     if share < COVERS:
         why = f"only {share:.0%} of its weights lie in plain linear layers"
-        if config.quantize == "int8":
-            raise LoadError(f"This model cannot have int8 weights: {why}.")
-        notes.append(f"no int8 weights because {why}")
-        return False
+        why += " and are four-bit numbers" if weights == "int4" else ""
+        if config.quantize == weights:
+            raise LoadError(f"This model cannot have {weights} weights: {why}.")
+        notes.append(f"no {weights} weights because {why}" if weights == "int8" else f"few int4 weights because {why}")
+        return ""
+    if weights == "int4":
+        notes.append("int4 weights because the model's are four-bit numbers already: read smaller, not changed")
+        return weights
     quantize_linears(model)
     notes.append("the text is that of the model in int8, a changed model; quantize none keeps the model's own")
-    return True
+    return weights
 
 
 def _source(model: str, progress: bool) -> tuple[str, str]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LoadError
+from .int4 import Int4Linear
 from .int8 import WIDTH, Int8Linear, int8_product, quantized
 
 
@@ -55,6 +56,8 @@ class OutputLayer(nn.Module):
 
     def attach(self, base_output: nn.Module | Tensor, token_map: Tensor | None = None) -> None:
         """Borrow the base's output layer ([V, H], maybe a bias). `token_map` replaces the heads' own (tied only)."""
+        if isinstance(base_output, Int4Linear):
+            base_output = base_output.dense()
         weight = base_output if isinstance(base_output, Tensor) else getattr(base_output, "weight", None)
         bias = None if isinstance(base_output, Tensor) else getattr(base_output, "bias", None)
         scale = base_output.scale if isinstance(base_output, Int8Linear) else None

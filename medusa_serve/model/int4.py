@@ -1,0 +1,153 @@
+"""Weights that are few-bit numbers already, as a dequantised GGUF's are: products read the small numbers again.
+
+A group of 32 weights of a row that lies on 16 equal steps (Q4_1) is a scale, a zero and 4-bit steps; one of -127 … 127
+steps (Q8_0) is two such parts, the high and the low four bits. Nothing is rounded but scale and zero, to bfloat16: on
+the default model the text differs from float32's as rarely as bfloat16's does.
+
+Products go through torch's own `_weight_int4pack_mm_for_cpu` (bfloat16 in and out, float32 sums). Each row's result is
+bitwise the same whatever the others are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+GROUP = 32  # weights of a row that share a scale
+ROW_MULTIPLE = 16  # the kernel packs that many output rows together
+OFF_GRID = 1e-5  # of a tensor's largest weight: how far float32 may put a weight beside its step
+PEEK_ROWS = 64  # of a file's tensor that are looked at before anything is loaded
+MAX_ROWS = 64  # of one product, as for int8
+ROWS_AT_ONCE = 1024  # of a weight that is looked at: an output layer's temporaries would be gigabytes
+
+
+class Int4Linear(nn.Module):
+    """packed (P, out, in / 2) uint8 in the kernel's own order · scales (P, in / 32, out, 2) bfloat16: scale and zero, a
+    weight is the sum over the P parts of (step - 8) × scale + zero · bias (out) or None"""
+
+    packed: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(self, packed: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("packed", packed)
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", bias)
+        self.in_features, self.out_features = scales.shape[1] * GROUP, packed.shape[1]
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Int4Linear | None:
+        """None where the layer's weights are no such numbers."""
+        shape, dtype = linear.weight.shape, linear.weight.dtype
+        if type(linear) is not nn.Linear or dtype != torch.float32 or shape[1] % GROUP or shape[0] % ROW_MULTIPLE:
+            return None
+        blocks: list[list[tuple[Tensor, Tensor]]] = []
+        for rows in linear.weight.detach().split(ROWS_AT_ONCE):
+            parts = few_bit_parts(rows)
+            if parts is None or len(parts) != len((blocks or [parts])[0]):
+                return None
+            blocks.append(parts)
+        bias = None if linear.bias is None else linear.bias.detach().bfloat16()
+        whole = [tuple(map(torch.cat, zip(*part, strict=True))) for part in zip(*blocks, strict=True)]
+        packed = [torch._convert_weight_to_int4pack_for_cpu(steps, 2) for steps, _ in whole]
+        scales = [scales.transpose(0, 1).contiguous() for _, scales in whole]
+        return cls(torch.stack(packed), torch.stack(scales), bias)
+
+    @classmethod
+    def random(cls, out_features: int, in_features: int) -> Int4Linear:
+        """Of one part, to time products."""
+        steps = torch.randint(0, 16, (out_features, in_features), dtype=torch.int32)
+        scales = torch.rand(1, in_features // GROUP, out_features, 2).bfloat16()
+        return cls(torch._convert_weight_to_int4pack_for_cpu(steps, 2)[None], scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.in_features).bfloat16().contiguous()
+        parts = [self._product(rows) for rows in flat.split(MAX_ROWS)]
+        out = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
+        return out if self.bias is None else out + self.bias
+
+    def _product(self, x: Tensor) -> Tensor:
+        out = torch._weight_int4pack_mm_for_cpu(x, self.packed[0], GROUP, self.scales[0])
+        for packed, scales in zip(self.packed[1:], self.scales[1:], strict=True):
+            out = out + torch._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales)
+        return out
+
+    def dense(self) -> Tensor:
+        """The weights, (out, in) bfloat16: what the kernel makes of the unit vectors, for its order is its own."""
+        return self._product(torch.eye(self.in_features, dtype=torch.bfloat16)).T.contiguous()
+
+
+def few_bit_parts(weight: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+    """weight (out, in) float32 → of each part steps (out, in) int32 from 0 to 15, and scales (out, in / 32, 2)
+    bfloat16; None where the weights lie on no such steps."""
+    groups = weight.unflatten(1, (-1, GROUP))
+    near = OFF_GRID * float(weight.abs().max())
+    low, high = groups.amin(dim=2), groups.amax(dim=2)
+    scale = (high - low) / 15
+    steps = _steps(groups - low[..., None], scale)
+    if _beside(steps * scale[..., None] + low[..., None], groups) <= near:
+        return [_part(steps, scale, low + 8 * scale)]
+    scale = torch.maximum(high, -low) / 127
+    steps = _steps(groups, scale)
+    if _beside(steps * scale[..., None], groups) <= near:
+        steps = steps + 128
+        high_bits = (steps / 16).floor_()
+        # 16 × high + low bits - 128: the kernel takes 8 from each part's steps
+        return [
+            _part(high_bits, 16 * scale, torch.zeros_like(scale)),
+            _part(steps - 16 * high_bits, scale, 8 * scale),
+        ]
+    return None
+
+
+def _steps(values: Tensor, scale: Tensor) -> Tensor:
+    return (values / scale.clamp(min=1e-30)[..., None]).round_()
+
+
+def _beside(made: Tensor, wanted: Tensor) -> float:
+    return float((made - wanted).abs().max())
+
+
+def _part(steps: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    return steps.flatten(1).to(torch.int32), torch.stack([scale, zero], dim=-1).bfloat16()
+
+
+def stored_in_few_bits(folder: Path) -> bool:
+    """Whether the first matrix of a folder's safetensors lies on such steps, by its first rows."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors"))[:1]:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - the file is no dict
+                    rows = opened.get_slice(name)
+                    shape = rows.get_shape()
+                    if len(shape) == 2 and shape[1] % GROUP == 0:
+                        part = rows[: min(PEEK_ROWS, shape[0])]
+                        return part.dtype == torch.float32 and few_bit_parts(part) is not None
+        except (SafetensorError, OSError):
+            return False  # the loader will say what is wrong with it
+    return False
+
+
+@torch.no_grad()
+def use_few_bits(model: Any) -> float:
+    """Every linear layer on such steps becomes an Int4Linear, every other weight bfloat16; → the share of the linear
+    layers' weights that did."""
+    done = every = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                every += child.weight.numel()
+                small = Int4Linear.of(child)
+                if small is not None:
+                    setattr(parent, name, small)
+                    done += child.weight.numel()
+    for parameter in model.parameters():  # buffers stay: rotary frequencies need float32
+        parameter.data = parameter.data.bfloat16()
+    model.config.dtype = torch.bfloat16
+    return done / max(1, every)
