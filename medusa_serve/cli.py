@@ -155,6 +155,11 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="tokens that heads draft from; 0: the whole vocabulary (default: the heads' own, on a CPU the 16,384 most "
         "frequent)",
     )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="on a CPU: small passes as C++, a minute each at the first start, then kept",
+    )
     group.add_argument("--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens of one pass at most")
     group.add_argument("--no-lookup", action="store_true", help="do not draft from the sequence's own tokens")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -186,6 +191,7 @@ def _engine_config(options: argparse.Namespace) -> EngineConfig:
         tree=options.tree,
         lookup=not options.no_lookup,
         draft_vocab=options.draft_vocab,
+        compile=options.compile,
         prefill_chunk=options.prefill_chunk,
         max_queue=getattr(options, "max_queue", EngineConfig.max_queue),
     )

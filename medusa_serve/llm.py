@@ -141,9 +141,10 @@ def _loaded(config: EngineConfig) -> tuple[Any, Any, str, list[str]]:
 
     loaded = load_model(config)
     drafter, heads, notes = _drafter(config, loaded)
+    dtype = "auto" if loaded.weights else str(loaded.dtype).removeprefix("torch.")
     built = build_runner(
         loaded.model,
-        config,
+        replace(config, dtype=dtype, quantize=loaded.weights or "none"),
         eos_ids=sorted(loaded.eos_ids),
         max_positions=loaded.max_positions,
         drafter=drafter,

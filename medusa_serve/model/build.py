@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..config import EngineConfig
+from .compiled import compile_passes
 from .default_model import cache_folder
 from .draft import Drafter
 from .forward import PlainForward, PlugInError, TreeForward, kv_shapes
@@ -56,6 +57,9 @@ def build_runner(
     )
     if plugged is None:
         notes.append(f"this model decodes plainly, one row at a time, because {plain_because}")
+    if config.compile and plugged is not None:
+        notes.append(compile_passes(plugged, config, sorted(shapes), cache_folder()))
+        what = what and f"{what}, compiled {plugged.compiled.sizes if plugged.compiled else 'nothing'}"
     vocab_size = model.get_input_embeddings().num_embeddings
     runner = ModelRunner(
         forward,

@@ -126,7 +126,8 @@ class TreeForward:
         hidden_inputs: Sequence[int] = (-1,),
     ) -> None:
         """hidden_inputs: as HiddenTap's indexes, M of them"""
-        self.model, self.max_positions = model, max_positions
+        self.model, self.max_positions, self.hidden_inputs = model, max_positions, tuple(hidden_inputs)
+        self.compiled: Any = None  # CompiledPasses, once there are some
         self.cache = SlotCache(kv_shapes(model), slots, columns, model.dtype, model.device)
         self._slab_cache = SlabCache(self.cache)
         self._takes = set(inspect.signature(model.forward).parameters)
@@ -165,6 +166,8 @@ class TreeForward:
         self, tokens: torch.Tensor, view: View, last_only: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """tokens (B, N), -1 empty → logits (B, N, V), hidden (B, N, M·H); with last_only of the last token alone."""
+        if self.compiled is not None and self.compiled.covers(view):
+            return self.compiled.run(tokens, view)
         out = self._pass(tokens, view.positions, view, 1 if last_only else None)
         logits, hidden = out.logits, self._tap.take()
         if not last_only:
