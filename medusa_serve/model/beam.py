@@ -100,7 +100,8 @@ class _ContextDrafter(Generic[State]):
         self.heads, depths = heads, heads.max_depth
         self._num_ranks = min(num_ranks or self.most_ranks, heads.output.vocab_size)
         both = [[*(given or ()), *[1.0] * depths][:depths] for given in (tau, noise_tau)]
-        self._tau = torch.tensor(both, dtype=torch.float32, device=heads.output.weight.device)  # (2, D)
+        self.compiled: Any = None  # CompiledDrafts, once there are some
+        self.tau = torch.tensor(both, dtype=torch.float32, device=heads.output.weight.device)  # (2, D)
         self.size(63, None)
 
     def size(self, max_nodes: int, paths: Sequence[RankPath] | None) -> None:
@@ -149,6 +150,8 @@ class _ContextDrafter(Generic[State]):
         nodes: int | None = None,
     ) -> HeadNodes:
         nodes = self._asked if nodes is None or nodes >= self.max_nodes else nodes
+        if self.compiled is not None and self.compiled.covers(pending, sampling, nodes):
+            return self.compiled.run(hidden, pending, length, nodes)
         widths, pool_size = self._search(nodes)
         state = self.begin(hidden, pending, length, sampling)
         fused = splitk.available(pending.device)
@@ -164,13 +167,13 @@ class _ContextDrafter(Generic[State]):
         """The best of each place's tokens. logits (B, P, V'), overwritten: of one depth, or (None) of 0 … P - 1"""
         token_map = self.heads.token_map
         if splitk.available(logits.device):
-            return Children(*top_children(logits, depth, length, self._tau, token_map, sampling, self._num_ranks))
+            return Children(*top_children(logits, depth, length, self.tau, token_map, sampling, self._num_ranks))
         depths = slice(logits.shape[1]) if depth is None else slice(depth, depth + 1)
         position = length[:, None] + 1 + torch.arange(self.heads.max_depth, device=length.device)[depths]
         scores = logits.float()
         if sampling.sampled:
             scores = noisy(logits, token_map, position.expand(-1, logits.shape[1]), sampling)
-        tau, noise_tau = self._tau[:, depths, None]
+        tau, noise_tau = self.tau[:, depths, None]
         scores.div_(torch.where((sampling.temperature > 0)[:, None, None], noise_tau, tau))
         best, ids = scores.topk(self._num_ranks, dim=-1)
         logp = best - scores.logsumexp(dim=-1, keepdim=True)

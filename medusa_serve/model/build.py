@@ -44,8 +44,8 @@ def build_runner(
     context, context_why = plan_context(config, max_positions, device)
     shapes = plan_shapes(config, drafter, device)
     columns = context + SLACK
-    hidden_inputs = _hidden_inputs(drafter)
-    plugged, slots, slots_why, error, plain_because = _plug_in(model, config, columns, max_positions, hidden_inputs)
+    indexes = hidden_inputs(drafter)
+    plugged, slots, slots_why, error, plain_because = _plug_in(model, config, columns, max_positions, indexes)
     if plain_because is not None:
         shapes = {1: shapes[1]}
     drafter = drafter if len(shapes) > 1 else None
@@ -53,12 +53,12 @@ def build_runner(
     tables = SlotTables(slots, columns, eos_ids, drafter.max_nodes if drafter else 0, num_lookup, device)
     notes = [f"{slots} slots ({slots_why}) of {context} tokens ({context_why})"]
     forward = plugged or PlainForward(
-        model, slots, lambda slot, length: tables.history[slot, :length], _hidden_inputs(drafter)
+        model, slots, lambda slot, length: tables.history[slot, :length], hidden_inputs(drafter)
     )
     if plugged is None:
         notes.append(f"this model decodes plainly, one row at a time, because {plain_because}")
     if config.compile and plugged is not None:
-        notes.append(compile_passes(plugged, config, sorted(shapes), cache_folder()))
+        notes.append(compile_passes(plugged, drafter, shapes, config, cache_folder()))
         what = what and f"{what}, compiled {plugged.compiled.sizes if plugged.compiled else 'nothing'}"
     vocab_size = model.get_input_embeddings().num_embeddings
     runner = ModelRunner(
@@ -77,7 +77,7 @@ def build_runner(
     return Built(runner, notes, error)
 
 
-def _hidden_inputs(drafter: Any) -> tuple[int, ...]:
+def hidden_inputs(drafter: Any) -> tuple[int, ...]:
     """The hidden states that the drafter's heads read: what they say, or the last one."""
     return getattr(getattr(drafter, "heads", None), "hidden_indexes", (-1,))
 

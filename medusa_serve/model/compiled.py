@@ -1,9 +1,10 @@
-"""The pass of one row over a small tree as one C++ function: torch.export traces the same forward that runs eagerly,
-AOTInductor compiles it. On a CPU the Python and the small operations between the products are half of such a pass.
+"""The pass of one row over a small tree as one C++ function, and the draft of such a tree as another: torch.export
+traces the same code that runs eagerly, AOTInductor compiles it. On a CPU the Python and the small operations between
+the products are half of both.
 
-Built in a process of its own before serving, a minute for each size of tree, and kept in the cache folder; weights stay
-the model's, in memory once. A package that is not there, does not load or gives other numbers is not used, and a note
-says why. Run as a module, it builds what standard input asks for.
+Built in a process of its own before serving (build_compiled.py), a minute for each size of tree, and kept in the cache
+folder; weights stay the model's, in memory once. Packages that are not there, do not load or give other numbers are not
+used, and a note says why.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,21 @@ from torch import Tensor
 
 from ..config import EngineConfig
 from .attention import View, chain_view, tree_view
+from .filters import Sampling
 from .forward import PlugInError, TreeForward
 from .int4 import GROUP
 from .measured import cpu_name
+from .plan import Shape, heads_fill
 from .selftest import TREE
-from .tree import Tree
+from .tree import HeadNodes, Tree
 
 MOST_NODES = 8  # of a tree whose pass is compiled: past it, products are most of the time
 BUILD_S = 900  # for all sizes together
-SOURCES = ("attention", "cache", "compiled", "forward", "int4", "int8")  # whose code is in a package
+# whose code is in packages
+SOURCES = ("attention", "beam", "cache", "compiled", "draft", "forward", "heads", "int4", "int8", "output_layer")
 HISTORY = 40  # tokens before the trees of the check
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of the logits' norm
+SAME_DRAFTS = 0.8  # of the check's drafted nodes: rounding may swap near-ties
 
 
 class CompiledPasses:
@@ -46,18 +51,9 @@ class CompiledPasses:
         self._cache = forward.cache
         self._group = _group(forward)
         self._rows: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
-        self._state = _state(forward.model)
-        self._passes = {nodes: self._loaded(path) for nodes, path in packages.items()}
+        state = _state(_Pass(forward))
+        self._passes = {nodes: _loaded(path, state) for nodes, path in packages.items()}
         self.sizes = tuple(sorted(self._passes))
-
-    def _loaded(self, path: Path) -> Any:
-        package = torch._inductor.aoti_load_package(str(path))
-        constants = {}
-        for name in package.get_constant_fqns():
-            # the only constants that Inductor makes of its own here are the group sizes of int4 products
-            constants[name] = self._state[name] if name in self._state else torch.tensor(GROUP)
-        package.load_constants(constants, check_full_update=True, user_managed=True)
-        return package
 
     def covers(self, view: View) -> bool:
         return view.tree is not None and len(view.host_slots) == 1 and view.num_new in self._passes
@@ -74,67 +70,116 @@ class CompiledPasses:
         return logits, hidden[0] if hidden else None
 
 
-def compile_passes(forward: TreeForward, config: EngineConfig, sizes: Sequence[int], cache: Path) -> str:
-    """Give the forward a compiled pass for each size that is small enough, built where the cache has none; → a note.
+class CompiledDrafts:
+    """Packages by number of nodes that the heads draft, over their weights. Of greedy rows: the noise of the others
+    costs more than it."""
 
-    config: names the model's dtype and quantize, not "auto"
+    def __init__(self, drafter: Any, packages: dict[int, Path]) -> None:
+        state = _state(_Draft(drafter, 1))
+        self._drafts = {nodes: _loaded(path, state) for nodes, path in packages.items()}
+
+    def covers(self, pending: Tensor, sampling: Sampling, nodes: int) -> bool:
+        return len(pending) == 1 and not sampling.sampled and nodes in self._drafts
+
+    def run(self, hidden: Tensor, pending: Tensor, length: Tensor, nodes: int) -> HeadNodes:
+        return HeadNodes(*self._drafts[nodes](hidden, pending, length))
+
+
+def _loaded(path: Path, state: dict[str, Tensor]) -> Any:
+    package = torch._inductor.aoti_load_package(str(path))
+    constants = {}
+    for name in package.get_constant_fqns():
+        if name not in state and not name.removeprefix("constant").isdigit():
+            raise RuntimeError(f"{path.name} has a constant of its own, {name}")
+        # of Inductor's own making are the group sizes of int4 products
+        constants[name] = state[name] if name in state else torch.tensor(GROUP)
+    package.load_constants(constants, check_full_update=True, user_managed=True)
+    return package
+
+
+def compile_passes(
+    forward: TreeForward, drafter: Any, shapes: dict[int, Shape], config: EngineConfig, cache: Path
+) -> str:
+    """Give the forward and the drafter what is compiled for each shape that is small enough, built where the cache has
+    none; → a note.
+
+    drafter: None, or one with a place for CompiledDrafts · config: names the model's dtype and quantize, not "auto"
     """
     if forward.cache.keys.device.type != "cpu":
         return "no compiled passes because a GPU replays its own captured ones"
-    sizes = [nodes for nodes in sizes if nodes <= MOST_NODES]
-    packages = {nodes: cache / "compiled" / f"{_key(forward, config)}-{nodes}.pt2" for nodes in sizes}
-    missing = {nodes: str(path) for nodes, path in packages.items() if not path.is_file()}
+    drafter = drafter if hasattr(drafter, "compiled") else None
+    small = [shape for nodes, shape in sorted(shapes.items()) if nodes <= MOST_NODES]
+    home = cache / "compiled" / _key(forward, drafter, config)
+    passes = {shape.num_nodes: home / f"pass-{shape.num_nodes}.pt2" for shape in small}
+    sizes = {heads_fill(shape, drafter.max_nodes) for shape in small} - {0} if drafter else set()
+    drafts = {nodes: home / f"draft-{nodes}.pt2" for nodes in sizes}
+    missing = not all(path.is_file() for path in (*passes.values(), *drafts.values()))
     if missing:
-        failed = _build(forward, config, missing)
+        failed = _build(config, forward.cache.keys.shape[2], passes, drafts)
         if failed:
             return f"no compiled passes because {failed}"
     try:
-        passes = CompiledPasses(forward, packages)
+        compiled = CompiledPasses(forward, passes), CompiledDrafts(drafter, drafts) if drafts else None
     except RuntimeError as error:
         return f"no compiled passes because they cannot be loaded ({_first_line(str(error))})"
-    worst = _worst_error(forward, passes)
+    worst, same = _compare(forward, compiled[0], drafter, compiled[1], max(drafts, default=0))
     if not worst <= TOLERANCE.get(forward.model.dtype, 0.05):
         return f"no compiled passes because their logits differ from the model's by {worst:.1%}"
-    forward.compiled = passes
-    told = ", ".join(map(str, sizes))
+    if same < SAME_DRAFTS:
+        return f"no compiled passes because only {same:.0%} of their drafts are the heads'"
+    forward.compiled = compiled[0]
+    if drafter:
+        drafter.compiled = compiled[1]
+    told = ", ".join(map(str, passes))
     return f"passes of {told} nodes are compiled ({'now' if missing else 'at an earlier start'}; {worst:.1e} apart)"
 
 
-def _worst_error(forward: TreeForward, passes: CompiledPasses) -> float:
-    """Of the logits of a branching tree of each size, behind the same history: compiled against eager, relative. Slot 0
-    must be free."""
+def _compare(
+    forward: TreeForward, passes: CompiledPasses, drafter: Any, drafts: CompiledDrafts | None, nodes: int
+) -> tuple[float, float]:
+    """Compiled against eager: the logits' worst relative error over a branching tree of each size behind the same
+    history, and the share of drafted nodes that are the same. Slot 0 must be free."""
     ids = torch.arange(HISTORY + MOST_NODES) * 7919 % forward.model.get_input_embeddings().num_embeddings
-    forward.run(ids[None, :HISTORY], chain_view([0], [0], [HISTORY], ids.device))
+    _, hidden = forward.run(ids[None, :HISTORY], chain_view([0], [0], [HISTORY], ids.device))
     worst = 0.0
-    for nodes in passes.sizes:
-        tokens = ids[None, HISTORY : HISTORY + nodes]
-        draft = Tree(TREE.paths[: nodes - 1], max(0, nodes - TREE.num_nodes)).draft(tokens)
+    for size in passes.sizes:
+        tokens = ids[None, HISTORY : HISTORY + size]
+        draft = Tree(TREE.paths[: size - 1], max(0, size - TREE.num_nodes)).draft(tokens)
         view = tree_view(torch.tensor([0]), torch.tensor([HISTORY]), [0], [HISTORY], draft)
         wanted, got = forward.run(tokens, view)[0], passes.run(tokens, view)[0]
         worst = max(worst, float((got.float() - wanted.float()).norm() / wanted.float().norm()))
     forward.zero(0)
-    return worst
+    if drafts is None or hidden is None:
+        return worst, 1.0
+    same = []
+    for place in range(HISTORY - 1):
+        given = hidden[:, place], ids[place + 1 : place + 2], torch.tensor([place + 1])
+        eager, mine = drafter.draft(given[1], *given, _greedy(), nodes), drafts.run(*given, nodes)
+        same.append(torch.stack([*eager]) == torch.stack([*mine]))
+    return worst, float(torch.stack(same).float().mean())
 
 
 # ---- building ----------------------------------------------------------------------------------------------------
 
 
-def _build(forward: TreeForward, config: EngineConfig, missing: dict[int, str]) -> str | None:
-    """Build in a process of its own; → why not."""
+def _build(config: EngineConfig, columns: int, passes: dict[int, Path], drafts: dict[int, Path]) -> str | None:
+    """Build what is missing in a process of its own; → why not."""
     if compiler() is None:
         return "there is no C++ compiler (g++ or clang++, or the one that CXX names)"
-    told = " and ".join(map(str, missing))
-    print(f"Compiling the pass of {told} nodes, a minute each; it is kept.", file=sys.stderr, flush=True)
-    folder = Path(next(iter(missing.values()))).parent
-    order = {"config": asdict(config), "packages": missing, "hidden_inputs": forward.hidden_inputs}
-    order |= {"columns": forward.cache.keys.shape[2]}
+    orders = {
+        what: {nodes: str(path) for nodes, path in paths.items() if not path.is_file()}
+        for what, paths in (("passes", passes), ("drafts", drafts))
+    }
+    count, folder = sum(map(len, orders.values())), passes[1].parent
+    print(f"Compiling {count} functions, up to a minute each; they are kept.", file=sys.stderr, flush=True)
     home = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(home), os.environ.get("PYTHONPATH", "")])}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(
-            [sys.executable, "-m", "medusa_serve.model.compiled"],
-            input=json.dumps(order), capture_output=True, text=True, timeout=BUILD_S, env=environment,
+            [sys.executable, "-m", "medusa_serve.build_compiled"],
+            input=json.dumps({"config": asdict(config), "columns": columns, **orders}),
+            capture_output=True, text=True, timeout=BUILD_S, env=environment,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"the compiler took longer than {BUILD_S} s"
@@ -151,25 +196,24 @@ def compiler() -> str | None:
     return shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++")
 
 
-def _key(forward: TreeForward, config: EngineConfig) -> str:
-    """Of what a package holds: all but the weights' values."""
+def _key(forward: TreeForward, drafter: Any, config: EngineConfig) -> str:
+    """Of what packages hold: all but the weights' values."""
     import transformers
 
-    digest = hashlib.sha256()
+    state = _state(_Pass(forward)) | (_state(_Draft(drafter, 1)) if drafter else {})
     facts = [forward.model.config.to_dict(), config.dtype, config.quantize, forward.hidden_inputs]
     facts += [list(forward.cache.keys.shape[2:]), forward.max_positions, str(forward.cache.keys.dtype)]
-    facts += [torch.__version__, transformers.__version__, cpu_name()]
-    facts += [[name, list(value.shape), str(value.dtype)] for name, value in sorted(_state(forward.model).items())]
-    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    facts += [torch.__version__, transformers.__version__, cpu_name(), drafter and repr(drafter.heads)]
+    facts += [[name, list(value.shape), str(value.dtype)] for name, value in sorted(state.items())]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for name in SOURCES:
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return digest.hexdigest()[:24]
 
 
-def _state(model: Any) -> dict[str, Tensor]:
+def _state(module: torch.nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by their names in a package."""
-    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {f"model.{name}": value for name, value in every}
+    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
 
 
 def _group(forward: TreeForward) -> int:
@@ -178,6 +222,11 @@ def _group(forward: TreeForward) -> int:
 
 def _first_line(text: str) -> str:
     return text.strip().partition("\n")[0][:200]
+
+
+def _greedy() -> Sampling:
+    zero, none = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    return Sampling(zero, none, zero, zero, none, sampled=False, filtered=False)
 
 
 class _RowSlab:
@@ -212,7 +261,7 @@ class _Pass(torch.nn.Module):
     def __init__(self, forward: TreeForward) -> None:
         super().__init__()
         self.model = forward.model
-        self._forward = (forward,)
+        self._forward = (forward,)  # a tuple hides it: it is no module
 
     def forward(
         self, tokens: Tensor, positions: Tensor, columns: Tensor, bias: Tensor, keys: list[Tensor], values: list[Tensor]
@@ -235,8 +284,26 @@ def _slab(forward: TreeForward, slab: Any) -> Iterator[None]:
         cache.slab = before
 
 
+class _Draft(torch.nn.Module):
+    """What is traced of a drafter: hidden (1, M·H), pending (1), length (1) → HeadNodes' fields, (1, nodes) each."""
+
+    def __init__(self, drafter: Any, nodes: int) -> None:
+        super().__init__()
+        self.heads, self._drafter, self._nodes = drafter.heads, (drafter,), nodes
+        self.register_buffer("tau", drafter.tau)
+        self.embedding: Any = getattr(drafter.heads, "_embedding", (None,))[0]
+
+    def forward(self, hidden: Tensor, pending: Tensor, length: Tensor) -> tuple[Tensor, ...]:
+        drafter = self._drafter[0]
+        before, drafter.tau = drafter.tau, self.tau  # what is traced as this module's is not copied into the package
+        try:
+            return tuple(drafter.draft(pending, hidden, pending, length, _greedy(), self._nodes))
+        finally:
+            drafter.tau = before
+
+
 @torch.no_grad()
-def build_package(forward: TreeForward, nodes: int, path: Path) -> None:
+def build_pass(forward: TreeForward, nodes: int, path: Path) -> None:
     """Trace and compile the pass of one row of N nodes, for any length; needs a C++ compiler."""
     cache = forward.cache
     columns, width = cache.keys.shape[2], 2 * nodes + 16
@@ -246,9 +313,18 @@ def build_package(forward: TreeForward, nodes: int, path: Path) -> None:
     example = (torch.arange(nodes)[None], places[None].clone(), places, bias, *rows)
     still = [None] * len(rows[0])
     length = torch.export.Dim("T", min=nodes + 1, max=columns)
-    exported = torch.export.export(
-        _Pass(forward), example, dynamic_shapes=(None, None, None, {3: length}, still, still), strict=False
-    )
+    _compile(_Pass(forward), example, (None, None, None, {3: length}, still, still), path)
+
+
+@torch.no_grad()
+def build_draft(drafter: Any, nodes: int, hidden_size: int, dtype: torch.dtype, path: Path) -> None:
+    """Trace and compile the draft of so many nodes of one greedy row. hidden_size: M·H"""
+    example = (torch.randn(1, hidden_size).to(dtype), torch.tensor([1]), torch.tensor([20]))
+    _compile(_Draft(drafter, nodes), example, None, path)
+
+
+def _compile(module: torch.nn.Module, example: tuple[Any, ...], dynamic: Any, path: Path) -> None:
+    exported = torch.export.export(module, example, dynamic_shapes=dynamic, strict=False)
     options = {
         "cpp.threads": 1,  # its loops are short; a second pool of threads would fight with the products'
         "aot_inductor.package_constants_in_so": False,
@@ -259,21 +335,3 @@ def build_package(forward: TreeForward, nodes: int, path: Path) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def main() -> None:
-    from .loader import load_model
-
-    order = json.load(sys.stdin)
-    loaded = load_model(EngineConfig(**order["config"]), progress=False)
-    hidden_inputs = tuple(order["hidden_inputs"])
-    forward = TreeForward(loaded.model, 1, order["columns"], loaded.max_positions, hidden_inputs)
-    try:
-        for nodes, path in order["packages"].items():
-            build_package(forward, int(nodes), Path(path))
-    except PlugInError as reason:
-        sys.exit(str(reason))
-
-
-if __name__ == "__main__":
-    main()

@@ -101,6 +101,11 @@ def _shape(nodes: int, drafter: Drafter | None, use_lookup: bool) -> Shape | Non
     return Shape(nodes, chain, max(drafter.max_depth, chain))
 
 
+def heads_fill(shape: Shape, max_nodes: int) -> int:
+    """How many nodes of a tree the heads fill, at most `max_nodes`."""
+    return max(0, min(shape.num_nodes - 1 - shape.num_lookup, max_nodes))
+
+
 def held_by(shapes: dict[int, Shape], nodes: int) -> tuple[int, ...]:
     """For each node of a tree of N, the smallest N whose tree holds it: the heads' nodes stand best first, the chain's
     behind them in their own order."""

@@ -19,7 +19,7 @@ from .forward import PlainForward, TreeForward
 from .graphs import StepGraphs
 from .lookup import lookup
 from .packed import Packed, Run, block_view, pack
-from .plan import Shape, held_by
+from .plan import Shape, heads_fill, held_by
 from .tables import Admission, SlotTables
 from .transfer import Started, to_device
 from .tree import assemble
@@ -249,7 +249,7 @@ class ModelRunner:
         if self.drafter is not None and hidden is not None:
             last = walk.nodes.gather(1, (walk.num_emitted - 1).clamp(min=0)[:, None])[:, 0]
             at = hidden[torch.arange(slots.shape[0], device=slots.device), last]
-            nodes = min(shape.num_nodes - 1 - shape.num_lookup, self.drafter.max_nodes)
+            nodes = heads_fill(shape, self.drafter.max_nodes)
             heads = self.drafter.draft(slots, at, tables.pending(slots), length, sampling, nodes)
             ready = (heads.tokens >= 0).any(dim=1) * (self.node_choices[-1] - 1)
         found = lookup(tables.history[slots], length, tables.lookup.shape[1])

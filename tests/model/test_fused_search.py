@@ -50,7 +50,7 @@ def test_the_best_of_a_vocabulary(dtype, vocab, temperatures, depth):
     logits = (torch.randn(3, 4, vocab, device="cuda") * 3).to(dtype)
     length, rows = torch.tensor([7, 0, 3000], device="cuda"), mixed(temperatures)
     token_map = drafter.heads.token_map
-    tokens, logp = top_children(logits, depth, length, drafter._tau, token_map, rows, 10)
+    tokens, logp = top_children(logits, depth, length, drafter.tau, token_map, rows, 10)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(splitk, "available", lambda device: False)
         drafter._num_ranks = vocab
