@@ -138,6 +138,8 @@ def _add_model_options(parser: argparse.ArgumentParser, *, heads: bool = True) -
     if heads:  # whoever learns from the model, or checks heads against it, wants its own weights
         about = f"on a CPU: auto (whatever is fastest), {', '.join(QUANTIZE[1:])}"
         group.add_argument("--quantize", default="auto", help=about)
+        about = "on a CPU: small passes as C++, a minute each at the first start, then kept"
+        group.add_argument("--compile", action="store_true", help=about)
     return group
 
 
@@ -154,11 +156,6 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens that heads draft from; 0: the whole vocabulary (default: the heads' own, on a CPU the 16,384 most "
         "frequent)",
-    )
-    group.add_argument(
-        "--compile",
-        action="store_true",
-        help="on a CPU: small passes as C++, a minute each at the first start, then kept",
     )
     group.add_argument("--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens of one pass at most")
     group.add_argument("--no-lookup", action="store_true", help="do not draft from the sequence's own tokens")
