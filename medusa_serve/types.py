@@ -258,6 +258,9 @@ class Runner(Protocol):
     def free(self, slot: int) -> None:
         """Give the slot back. Its committed KV rows stay for reuse unless it ever failed (then they are zeroed)."""
 
+    def rest(self) -> None:
+        """No sequence is left: give up what only computing needs."""
+
     def close(self) -> None:
         """Free all device memory."""
 

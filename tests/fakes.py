@@ -129,6 +129,7 @@ class FakeRunner:
     # what happened
     calls: list[tuple] = field(default_factory=list)
     admitted: list[tuple[int, int, int]] = field(default_factory=list)  # slot, prompt tokens, reused
+    rests: int = 0
     closed: int = 0
 
     def __post_init__(self) -> None:
@@ -194,6 +195,10 @@ class FakeRunner:
 
     def free(self, slot: int) -> None:
         del self.slots[slot]
+
+    def rest(self) -> None:
+        assert not self.slots
+        self.rests += 1
 
     def close(self) -> None:
         self.closed += 1

@@ -137,6 +137,8 @@ def contest(entries: Sequence[Entry], batches: Sequence[Prompts], config: PeersC
 
 
 def _round(entries: Sequence[Entry], batches: Sequence[Prompts], tokens: int, *, counts: bool) -> None:
+    from ..model.workers import give_up_workers
+
     seconds = {entry.name: 0.0 for entry in entries}
     for number, batch in enumerate(batches):
         for entry in entries:
@@ -149,6 +151,7 @@ def _round(entries: Sequence[Entry], batches: Sequence[Prompts], tokens: int, *,
                 entry.drop(reason(error))
                 continue
             seconds[entry.name] += time.perf_counter() - started
+            give_up_workers()  # else those of a contestant in this thread would slow one in a thread of its own
             made = [len(answer) for answer in answers]
             if made != [tokens] * len(batch):  # then its time says nothing
                 entry.drop(f"it made {sum(made)} tokens where {tokens * len(batch)} were asked for")

@@ -203,9 +203,15 @@ class BatchManager:
                 self._lock.notify_all()
 
     def _run(self) -> None:
+        resting = True
         try:
             while not self._closing:
-                if not self.step():
+                if self.step():
+                    resting = False
+                else:
+                    if not resting:
+                        self._runner.rest()
+                        resting = True
                     with self._lock:
                         if not self._inbox and not self._closing:
                             self._lock.wait(IDLE_WAIT_S)

@@ -23,6 +23,7 @@ from .plan import Shape, heads_fill, held_by
 from .tables import Admission, SlotTables
 from .transfer import Started, to_device
 from .tree import assemble
+from .workers import give_up_workers
 
 ROW_BUDGET = {"cpu": 16, "cuda": 256}  # rows × nodes of one pass, until step times are measured
 TIMED_LENGTH = 192  # tokens of history of the steps that are timed
@@ -298,6 +299,10 @@ class ModelRunner:
             self.step(slots, slots < 0, list(range(rows)), lengths, width, shape, False, False)
             times.append((time.perf_counter() - started) * 1000)
         return min(times[1:])
+
+    def rest(self) -> None:
+        if self.device.type == "cpu":
+            give_up_workers()
 
     def _poison(self, slot: int) -> None:
         """Masked NaN rows of V would still give NaN: such a slot is zeroed before it rests or serves again."""

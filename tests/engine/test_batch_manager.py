@@ -738,6 +738,15 @@ def test_close_does_not_wait_for_a_hang(threaded):
     assert isinstance(engine.error(id), ShuttingDown)  # nothing came after it
 
 
+def test_the_runner_rests_once_when_nothing_is_left(threaded):
+    engine = threaded()
+    for count in (1, 2):
+        engine.submit()
+        until(lambda count=count: engine.runner.rests == count)
+    time.sleep(0.2)  # idle turns of the loop
+    assert engine.runner.rests == 2
+
+
 def test_random_company_random_ends():
     """Submit, cancel, fail, stop and turn at random: one last delta each, no slot lost, survivors as alone."""
     for seed in range(60):
