@@ -203,7 +203,8 @@ def _key(forward: TreeForward, drafter: Any, config: EngineConfig) -> str:
     state = _state(_Pass(forward)) | (_state(_Draft(drafter, 1)) if drafter else {})
     facts = [forward.model.config.to_dict(), config.dtype, config.quantize, forward.hidden_inputs]
     facts += [list(forward.cache.keys.shape[2:]), forward.max_positions, str(forward.cache.keys.dtype)]
-    facts += [torch.__version__, transformers.__version__, cpu_name(), drafter and repr(drafter.heads)]
+    facts += [torch.__version__, transformers.__version__, cpu_name()]
+    facts += [repr(drafter.heads), drafter.heads.max_depth] if drafter else []
     facts += [[name, list(value.shape), str(value.dtype)] for name, value in sorted(state.items())]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for name in SOURCES:
