@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from ..config import MAX_NODES, EngineConfig, check_int
 from ..errors import InvalidConfig, InvalidRequest, LoadError
 from ..presets import FAMILIES, shipped_heads
 from ..types import SamplingParams
+from .command import check_folder, read, write
 
 if TYPE_CHECKING:
     from ..llm import LLM
@@ -249,16 +249,10 @@ def _stored(out: str, options: dict[str, Any]) -> dict[str, Any] | None:
     check_folder(out)
     if not Path(out).exists():
         return None
-    result = read(out)
+    result = read(out, "acceptance")
     if result["options"] != options:
         raise LoadError(f"{out} was measured with {_differing(result['options'], options)}; give another --out.")
     return result
-
-
-def check_folder(out: str) -> None:
-    """Before minutes of work whose result could not be written."""
-    if not Path(out).absolute().parent.is_dir():
-        raise LoadError(f"There is no folder for {out}.")
 
 
 def _differing(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -266,24 +260,6 @@ def _differing(old: dict[str, Any], new: dict[str, Any]) -> str:
     name = next(name for name in (*old, *new) if old.get(name) != new.get(name))
     was, now = (str(facts.get(name))[:16] for facts in (old, new))  # the beginning of a digest will do
     return f"{name} {was}, not {now}"
-
-
-def read(path: str) -> dict[str, Any]:
-    """A stored result. Raises LoadError."""
-    try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(result, dict) or result.get("kind") != "acceptance":
-        raise LoadError(f"{path} is no result of `bench acceptance`.")
-    return result
-
-
-def write(path: str, result: dict[str, Any]) -> None:
-    """Whole or not at all: a killed run keeps what it had."""
-    part = Path(f"{path}.part")
-    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 # ---- for a person ------------------------------------------------------------------------------------------------
@@ -373,7 +349,7 @@ def run(options: argparse.Namespace) -> int:
     if options.show:
         if given:
             options.parser.error(f"--show runs nothing, so --{next(iter(given)).replace('_', '-')} means nothing")
-        print(table([read(path) for path in options.show]))
+        print(table([read(path, "acceptance") for path in options.show]))
         return 0
     if options.prompts is None:
         options.parser.error("the following arguments are required: --prompts (or --show)")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ..config import EngineConfig
-from ..errors import InvalidConfig
-from .acceptance import check_folder, write
+from ..errors import InvalidConfig, LoadError
 
 Config = TypeVar("Config")
 
@@ -16,17 +18,23 @@ Config = TypeVar("Config")
 def end_options(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
     """The options that every such command ends with; `run` is called with what was given."""
     parser.add_argument("--out", metavar="FILE", help="write the figures there as JSON")
+    parser.add_argument("--show", metavar="FILE", help="only print the table of such a file")
     parser.set_defaults(run=run, parser=parser)
 
 
 def run_bench(
     options: argparse.Namespace,
+    name: str,
     kind: Callable[..., Config],
     bench: Callable[[EngineConfig, Config], dict[str, Any]],
     table: Callable[[dict[str, Any]], str],
 ) -> int:
-    """Measure, keep the result where `--out` says, and print it. kind: the bench's config dataclass; both configs take
-    the options that are named as their fields, and nonsense in either ends the program. → the exit status"""
+    """Measure, keep the result where `--out` says, and print it. name: the bench's, as its results call it · kind: its
+    config dataclass; both configs take the options that are named as their fields, and nonsense in either ends the
+    program. → the exit status"""
+    if options.show:
+        print(table(read(options.show, name)))
+        return 0
     told = {name: value for name, value in vars(options).items() if value is not None}
 
     def made(config: Callable[..., Any]) -> Any:
@@ -43,3 +51,30 @@ def run_bench(
         write(options.out, result)
     print(table(result))
     return 0
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+
+def check_folder(out: str) -> None:
+    """Before minutes of work whose result could not be written."""
+    if not Path(out).absolute().parent.is_dir():
+        raise LoadError(f"There is no folder for {out}.")
+
+
+def read(path: str, kind: str) -> dict[str, Any]:
+    """A stored result of `bench KIND`. Raises LoadError."""
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(result, dict) or result.get("kind") != kind:
+        raise LoadError(f"{path} is no result of `bench {kind}`.")
+    return result
+
+
+def write(path: str, result: dict[str, Any]) -> None:
+    """Whole or not at all: a killed run keeps what it had."""
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)

@@ -283,4 +283,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    return run_bench(options, DecodeConfig, bench_decode, decode_table)
+    return run_bench(options, "decode", DecodeConfig, bench_decode, decode_table)

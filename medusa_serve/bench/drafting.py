@@ -231,4 +231,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    return run_bench(options, DraftingConfig, bench_drafting, table)
+    return run_bench(options, "drafting", DraftingConfig, bench_drafting, table)

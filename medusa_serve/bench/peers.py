@@ -228,4 +228,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    return run_bench(options, PeersConfig, bench_peers, table)
+    return run_bench(options, "peers", PeersConfig, bench_peers, table)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidConfig, LoadError
-from .acceptance import check_folder
+from .command import check_folder
 
 Row = dict[str, Any]
 WIDTH, HEIGHT = 6.4, 4.2  # inches of a picture

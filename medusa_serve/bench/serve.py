@@ -254,4 +254,4 @@ def run(options: argparse.Namespace) -> int:
     options.key = key if options.url else None
     if options.rates is not None and options.clients is None:
         options.clients = ()
-    return run_bench(options, ServeConfig, bench_serve, table)
+    return run_bench(options, "serve", ServeConfig, bench_serve, table)

@@ -238,4 +238,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.random and (options.model != DEFAULT_MODEL or options.heads not in ("auto", "none")):
         options.parser.error("--random makes its own model and heads, so --model and --heads NAME mean nothing")
-    return run_bench(options, StepConfig, bench_step, step_table)
+    return run_bench(options, "step", StepConfig, bench_step, step_table)

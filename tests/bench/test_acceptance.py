@@ -356,6 +356,14 @@ def test_one_sequence_reaches_what_was_asked_for() -> None:
     assert not least
 
 
+def test_a_stored_result_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    results = ROOT / "notebooks/results"
+    assert run("drafting", "--show", str(results / "drafting_h200.json")) == 0
+    assert "smollm2-135m in bfloat16 on NVIDIA H200" in capsys.readouterr().out
+    assert run("drafting", "--show", str(results / "acceptance_one_h200.json")) == 1
+    assert "is no result of `bench drafting`" in capsys.readouterr().err
+
+
 def test_drafting_costs_the_gpu_at_most_a_quarter_of_a_plain_step() -> None:
     result = json.loads((ROOT / "notebooks/results/drafting_h200.json").read_text())
     assert {row["nodes"]: row["draft_share"] <= 0.25 for row in result["rows"]} == {8: True, 64: True}
