@@ -34,7 +34,7 @@ def config(tmp_path_factory) -> EngineConfig:
     home = tmp_path_factory.mktemp("compiled")
     torch.manual_seed(0)
     heads = saved(SequentialHeads(HIDDEN, inner=24, readout=16, max_depth=3), home / "heads", hidden_inputs=(-1,))
-    model = str(save_tiny_folder(home / "tiny"))
+    model = str(save_tiny_folder(home / "tiny", layers=1))
     return EngineConfig(
         model=model, heads=heads, device="cpu", dtype="float32", quantize="none", tree="4", compile=True,
         max_context=COLUMNS - SLACK,
@@ -151,7 +151,11 @@ def test_what_is_damaged_or_wrong_is_not_used(config, cache, tmp_path, monkeypat
         assert "their logits differ from the model's by" in told(cache)
     with monkeypatch.context() as patch:
         run = compiled.CompiledDrafts.run
-        patch.setattr(compiled.CompiledDrafts, "run", lambda self, h, p, *rest: run(self, h, p + 1, *rest))
+        patch.setattr(
+            compiled.CompiledDrafts,
+            "run",
+            lambda *given: run(*given)._replace(tokens=torch.ones(1, 2, dtype=torch.int64)),
+        )
         assert "of their drafts are the heads'" in told(cache)
     for path in (cache / "compiled").rglob("*.pt2"):
         copy = tmp_path / path.relative_to(cache)

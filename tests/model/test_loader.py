@@ -83,7 +83,7 @@ def test_dtype_on_a_gpu(native: bool, want: torch.dtype, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     notes: list[str] = []
-    assert loader._choose_numbers(EngineConfig(), torch.device("cuda", 0), None, notes) == (want, False)
+    assert loader._choose_numbers(EngineConfig(), torch.device("cuda", 0), None, notes) == (want, "")
     assert len(notes) == 1
 
 
