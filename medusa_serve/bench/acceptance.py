@@ -354,7 +354,7 @@ def run(options: argparse.Namespace) -> int:
     if options.prompts is None:
         options.parser.error("the following arguments are required: --prompts (or --show)")
     try:
-        fixed = ("model", "heads", "device", "dtype", "quantize")
+        fixed = ("model", "heads", "device", "dtype", "quantize", "compile")
         engine = EngineConfig(**{name: getattr(options, name) for name in fixed})
         config = AcceptanceConfig(**given)
     except InvalidConfig as error:

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .int8 import MAX_ROWS
+
 GROUP = 32  # weights of a row that share a scale
 ROW_MULTIPLE = 16  # the kernel packs that many output rows together
 OFF_GRID = 1e-5  # of a tensor's largest weight: how far float32 may put a weight beside its step
 PEEK_ROWS = 64  # of a file's tensor that are looked at before anything is loaded
-MAX_ROWS = 64  # of one product, as for int8
 ROWS_AT_ONCE = 1024  # of a weight that is looked at: an output layer's temporaries would be gigabytes
 
 

@@ -213,7 +213,7 @@ def _shrink(model: Any, config: EngineConfig, weights: str, notes: list[str]) ->
         why += " and are four-bit numbers" if weights == "int4" else ""
         if config.quantize == weights:
             raise LoadError(f"This model cannot have {weights} weights: {why}.")
-        notes.append(f"no {weights} weights because {why}" if weights == "int8" else f"few int4 weights because {why}")
+        notes.append(f"{'no' if weights == 'int8' else 'few'} {weights} weights because {why}")
         return ""
     if weights == "int4":
         notes.append("int4 weights because the model's are four-bit numbers already: read smaller, not changed")

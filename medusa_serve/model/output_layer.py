@@ -56,9 +56,9 @@ class OutputLayer(nn.Module):
 
     def attach(self, base_output: nn.Module | Tensor, token_map: Tensor | None = None) -> None:
         """Borrow the base's output layer ([V, H], maybe a bias). `token_map` replaces the heads' own (tied only)."""
-        if isinstance(base_output, Int4Linear):
-            base_output = base_output.dense()
         weight = base_output if isinstance(base_output, Tensor) else getattr(base_output, "weight", None)
+        if isinstance(base_output, Int4Linear):
+            weight = base_output.dense()
         bias = None if isinstance(base_output, Tensor) else getattr(base_output, "bias", None)
         scale = base_output.scale if isinstance(base_output, Int8Linear) else None
         if not isinstance(weight, Tensor) or weight.dim() != 2 or not (scale is not None or weight.is_floating_point()):

@@ -130,6 +130,14 @@ def test_heads_share_such_an_output_layer(folder):
     torch.testing.assert_close(heads.output.weight, wanted, rtol=0, atol=2**-7 * float(wanted.abs().max()))
 
 
+def test_heads_share_its_bias_too():
+    torch.manual_seed(0)
+    base = linear(four_bits(48, 64), bias=True)
+    heads = SequentialHeads(64, inner=32, readout=32, token_map=torch.arange(0, 40, 2))
+    heads.attach(Int4Linear.of(base), torch.nn.Embedding(48, 64))
+    assert torch.equal(heads.output.bias, base.bias[:40:2].bfloat16())
+
+
 def test_int4_never_rounds(tmp_path, monkeypatch, folder):
     other = save_tiny_folder(tmp_path / "other")
     assert not stored_in_few_bits(other)
