@@ -131,12 +131,14 @@ class TreeForward:
         self.cache = SlotCache(kv_shapes(model), slots, columns, model.dtype, model.device)
         self._slab_cache = SlabCache(self.cache)
         self._takes = set(inspect.signature(model.forward).parameters)
+        self._cache_name = cache_argument(self._takes)
         self._before = model.config._attn_implementation
         self._name = f"medusa_tree_{id(self):x}"
         self._tap = HiddenTap(model, hidden_inputs)
         AttentionInterface.register(self._name, self._attention)
         model.set_attn_implementation(self._name)  # only warns when it cannot
-        if model.config._attn_implementation != self._name or "position_ids" not in self._takes:
+        able = "position_ids" in self._takes and self._cache_name is not None
+        if model.config._attn_implementation != self._name or not able:
             self._tap.close()
             self.detach()
             raise PlugInError("its attention cannot be replaced")
@@ -191,7 +193,11 @@ class TreeForward:
         cache.view, cache.columns = view, view.columns
         try:
             return self.model(
-                input_ids=tokens.clamp(min=0), position_ids=positions, past_key_values=cache, use_cache=True, **extra
+                input_ids=tokens.clamp(min=0),
+                position_ids=positions,
+                use_cache=True,
+                **{str(self._cache_name): cache},
+                **extra,
             )
         finally:
             cache.view = cache.columns = None
@@ -230,7 +236,7 @@ class PlainForward:
         half-written · hidden_inputs: as HiddenTap's indexes"""
         self.model, self._history = model, history
         self._takes = set(inspect.signature(model.forward).parameters)
-        self._cache_name = next((name for name in ("past_key_values", "cache_params") if name in self._takes), None)
+        self._cache_name = cache_argument(self._takes)
         self._caches: list[Any] = [None] * slots
         self._seen = [0] * slots
         self._tap = HiddenTap(model, hidden_inputs)
@@ -285,7 +291,8 @@ class PlugInError(Exception):
 def kv_shapes(model: Any) -> list[tuple[int, int, int]]:
     """(kv heads, key dim, value dim) of each layer, from a two-token pass. Raises PlugInError where they differ."""
     ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
-    cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    name = cache_argument(set(inspect.signature(model.forward).parameters))
+    cache = getattr(model(input_ids=ids, use_cache=True), name or "", None)
     if not isinstance(cache, DynamicCache):
         raise PlugInError("it keeps no cache of keys and values")
     if not _holds_only_keys_and_values(cache):
@@ -295,6 +302,11 @@ def kv_shapes(model: Any) -> list[tuple[int, int, int]]:
     if len(set(shapes)) > 1:
         raise PlugInError("its layers differ in the shape of their keys and values")
     return shapes
+
+
+def cache_argument(takes: set[str]) -> str | None:
+    """What a model's forward and its outputs call the cache: the first since transformers 5.24."""
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in takes), None)
 
 
 def _holds_only_keys_and_values(cache: Any) -> bool:
