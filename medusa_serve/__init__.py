@@ -11,6 +11,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "launch": ".notebook.launch",
+    "allow_nested_loop": ".notebook.loops",
     "LLM": ".llm",
     "SamplingParams": ".types",
     "Completion": ".types",

@@ -30,6 +30,10 @@ class MedusaServeError(Exception):
         self.message = message
         self.param = param
 
+    def _render_traceback_(self) -> list[str]:
+        """IPython's hook: in a cell the sentence is all that shows."""
+        return [f"{type(self).__name__}: {self.message}"]
+
     def to_dict(self) -> dict[str, dict[str, str | None]]:
         """The one error shape of every endpoint."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}

@@ -14,7 +14,7 @@ from .config import EngineConfig
 from .engine.batch_manager import BatchManager
 from .errors import InvalidConfig, InvalidRequest, QueueFull
 from .presets import FAMILIES, shipped_heads
-from .types import Completion, Delta, SamplingParams
+from .types import Completion, Delta, SamplingParams, Sink
 
 Messages = Sequence[dict[str, str]]
 Prompt = str | Messages
@@ -28,7 +28,8 @@ class LLM:
     LLM("smollm2-135m"), LLM(EngineConfig(...)) or LLM("folder", slots=4): options are EngineConfig's fields, unknown
     ones are errors. Raises InvalidConfig, LoadError.
 
-    model_name, codec, manager, notes (the automatic choices with their reasons) are plain attributes.
+    model_name, codec, manager, notes (the automatic choices with their reasons) and forecast (of one sequence: nodes,
+    tokens per step, speed-up over plain decoding; None where nothing was measured) are plain attributes.
     """
 
     def __init__(self, model: str | EngineConfig | None = None, **options: Any) -> None:
@@ -46,6 +47,7 @@ class LLM:
             "max_context": runner.max_context,
             "nodes": list(runner.node_choices),
         }
+        self.forecast = _forecast(runner)
 
     def describe(self) -> dict[str, Any]:
         """Plain facts for /health and start-up lines."""
@@ -104,7 +106,7 @@ class LLM:
         """The Deltas of one prompt as steps finish; the last one carries the Completion. Leaving the loop early
         cancels."""
         inbox: queue.SimpleQueue[list[tuple[str, Delta]]] = queue.SimpleQueue()
-        sequence_id = self.manager.submit(self._encode(prompt), _checked(params), inbox.put)
+        sequence_id = self.submit(prompt, params, inbox.put)
         ended = False
         try:
             while not ended:
@@ -116,6 +118,10 @@ class LLM:
         finally:
             if not ended:
                 self.manager.cancel(sequence_id)
+
+    def submit(self, prompt: Prompt, params: SamplingParams | None, sink: Sink) -> str:
+        """Start one prompt; its Deltas go to `sink`, on the engine thread. → its id, for `manager.cancel`."""
+        return self.manager.submit(self._encode(prompt), _checked(params), sink)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -136,10 +142,16 @@ class LLM:
 
 def _loaded(config: EngineConfig) -> tuple[Any, Any, str, list[str]]:
     """(loaded, built, the heads' name, notes on them)"""
-    from .model.build import build_runner
-    from .model.loader import load_model
+    from .model.loader import load_model, memory_as_load_error
 
     loaded = load_model(config)
+    with memory_as_load_error(config.model):
+        return _built(config, loaded)
+
+
+def _built(config: EngineConfig, loaded: Any) -> tuple[Any, Any, str, list[str]]:
+    from .model.build import build_runner
+
     drafter, heads, notes = _drafter(config, loaded)
     dtype = "auto" if loaded.weights else str(loaded.dtype).removeprefix("torch.")
     built = build_runner(
@@ -151,6 +163,18 @@ def _loaded(config: EngineConfig) -> tuple[Any, Any, str, list[str]]:
         what=f"{loaded.name} in {loaded.numbers}, heads {heads}",
     )
     return loaded, built, heads, notes
+
+
+def _forecast(runner: Any) -> tuple[int, float, float] | None:
+    """By the step times measured here and the acceptance that the heads were calibrated with."""
+    if not runner.step_ms or not runner.has_heads:
+        return None
+    speeds = [
+        (tokens / runner.step_ms[1, nodes], nodes, tokens)
+        for nodes, tokens in zip(runner.node_choices, (1.0, *runner.expected[1:]), strict=True)
+    ]
+    best, nodes, tokens = max(speeds)
+    return nodes, tokens, best / speeds[0][0]
 
 
 def _elsewhere(work: Callable[[], Result]) -> Result:

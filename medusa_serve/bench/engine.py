@@ -196,14 +196,12 @@ def _streams(url: str, count: int, tokens: int, offset: int) -> float:
 @contextmanager
 def _served(llm: LLM) -> Iterator[str]:
     """The app over `llm` on a free loopback port, in a thread of its own."""
-    import asyncio
-
     from ..server.serve import Server, bind, url_of
 
     config = ServerConfig(port=0)
     sock = bind(config)
     server = Server(llm, config)
-    thread = threading.Thread(target=lambda: asyncio.Runner().run(server.serve(sockets=[sock])), name="bench-server")
+    thread = threading.Thread(target=server.run, args=([sock],), name="bench-server")
     thread.start()
     try:
         while not server.started:

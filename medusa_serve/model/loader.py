@@ -16,6 +16,7 @@ from ..config import DEFAULT_MODEL, EngineConfig
 from ..errors import InvalidRequest, LoadError
 from .default_model import cache_folder, ensure_default_model
 from .formats import choose_format
+from .gpu import why_unusable
 from .int4 import stored_in_few_bits, use_few_bits
 from .int8 import COVERS, linear_share, quantize_linears
 
@@ -162,7 +163,7 @@ def _choose_device(wanted: str, notes: list[str]) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "auto":
         notes.append("device cuda because one is there" if count else "device cpu because no CUDA device is there")
-        return torch.device("cuda", 0) if count else torch.device("cpu")
+        wanted = "cuda" if count else "cpu"
     device = torch.device(wanted)
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
@@ -170,6 +171,8 @@ def _choose_device(wanted: str, notes: list[str]) -> torch.device:
             raise LoadError("There is no CUDA device here, or PyTorch is built without CUDA; use device cpu or auto.")
         if (device.index or 0) >= count:
             raise LoadError(f"There is no device {device}; this machine has cuda:0 to cuda:{count - 1}.")
+        if (why := why_unusable(device)) is not None:
+            raise LoadError(why)
     return device
 
 
@@ -308,6 +311,15 @@ def _own_the_memory(model: Any) -> None:
 
 
 _TOO_LARGE = "{} does not fit into the memory; choose a smaller model or a dtype of half the size."
+
+
+@contextlib.contextmanager
+def memory_as_load_error(asked: str) -> Iterator[None]:
+    """That the memory is full, as a sentence that says what to do."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise LoadError(_TOO_LARGE.format(asked)) from error
 
 
 @contextlib.contextmanager

@@ -49,7 +49,8 @@ def url_of(sock: socket.socket) -> str:
 class Server(uvicorn.Server):
     """uvicorn with our stop: each open request gets its terminal event, then the sockets close.
 
-    Set `should_exit` to stop it from another thread. Run it as `asyncio.Runner().run(server.serve(sockets=[sock]))`.
+    `run(sockets=[sock])` is the one way to run it, in any thread; `should_exit`, set from any thread, stops it.
+    It stops by itself when its model cannot be loaded.
     """
 
     def __init__(
@@ -77,6 +78,15 @@ class Server(uvicorn.Server):
             )
         )
 
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until stopped. On a loop of our own: uvicorn's `run` fails where nest_asyncio has patched asyncio."""
+        with asyncio.Runner() as runner:
+            runner.run(self.serve(sockets=sockets))
+
+    async def on_tick(self, counter: int) -> bool:
+        failed = isinstance(self._source, BackgroundLoad) and self._source.state == "failed"
+        return await super().on_tick(counter) or failed
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         if self._on_ready is not None and sockets:
@@ -101,7 +111,10 @@ class Server(uvicorn.Server):
             )
         # a thread that nobody joins: draining an engine that hangs must not keep us
         draining = threading.Thread(target=manager.drain, args=(self._drain_s,), name="medusa-drain", daemon=True)
-        draining.start()
+        try:
+            draining.start()
+        except RuntimeError:  # the interpreter exits, and from Python 3.12 on starts no more threads
+            manager.drain(0.0)
         until = time.monotonic() + self._drain_s + CLOSE_S
         while draining.is_alive() and time.monotonic() < until and not self.force_exit:
             await asyncio.sleep(0.02)
@@ -134,5 +147,5 @@ def serve(
     on_ready  called with the URL once the server listens (the model may still load)
     sock      a socket from `bind`; bound here when absent, which raises InvalidConfig
     """
-    with sock or bind(config) as listening, asyncio.Runner() as runner:
-        runner.run(Server(source, config, on_ready).serve(sockets=[listening]))
+    with sock or bind(config) as listening:
+        Server(source, config, on_ready).run(sockets=[listening])

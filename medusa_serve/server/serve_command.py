@@ -44,34 +44,29 @@ def server_config(options: argparse.Namespace) -> tuple[ServerConfig, bool]:
 
 def serve_until_stopped(engine: EngineConfig, config: ServerConfig, *, as_json: bool, key_is_ours: bool) -> None:
     """Listen, load, tell, serve until Ctrl-C or SIGTERM. Raises what loading raises; the port is bound before it."""
-    import asyncio
-
     from .loading import BackgroundLoad
-    from .serve import Server, bind, url_of
+    from .serve import bind, serve, url_of
 
     def load() -> Any:
         from ..llm import LLM
 
         return LLM(engine)
 
-    with bind(config) as sock, asyncio.Runner() as runner:
+    with bind(config) as sock:
         url = url_of(sock)
         if not as_json:
             where = url if config.is_loopback else f"{url} (listening on {config.host}: use this machine's address)"
             _print(f"medusa_serve {__version__} at {where}, loading {engine.model} …", _key_line(config, key_is_ours))
         source = BackgroundLoad(load)
-        server = Server(source, config)
 
         def tell() -> None:
             source.wait()
             if source.state == "ready":
                 _print_ready(source.get(), url, config.api_key, as_json)  # type: ignore[arg-type]
-            else:
-                server.should_exit = True
 
         threading.Thread(target=tell, name="medusa-tell", daemon=True).start()
         try:
-            runner.run(server.serve(sockets=[sock]))
+            serve(source, config, sock=sock)
             if source.state == "failed":
                 source.get()  # raises the reason
         finally:

@@ -167,8 +167,7 @@ def serving(source: Any, config: ServerConfig | None = None) -> Iterator[str]:
 
         def work() -> None:
             try:
-                with asyncio.Runner() as runner:
-                    runner.run(server.serve(sockets=[sock]))
+                server.run(sockets=[sock])
             except BaseException as error:
                 failures.append(error)
 

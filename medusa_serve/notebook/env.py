@@ -1,0 +1,42 @@
+"""Where this runs: Colab, Kaggle, a Jupyter kernel or plain Python; and what a person there can do about a failure."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from typing import Literal
+
+Place = Literal["colab", "kaggle", "jupyter", "python"]
+
+
+def place() -> Place:
+    """By what the platforms set, not by an installed package: stubs of their names are on the package index."""
+    if any(name.startswith("COLAB_") for name in os.environ) and "google.colab" in sys.modules:
+        return "colab"
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ or "KAGGLE_DATA_PROXY_TOKEN" in os.environ:
+        return "kaggle"
+    return "jupyter" if in_kernel() else "python"
+
+
+def in_kernel() -> bool:
+    """Whether there is a front end that could show a widget."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return getattr(shell, "kernel", None) is not None
+
+
+def online(host: str = "www.kaggle.com", seconds: float = 3.0) -> bool:
+    """Whether names of the internet resolve and answer."""
+    try:
+        socket.create_connection((host, 443), seconds).close()
+    except OSError:
+        return False
+    return True
+
+
+def advice() -> str:
+    """A sentence for whoever could not load a model here, or ""."""
+    if place() == "kaggle" and not online():
+        return " This Kaggle notebook has no internet: turn it on in its settings (needs a verified phone)."
+    return ""

@@ -1,0 +1,271 @@
+"""The server as a notebook holds it: a small handle that never shows the model to IPython, which would keep it."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..config import EngineConfig, ServerConfig
+from ..errors import InvalidRequest, LoadError, MedusaServeError, ShuttingDown
+from ..server.serve import CLOSE_S
+from ..types import Completion, Delta, SamplingParams
+from . import env, told
+from .background import Background, listen
+from .logs import RingLog
+
+Prompt = str | Sequence[dict[str, str]]
+STOP_S = CLOSE_S + 12.0  # beyond the drain: the sockets', and a step that hangs
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `launch` was asked for: the same again needs no new server."""
+
+    engine: EngineConfig
+    server: ServerConfig
+    any_port: bool
+
+
+class Server:
+    """A served model: `url`, `public_url`, `api_key` are where and how to reach it. Made by `launch`."""
+
+    def __init__(self, asked: Asked, *, needs_key: bool = False) -> None:
+        """Loads and listens before it returns. Raises InvalidConfig, LoadError; nothing is left then."""
+        from ..llm import LLM
+
+        self.asked, self.name = asked, asked.engine.model
+        config = asked.server
+        if config.api_key is None and (needs_key or not config.is_loopback):
+            config = replace(config, api_key=secrets.token_urlsafe(32))
+        sock = listen(config, any_port=asked.any_port)
+        self._lock = threading.RLock()
+        self._tunnel: Any = None
+        self._panel: Any = None
+        self._stopped = False
+        self._log = RingLog()
+        self._log.attach()
+        print(f"loading {self.name} …", flush=True)
+        began = time.monotonic()
+        self._background = Background(lambda: LLM(asked.engine), config, sock, self)
+        self._background.start()
+        atexit.register(self.stop)
+        try:
+            llm = self._background.wait_until_ready(_patience())
+        except BaseException as error:
+            self._end()
+            if isinstance(error, KeyboardInterrupt):
+                raise LoadError("Loading was interrupted; run the cell again.") from None
+            if isinstance(error, LoadError):
+                raise LoadError(error.message + env.advice()) from None
+            raise
+        self._has_chat_template = llm.codec.has_chat_template
+        self.name = llm.model_name
+        print(told.chosen(llm, time.monotonic() - began), flush=True)
+
+    # ---- where it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def url(self) -> str:
+        """On this machine."""
+        return self._background.url
+
+    @property
+    def public_url(self) -> str | None:
+        """Of the tunnel, while there is one."""
+        return self._tunnel.url if self._tunnel is not None else None
+
+    @property
+    def api_key(self) -> str | None:
+        """Sent as `Authorization: Bearer …`; None: none is needed."""
+        return self._background.config.api_key
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether a request would be served now."""
+        try:
+            return self._background.is_alive() and self._llm().manager.status().state == "ok"
+        except MedusaServeError:
+            return False
+
+    def snippets(self) -> str:
+        """Lines to copy that get an answer: curl, and the openai client."""
+        return told.snippets(self.public_url or self.url, self.api_key, self.name, self._has_chat_template)
+
+    def __repr__(self) -> str:
+        if self._stopped:
+            return f"<medusa_serve {self.name}, stopped>"
+        where = f"{self.url}, public at {self.public_url}" if self.public_url else self.url
+        methods = ".panel() .open_tunnel() .generate(…) .stream(…) .generate_many(…) .logs() .stats() .stop()"
+        return f"<medusa_serve {self.name} at {where}>\n{self.snippets()}\n\n{methods}"
+
+    # ---- text --------------------------------------------------------------------------------------------------------
+
+    def generate(self, prompt: Prompt, *, system: str | None = None, raw: bool = False, **sampling: Any) -> Completion:
+        """The answer to a prompt (with a chat template it is one user's message, `raw` continues it as it stands) or to
+        a list of messages. sampling: SamplingParams' fields. Raises InvalidRequest."""
+        return self._llm().generate([self._source(prompt, system, raw)], _params(sampling))[0]
+
+    def stream(
+        self, prompt: Prompt, *, system: str | None = None, raw: bool = False, **sampling: Any
+    ) -> Iterator[Delta]:
+        """The same as it comes: each Delta has `text`, the last one the completion. Leaving the loop cancels."""
+        return self._llm().stream(self._source(prompt, system, raw), _params(sampling))
+
+    def generate_many(
+        self, prompts: Sequence[Prompt], *, system: str | None = None, raw: bool = False, **sampling: Any
+    ) -> list[Completion]:
+        """All at once, in shared passes; in the order of the prompts."""
+        sources = [self._source(prompt, system, raw) for prompt in prompts]
+        return self._llm().generate(sources, _params(sampling))
+
+    async def generate_async(self, prompt: Prompt, **options: Any) -> Completion:
+        """As generate, for `await` and asyncio.gather: the loop goes on meanwhile. Cancelling it cancels."""
+        loop = asyncio.get_running_loop()
+        deltas: asyncio.Queue[Delta] = asyncio.Queue()
+        llm = self._llm()
+        source = self._source(prompt, options.pop("system", None), options.pop("raw", False))
+
+        def sink(news: list[tuple[str, Delta]]) -> None:
+            for _, delta in news:
+                loop.call_soon_threadsafe(deltas.put_nowait, delta)
+
+        sequence = llm.submit(source, _params(options), sink)
+        try:
+            while not (delta := await deltas.get()).is_last:
+                pass
+        except BaseException:
+            llm.manager.cancel(sequence)
+            raise
+        if delta.error is not None:
+            raise delta.error
+        assert delta.completion is not None  # a last delta has one or the other
+        return delta.completion
+
+    def count_tokens(self, messages: Sequence[dict[str, str]]) -> int:
+        """Of a prompt made of these messages, with the template's own."""
+        codec = self._llm().codec
+        if not codec.has_chat_template:
+            return len(codec.encode("\n".join(message["content"] for message in messages)))
+        return len(codec.encode_chat(list(messages)))
+
+    def _source(self, prompt: Prompt, system: str | None, raw: bool) -> Any:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if raw or not self._has_chat_template:
+            if system:
+                raise InvalidRequest("A system message needs a chat template.", param="system")
+            return prompt
+        return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
+
+    # ---- what it does ------------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """Plain facts: model, heads, device, dtype, slots, max_context, nodes."""
+        return self._llm().describe()
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start, tokens per step, and memory."""
+        from ..model.gpu import memory
+
+        counted = self._llm().manager.metrics.snapshot()
+        steps = counted["steps"]
+        per_step = round((steps + counted["accepted"]) / steps, 3) if steps else None
+        return {**counted, "tokens_per_step": per_step, "memory": memory()}
+
+    def logs(self, lines: int = 50) -> str:
+        """The last lines that the server wrote."""
+        return self._log.text(lines)
+
+    # ---- panel, tunnel, end ------------------------------------------------------------------------------------------
+
+    def panel(self) -> Any:
+        """The panel: a widget, the same one each time."""
+        from .panel import Panel
+
+        with self._lock:
+            if self._panel is None:
+                self._panel = Panel(self)
+            return self._panel.widget
+
+    def show(self) -> None:
+        """Show the panel here."""
+        from IPython.display import display
+
+        display(self.panel())
+
+    def open_tunnel(self, *, token: str | None = None, domain: str | None = None) -> str:
+        """A public https address of this server, through ngrok; → public_url. Raises TunnelError."""
+        from .tunnel import open_tunnel
+
+        with self._lock:
+            if self._tunnel is None:
+                self._tunnel = open_tunnel(int(self.url.rpartition(":")[2]), token=token, domain=domain)
+            return str(self._tunnel.url)
+
+    def close_tunnel(self) -> None:
+        with self._lock:
+            tunnel, self._tunnel = self._tunnel, None
+        if tunnel is not None:
+            tunnel.close()
+
+    def stop(self) -> None:
+        """Tunnel, open requests, socket, engine, memory, in this order. May be called twice."""
+        from ..model.gpu import free_bytes
+
+        with self._lock:
+            if self._stopped:
+                return
+            before = free_bytes()
+            in_time = self._end()
+            after = free_bytes()
+        freed = f"; {told.gibibytes(after - before)} of GPU memory are free again" if before and after else ""
+        late = "" if in_time else " (a step hangs; its thread ends when that does)"
+        print(f"stopped {self.name}{freed}{late}")
+
+    def _end(self) -> bool:
+        """Whether the web server's thread ended in time."""
+        from ..model.gpu import release
+
+        atexit.unregister(self.stop)
+        self.close_tunnel()
+        with contextlib.suppress(MedusaServeError):  # nothing is loaded, so nothing runs
+            self._llm().manager.drain(self.asked.server.drain_s)
+        self._stopped = True
+        ended = self._background.stop(self.asked.server.drain_s + STOP_S)
+        if self._panel is not None:
+            self._panel.close()
+        self._background.owner = None
+        self._log.detach()
+        release()
+        return ended
+
+    def _llm(self) -> Any:
+        if self._stopped:
+            raise ShuttingDown("This server was stopped; run launch() again.")
+        return self._background.source.get()
+
+
+def _params(sampling: dict[str, Any]) -> SamplingParams:
+    unknown = sorted(set(sampling) - set(SamplingParams.__dataclass_fields__))
+    if unknown:
+        raise InvalidRequest(f"Unknown option {unknown[0]!r}.", param=unknown[0])
+    return SamplingParams(**sampling)
+
+
+def _patience() -> Any:
+    """A line every 15 seconds."""
+    told_at = [0.0]
+
+    def tell(seconds: float) -> None:
+        if seconds - told_at[0] >= 15:
+            told_at[0] = seconds
+            print(f"… still loading after {seconds:.0f} s", flush=True)
+
+    return tell
