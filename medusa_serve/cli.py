@@ -138,8 +138,8 @@ def _add_model_options(parser: argparse.ArgumentParser, *, heads: bool = True) -
     if heads:  # whoever learns from the model, or checks heads against it, wants its own weights
         about = f"on a CPU: auto (whatever is fastest), {', '.join(QUANTIZE[1:])}"
         group.add_argument("--quantize", default="auto", help=about)
-        about = "on a CPU: small passes as C++, a minute each at the first start, then kept"
-        group.add_argument("--compile", action="store_true", help=about)
+        about = "on a GPU the decoder layers (the default); on a CPU small passes as C++, a minute each, then kept"
+        group.add_argument("--compile", action=argparse.BooleanOptionalAction, help=about)
     return group
 
 

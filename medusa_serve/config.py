@@ -30,7 +30,8 @@ class EngineConfig:
     lookup       also draft from n-gram matches in the sequence's own tokens
     draft_vocab  tokens that tied heads draft from, the first of their list; 0: the whole vocabulary; None: of a longer
                  list 16384 on a CPU
-    compile      on a CPU: the passes of one row over small trees as C++, built at the first start (minutes) and kept
+    compile      on a GPU the decoder layers, unless it is false; on a CPU, if it is true, the passes of one row over
+                 small trees as C++, built at the first start (minutes) and kept
     prefill_chunk  prompt tokens of one pass at most; smaller while others decode
     max_queue    sequences that may wait for a slot; one more is refused (429)
     """
@@ -45,7 +46,7 @@ class EngineConfig:
     tree: str = "auto"
     lookup: bool = True
     draft_vocab: int | None = None
-    compile: bool = False
+    compile: bool | None = None
     prefill_chunk: int = 512
     max_queue: int = 64
 
@@ -67,7 +68,7 @@ class EngineConfig:
             raise InvalidConfig(
                 f"quantize {self.quantize} computes in bfloat16, not in {self.dtype}.", param="quantize"
             )
-        if not isinstance(self.compile, bool):
+        if not isinstance(self.compile, bool | None):
             raise InvalidConfig(f"compile must be true or false, not {self.compile!r}.", param="compile")
         check_int(self, "slots", 1, 1024, optional=True)
         check_int(self, "max_context", 8, 2**22, optional=True)

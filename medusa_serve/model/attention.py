@@ -104,13 +104,14 @@ def tree_view(
     host_length: list[int],
     draft: Draft,
     width: int | None = None,
+    packed: bool = False,
 ) -> View:
     """Rows with a filled tree each."""
     new = draft.tokens.shape[1]
     columns = length[:, None] + torch.arange(new, device=length.device)
     positions = length[:, None] + draft.depths
     width = max(host_length) + new if width is None else width
-    return View(slots, length, host_slots, host_length, positions, columns, draft.mask, width)
+    return View(slots, length, host_slots, host_length, positions, columns, draft.mask, width, packed)
 
 
 def chain_view(

@@ -12,6 +12,7 @@ from .compiled import compile_passes
 from .default_model import cache_folder
 from .draft import Drafter
 from .forward import PlainForward, PlugInError, TreeForward, kv_shapes
+from .layers import fuse_layers
 from .plan import expected_tokens, plan_context, plan_shapes, plan_slots
 from .runner import ModelRunner
 from .selftest import check, references
@@ -44,14 +45,16 @@ def build_runner(
     context, context_why = plan_context(config, max_positions, device)
     shapes = plan_shapes(config, drafter, device)
     columns = context + SLACK
-    indexes = hidden_inputs(drafter)
-    plugged, slots, slots_why, error, plain_because = _plug_in(model, config, columns, max_positions, indexes)
+    indexes, more_notes = hidden_inputs(drafter), list[str]()
+    plugged, slots, slots_why, error, plain_because = _plug_in(
+        model, config, columns, max_positions, indexes, more_notes
+    )
     if plain_because is not None:
         shapes = {1: shapes[1]}
     drafter = drafter if len(shapes) > 1 else None
     num_lookup = max(shape.num_lookup for shape in shapes.values())
     tables = SlotTables(slots, columns, eos_ids, drafter.max_nodes if drafter else 0, num_lookup, device)
-    notes = [f"{slots} slots ({slots_why}) of {context} tokens ({context_why})"]
+    notes = [f"{slots} slots ({slots_why}) of {context} tokens ({context_why})", *more_notes]
     forward = plugged or PlainForward(
         model, slots, lambda slot, length: tables.history[slot, :length], hidden_inputs(drafter)
     )
@@ -83,7 +86,12 @@ def hidden_inputs(drafter: Any) -> tuple[int, ...]:
 
 
 def _plug_in(
-    model: Any, config: EngineConfig, columns: int, max_positions: int | None, hidden_inputs: tuple[int, ...]
+    model: Any,
+    config: EngineConfig,
+    columns: int,
+    max_positions: int | None,
+    hidden_inputs: tuple[int, ...],
+    notes: list[str],
 ) -> tuple[TreeForward | None, int, str, float | None, str | None]:
     """(forward, slots, why so many, the self-test's error, None), or without a forward and with the reason last."""
     try:
@@ -96,6 +104,9 @@ def _plug_in(
         except Exception:
             forward.close()
             raise
+        if model.device.type == "cuda" and config.compile is not False:
+            with torch.inference_mode():  # as the engine's passes: what is compiled holds for its kind of tensors
+                notes.append(fuse_layers(forward, lambda: check(forward, prompts, wanted, slots, packed=True)))
     except PlugInError as reason:
         slots, why = (config.slots, "as asked") if config.slots else (8, "the default for plain decoding")
         return None, slots, why, None, str(reason)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from . import splitk
+
 
 class SlotCache:
     """keys, values: (L, S, C, kv_heads, dim), zero-filled. C holds the context and the tree behind a full slot."""
@@ -34,6 +36,9 @@ class SlotCache:
         slots (B) · columns (B, N) · keys, values (B, kv_heads, N, dim)
         """
         key_slab, value_slab = self.keys[layer], self.values[layer]
+        if splitk.available(key_slab.device) and keys.stride(3) == 1 == values.stride(3):
+            splitk.write_rows(key_slab, value_slab, slots, columns, keys, values)
+            return key_slab, value_slab
         key_slab[slots[:, None], columns] = keys.transpose(1, 2)
         value_slab[slots[:, None], columns] = values.transpose(1, 2)
         return key_slab, value_slab

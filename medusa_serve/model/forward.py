@@ -7,8 +7,9 @@ PlainForward  the model's own cache, one row at a time: for models whose attenti
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -93,8 +94,11 @@ class SlabCache(Cache):
         self.slab = slab
         self.view: Any = None  # a View and its columns during a pass
         self.columns: Any = None
+        self.traced = False  # while a layer is traced, its attention writes what it gets
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if self.traced:
+            return key_states, value_states
         keys, values = self.view.unpack(key_states), self.view.unpack(value_states)
         return self.slab.write(layer_idx, self.view.slots, self.columns, keys, values)
 
@@ -128,6 +132,8 @@ class TreeForward:
         """hidden_inputs: as HiddenTap's indexes, M of them"""
         self.model, self.max_positions, self.hidden_inputs = model, max_positions, tuple(hidden_inputs)
         self.compiled: Any = None  # CompiledPasses, once there are some
+        self.layers: Any = None  # FusedLayers, once there are some
+        self._traced_attention: Callable[..., torch.Tensor] | None = None
         self.cache = SlotCache(kv_shapes(model), slots, columns, model.dtype, model.device)
         self._slab_cache = SlabCache(self.cache)
         self._takes = set(inspect.signature(model.forward).parameters)
@@ -160,9 +166,42 @@ class TreeForward:
         if position_bias is not None:
             raise PlugInError("its attention adds a position bias")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if self._traced_attention is not None:
+            if softcap is not None or s_aux is not None:
+                raise PlugInError("its attention has a soft cap or sinks")
+            return self._traced_attention(query, key, value, scaling, sliding_window or 0), None
         view = self._slab_cache.view
         out = attend(view.unpack(query), key, value, view, scaling, sliding_window, softcap, s_aux)
         return (out.flatten(0, 1)[None] if view.packed else out), None
+
+    @property
+    def view(self) -> View | None:
+        """Of the pass under way."""
+        return self._slab_cache.view
+
+    def attend_in(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """What a layer's cache and attention do in a pass, for a layer that was traced without them."""
+        cache = self._slab_cache
+        keys, values = cache.update(key, value, layer)
+        out = attend(cache.view.unpack(query), keys, values, cache.view, scaling, window)
+        return (out.flatten(0, 1)[None] if cache.view.packed else out).contiguous()
+
+    @contextlib.contextmanager
+    def traced_with(self, attention: Callable[..., torch.Tensor]) -> Iterator[None]:
+        """Meanwhile layers call `attention` (query, key, value, scaling, window or 0) and write no cache."""
+        self._traced_attention, self._slab_cache.traced = attention, True
+        try:
+            yield
+        finally:
+            self._traced_attention, self._slab_cache.traced = None, False
 
     def run(
         self, tokens: torch.Tensor, view: View, last_only: bool = False
@@ -170,6 +209,10 @@ class TreeForward:
         """tokens (B, N), -1 empty → logits (B, N, V), hidden (B, N, M·H); with last_only of the last token alone."""
         if self.compiled is not None and self.compiled.covers(view):
             return self.compiled.run(tokens, view)
+        if view.packed:
+            out, hidden = self._pass(tokens.reshape(1, -1), view.positions.reshape(1, -1), view, None), self._tap.take()
+            shape = tokens.shape
+            return out.logits[0].unflatten(0, shape), None if hidden is None else hidden[0].unflatten(0, shape)
         out = self._pass(tokens, view.positions, view, 1 if last_only else None)
         logits, hidden = out.logits, self._tap.take()
         if not last_only:
@@ -214,6 +257,8 @@ class TreeForward:
         AttentionInterface._global_mapping.pop(self._name, None)
 
     def close(self) -> None:
+        if self.layers is not None:
+            self.layers.close()
         self._tap.close()
         self.detach()
         del self.cache, self._slab_cache

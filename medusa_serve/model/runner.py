@@ -65,7 +65,7 @@ class ModelRunner:
         self.step_ms: Mapping[tuple[int, int], float] = {}
         self._held_by = {nodes: held_by(shapes, nodes) for nodes in self.node_choices}
         self._graphs = StepGraphs(self) if self.device.type == "cuda" and forward.supports_trees else None
-        self.overlaps = self._graphs is not None
+        self.overlaps = self._packs = self._graphs is not None
         self._host_length = [0] * self.num_slots
         self._owner = [0] * self.num_slots  # how many sequences a slot has had
         self._admitted: list[Admission] = []
@@ -205,7 +205,7 @@ class ModelRunner:
         draft = assemble(
             tables.pending(slots), tables.head_nodes(slots), tables.lookup[slots], tables.node_limit[slots], *shape
         )
-        view = tree_view(slots, limits.length, host_slots, host_length, draft, width)
+        view = tree_view(slots, limits.length, host_slots, host_length, draft, width, packed=self._packs)
         logits, hidden = self.forward.run(draft.tokens, view)
         sampling = tables.sampling(slots, sampled, filtered)
         walk = accept(logits, draft, shape.max_depth, sampling, limits)

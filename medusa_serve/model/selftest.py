@@ -36,9 +36,17 @@ def references(model: Any, device: torch.device) -> tuple[list[torch.Tensor], li
     return prompts, wanted
 
 
-def check(forward: TreeForward, prompts: list[torch.Tensor], wanted: list[list[torch.Tensor]], slots: int) -> float:
+def check(
+    forward: TreeForward,
+    prompts: list[torch.Tensor],
+    wanted: list[list[torch.Tensor]],
+    slots: int,
+    *,
+    packed: bool = False,
+) -> float:
     """The largest relative error of prefill in two chunks, a tree pass, a commit and the pass after it. Raises
-    PlugInError above the dtype's tolerance. Uses the first slots and wipes them."""
+    PlugInError above the dtype's tolerance. Uses the first slots and wipes them. packed: tree passes see all rows as
+    one, and the pass after the commit is one of a single token for each row."""
     prompts, wanted = prompts[:slots], wanted[:slots]
     count = TREE.num_nodes + 1
     device = prompts[0].device
@@ -49,11 +57,20 @@ def check(forward: TreeForward, prompts: list[torch.Tensor], wanted: list[list[t
             forward.run(ids[None, start:end], chain_view([slot], [start], [end - start], device), last_only=True)
     nodes = torch.stack([ids[-count:] for ids in prompts])
     slot_ids, lengths = torch.tensor(host_slots, device=device), torch.tensor(host_length, device=device)
-    view = tree_view(slot_ids, lengths, host_slots, host_length, TREE.draft(nodes[:, :-1]))
+    view = tree_view(slot_ids, lengths, host_slots, host_length, TREE.draft(nodes[:, :-1]), packed=packed)
     logits, _ = forward.run(nodes[:, :-1], view)
     forward.commit(view, torch.tensor([PATH] * len(prompts), device=device))
-    after = chain_view(host_slots, [length + len(PATH) for length in host_length], [1] * len(prompts), device)
-    final, _ = forward.run(nodes[:, -1:], after)
+    ends = [length + len(PATH) for length in host_length]
+    if packed:
+        root = Tree().draft(nodes[:1, -1:])
+        final = torch.cat([
+            forward.run(nodes[row : row + 1, -1:], tree_view(
+                slot_ids[row : row + 1], lengths[row : row + 1] + len(PATH), [slot], [end], root, packed=True
+            ))[0]
+            for row, (slot, end) in enumerate(zip(host_slots, ends, strict=True))
+        ])  # fmt: skip
+    else:
+        final, _ = forward.run(nodes[:, -1:], chain_view(host_slots, ends, [1] * len(prompts), device))
     error = 0.0
     for row, want in enumerate(wanted):
         got = [*logits[row], final[row, 0]]
