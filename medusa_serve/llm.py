@@ -102,15 +102,17 @@ class LLM:
                 self.manager.cancel(sequence_id)
         return [done[sequence_id] for sequence_id in ids]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, until: threading.Event | None = None
+    ) -> Iterator[Delta]:
         """The Deltas of one prompt as steps finish; the last one carries the Completion. Leaving the loop early
-        cancels."""
+        cancels; so does setting `until`, from any thread: then no more come, and no Completion."""
         inbox: queue.SimpleQueue[list[tuple[str, Delta]]] = queue.SimpleQueue()
         sequence_id = self.submit(prompt, params, inbox.put)
         ended = False
         try:
-            while not ended:
-                for _, delta in inbox.get():
+            while not ended and (news := _next(inbox, until)):
+                for _, delta in news:
                     ended = delta.is_last
                     if delta.error is not None:
                         raise delta.error
@@ -196,6 +198,16 @@ def _elsewhere(work: Callable[[], Result]) -> Result:
     if failed:
         raise failed[0]
     return done[0]
+
+
+def _next(inbox: queue.SimpleQueue[Any], until: threading.Event | None) -> list[tuple[str, Delta]]:
+    """What comes next; nothing once `until` is set."""
+    while until is not None and not until.is_set():
+        try:
+            return inbox.get(timeout=0.05)
+        except queue.Empty:
+            continue
+    return [] if until is not None else inbox.get()
 
 
 def _config(model: str | EngineConfig | None, options: dict[str, Any]) -> EngineConfig:

@@ -18,6 +18,7 @@ from ..server.serve import CLOSE_S
 from ..types import Completion, Delta, SamplingParams
 from . import env, told
 from .background import Background, listen
+from .compare import Comparison, compare
 from .logs import RingLog
 
 Prompt = str | Sequence[dict[str, str]]
@@ -65,7 +66,7 @@ class Server:
             if isinstance(error, LoadError):
                 raise LoadError(error.message + env.advice()) from None
             raise
-        self._has_chat_template = llm.codec.has_chat_template
+        self.has_chat_template = llm.codec.has_chat_template
         self.name = llm.model_name
         print(told.chosen(llm, time.monotonic() - began), flush=True)
 
@@ -96,7 +97,7 @@ class Server:
 
     def snippets(self) -> str:
         """Lines to copy that get an answer: curl, and the openai client."""
-        return told.snippets(self.public_url or self.url, self.api_key, self.name, self._has_chat_template)
+        return told.snippets(self.public_url or self.url, self.api_key, self.name, self.has_chat_template)
 
     def __repr__(self) -> str:
         if self._stopped:
@@ -118,12 +119,20 @@ class Server:
         """The same as it comes: each Delta has `text`, the last one the completion. Leaving the loop cancels."""
         return self._llm().stream(self._source(prompt, system, raw), _params(sampling))
 
+    def follow(self, prompt: Any, params: SamplingParams, until: threading.Event) -> Any:
+        """The panel's: a generator of Deltas that ends when `until` is set."""
+        return self._llm().stream(prompt, params, until=until)
+
     def generate_many(
         self, prompts: Sequence[Prompt], *, system: str | None = None, raw: bool = False, **sampling: Any
     ) -> list[Completion]:
         """All at once, in shared passes; in the order of the prompts."""
         sources = [self._source(prompt, system, raw) for prompt in prompts]
         return self._llm().generate(sources, _params(sampling))
+
+    def compare(self, prompt: Prompt, *, system: str | None = None, raw: bool = False, **sampling: Any) -> Comparison:
+        """The same prompt with speculation and without, with the same seed: is the text the same, how much sooner?"""
+        return compare(self._llm(), self._source(prompt, system, raw), _params(sampling))
 
     async def generate_async(self, prompt: Prompt, **options: Any) -> Completion:
         """As generate, for `await` and asyncio.gather: the loop goes on meanwhile. Cancelling it cancels."""
@@ -158,7 +167,7 @@ class Server:
     def _source(self, prompt: Prompt, system: str | None, raw: bool) -> Any:
         if not isinstance(prompt, str):
             return list(prompt)
-        if raw or not self._has_chat_template:
+        if raw or not self.has_chat_template:
             if system:
                 raise InvalidRequest("A system message needs a chat template.", param="system")
             return prompt
