@@ -1,7 +1,8 @@
-"""One prompt with speculation and without, with the same seed: is the text the same, and how much sooner does it come?"""
+"""One prompt with speculation and without, with the same seed: the same text, and how much sooner?"""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,7 +43,5 @@ def compare(llm: Any, prompt: Any, params: SamplingParams) -> Comparison:
     [plain] = llm.generate([prompt], replace(params, speculation=False))
     [speculative] = llm.generate([prompt], replace(params, speculation=True, seed=plain.seed))
     pairs = zip(speculative.token_ids, plain.token_ids, strict=False)
-    same = next(
-        (at for at, (a, b) in enumerate(pairs) if a != b), min(map(len, (speculative.token_ids, plain.token_ids)))
-    )
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     return Comparison(speculative, plain, same)

@@ -30,10 +30,8 @@ def _span(piece: Piece) -> str:
 def legend() -> str:
     """What the tints mean."""
     names = {run: f"{run}" for run in TINTS} | {MOST: f"{MOST} or more"}
-    spans = "".join(
-        f'<span style="background:{tint};color:#111;border-radius:3px;padding:0 .5em;margin-left:.3em">{names[run]}</span>'
-        for run, tint in TINTS.items()
-    )
+    style = "color:#111;border-radius:3px;padding:0 .5em;margin-left:.3em"
+    spans = "".join(f'<span style="background:{tint};{style}">{names[run]}</span>' for run, tint in TINTS.items())
     return f'<div style="font-size:85%">tokens from one pass of the model: 1 (no tint){spans}</div>'
 
 

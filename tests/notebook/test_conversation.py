@@ -36,7 +36,7 @@ def test_messages_leave_out_what_has_not_begun() -> None:
     assert not conversation.take_back_answer()
 
 
-@pytest.mark.parametrize(("room", "left", "dropped"), [(9, "abcde", 0), (8, "cde", 2), (5, "e", 4), (0, "e", 4)])
+@pytest.mark.parametrize(("room", "left", "dropped"), [(9, "abcde", 0), (8, "cde", 2), (4, "e", 4), (0, "e", 4)])
 def test_the_oldest_turns_make_room(room: int, left: str, dropped: int) -> None:
     conversation = talk("a a", "b b", "c c", "d", "e e")
     assert conversation.fit(words, room) == dropped
