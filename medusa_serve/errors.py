@@ -11,7 +11,8 @@ MedusaServeError
 │   ├── ShuttingDown      503
 │   └── EngineDead        503  the engine thread is gone; waiting does not help
 ├── GenerationFailed      500  this one sequence made the model fail
-└── LoadError             500  a model, heads or tree file cannot be loaded; the text says what to do
+├── LoadError             500  a model, heads or tree file cannot be loaded; the text says what to do
+└── TunnelError           500  no public address; the text says what to do
 """
 
 from __future__ import annotations
@@ -83,3 +84,13 @@ class GenerationFailed(MedusaServeError):
 
 class LoadError(MedusaServeError):
     status, type, code = 500, "server_error", "load_failed"
+
+
+class TunnelError(MedusaServeError):
+    """ngrok: its number of the error (ERR_NGROK_334: 334), where there is one."""
+
+    status, type, code = 500, "server_error", "tunnel_failed"
+
+    def __init__(self, message: str, *, ngrok: int | None = None) -> None:
+        super().__init__(message)
+        self.ngrok = ngrok
