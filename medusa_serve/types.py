@@ -16,6 +16,9 @@ from .errors import InvalidRequest, MedusaServeError
 FinishReason = Literal["stop", "length"]
 MAX_SEED = 2**63 - 1
 MAX_STOPS, MAX_STOP_CHARS = 4, 64
+MAX_BIASES, MAX_BIAS = 300, 100.0
+MAX_LOGPROBS = 5
+LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON has no word for
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,11 @@ class SamplingParams:
     stop         up to 4 strings of up to 64 characters
     speculation  False: this sequence decodes one token per step, in the same batch
     ignore_eos   for benchmarks that need a fixed number of tokens; not offered over HTTP
+    repetition_penalty   of tokens of prompt and completion, as transformers computes it; 1 is off
+    presence_penalty, frequency_penalty   of completion tokens, as OpenAI defines them; 0 is off
+    logit_bias   token id → what is added to its logit, up to 300; before the penalties
+    logprobs     None, or how many of the likeliest tokens to report with each emitted one (0: that one alone): the
+                 model's own log-probabilities, before bias, penalties and temperature
     """
 
     max_tokens: int | None = None
@@ -40,8 +48,15 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     speculation: bool = True
     ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # or a mapping, as `stop` may be one string
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.logit_bias, Mapping):
+            object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         elif isinstance(self.stop, list):
@@ -57,9 +72,32 @@ class SamplingParams:
         for text in self.stop:
             if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_CHARS:
                 raise InvalidRequest(f"Each stop string must have 1 to {MAX_STOP_CHARS} characters.", param="stop")
+        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_biases(self.logit_bias)
+        _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
         for name in ("speculation", "ignore_eos"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequest(f"{name} must be true or false.", param=name)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the logits are changed before the choice."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0) or bool(self.logit_bias)
+
+
+def _check_biases(biases: Any) -> None:
+    if not isinstance(biases, tuple) or len(biases) > MAX_BIASES:
+        raise InvalidRequest(f"logit_bias must map at most {MAX_BIASES} token ids to numbers.", param="logit_bias")
+    for token, value in biases:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0 or not number or abs(value) > MAX_BIAS:
+            message = f"logit_bias must map token ids to numbers from -{MAX_BIAS:g} to {MAX_BIAS:g}."
+            raise InvalidRequest(message, param="logit_bias")
+    if len({token for token, _ in biases}) < len(biases):
+        raise InvalidRequest("logit_bias names a token id twice.", param="logit_bias")
 
 
 def _check_int(name: str, value: Any, low: int, high: int, *, optional: bool = False) -> None:
@@ -76,6 +114,14 @@ def _check_float(name: str, value: Any, low: float, high: float, *, open_low: bo
         raise InvalidRequest(f"{name} must be a number in {bracket}{low:g}, {high:g}].", param=name)
 
 
+class TokenLogprob(NamedTuple):
+    """The model's own log-probability of an emitted token, and of the likeliest ones there: (id, log-probability), best
+    first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 class StepOutput(NamedTuple):
     """What one row of one pass gave: ids only. `token_ids` is empty only when `failed`.
 
@@ -84,6 +130,7 @@ class StepOutput(NamedTuple):
     failed       the logits were not finite: the sequence must end with an error
     draft_ready  draft tokens at hand for this row's next step (0: a tree would be empty)
     held_by      for each accepted draft token, the smallest of the runner's N whose tree holds it
+    logprobs     one for each token, where the sequence asked for them
     """
 
     slot: int
@@ -93,6 +140,7 @@ class StepOutput(NamedTuple):
     failed: bool = False
     draft_ready: int = 0
     held_by: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     @property
     def num_accepted(self) -> int:
@@ -126,6 +174,7 @@ class Completion:
     queue_ms: float
     prefill_ms: float
     decode_ms: float
+    logprobs: tuple[TokenLogprob, ...] = ()  # one for each of token_ids, where they were asked for
 
     @property
     def acceptance(self) -> float | None:
@@ -180,6 +229,7 @@ class Delta:
     tokens: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
     token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
     completion: Completion | None = None
     error: MedusaServeError | None = None
 
@@ -194,6 +244,7 @@ class Delta:
             self.tokens + later.tokens,
             self.accepted + later.accepted,
             self.token_ids + later.token_ids,
+            self.logprobs + later.logprobs,
             later.completion,
             later.error,
         )

@@ -142,7 +142,7 @@ def recorded_draft(runner: ModelRunner, prompt: Sequence[int]) -> Call:
         with torch.inference_mode():  # a step, and never a graph of it: that would own these tensors
             size = len(prompt)
             shape = runner._shapes[runner.node_choices[-1]]
-            runner.step(slot, active.to(runner.device), [0], [size], size + shape.num_nodes, shape, False, False)
+            runner.step(slot, active.to(runner.device), [0], [size], size + shape.num_nodes, shape)
     finally:
         runner.drafter = drafter
         runner.free(0)

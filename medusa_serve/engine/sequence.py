@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..errors import ContextTooLong, GenerationFailed, InvalidRequest
-from ..types import Completion, Delta, FinishReason, SamplingParams, Sink, StepOutput
+from ..types import Completion, Delta, FinishReason, SamplingParams, Sink, StepOutput, TokenLogprob
 from .budget import Gains
 from .text import Detokenizer, Silent
 
@@ -29,9 +29,10 @@ class Took(NamedTuple):
     accepted: int
     text: str
     reason: FinishReason | None
+    logprobs: tuple[TokenLogprob, ...]
 
     def delta(self) -> Delta:
-        return Delta(self.text, (len(self.ids),), (self.accepted,), self.ids)
+        return Delta(self.text, (len(self.ids),), (self.accepted,), self.ids, self.logprobs)
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +45,7 @@ class Sequence:
     num_reused     leading prompt ids that were in the slot's KV cache already
     num_prefilled  prompt ids in the KV cache, the reused ones included
     token_ids      emitted and delivered; the last one is pending (not in the KV cache)
+    logprobs       one for each of token_ids, if asked for
     steps, drafted, accepted   decode steps, draft tokens verified, draft tokens accepted and delivered
     draft_ready    draft tokens at hand for the next step
     gains          tokens per step by size of tree, while a node budget asks · drafted_for  N of the last tree drafted
@@ -63,6 +65,7 @@ class Sequence:
     num_reused: int = 0
     num_prefilled: int = 0
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     steps: int = 0
     drafted: int = 0
@@ -103,7 +106,9 @@ class Sequence:
         text, used, stopped = self.detokenizer.feed(ids[:at_eos])
         ids = ids[:used]
         accepted = min(len(ids), out.num_accepted) if decoding else 0
+        logprobs = out.logprobs[:used]
         self.token_ids.extend(ids)
+        self.logprobs.extend(logprobs)
         self.steps += decoding
         self.drafted += out.num_drafted
         self.accepted += accepted
@@ -119,7 +124,7 @@ class Sequence:
             text += self.detokenizer.flush()
         if text:
             self.text.append(text)
-        return Took(ids, accepted, text, reason)
+        return Took(ids, accepted, text, reason, logprobs)
 
     def completion(self, model: str, reason: FinishReason) -> Completion:
         """The final answer of a finished sequence."""
@@ -140,6 +145,7 @@ class Sequence:
             queue_ms=(self.admitted - self.submitted) * 1000,
             prefill_ms=(self.first_token - self.admitted) * 1000,
             decode_ms=(self.finished - self.first_token) * 1000,
+            logprobs=tuple(self.logprobs),
         )
 
 
@@ -157,6 +163,8 @@ def token_limit(prompt_ids: Seq[int], params: SamplingParams, *, max_context: in
             f"The prompt has {num_prompt} tokens; the context of {max_context} leaves no room for an answer.",
             param="prompt",
         )
+    if any(token >= vocab_size for token, _ in params.logit_bias):
+        raise InvalidRequest(f"logit_bias has token ids outside 0 … {vocab_size - 1}.", param="logit_bias")
     if params.max_tokens is None:
         return num_prompt + min(DEFAULT_MAX_TOKENS, room)
     if params.max_tokens > room:

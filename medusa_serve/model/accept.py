@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 
 from .filters import Sampling, pick
+from .logprobs import logprobs_of
+from .penalties import Tally
 from .tree import Draft
 
 
@@ -25,13 +27,15 @@ class Limits(NamedTuple):
 
 class Walk(NamedTuple):
     """tokens (B, D+1) emitted, -1 behind the end · nodes (B, D+1) the path, the root first · num_emitted (B) tokens
-    finished (B) EOS or the limit was met · finite (B) False: the row's logits were not usable and nothing counts"""
+    finished (B) EOS or the limit was met · finite (B) False: the row's logits were not usable and nothing counts
+    logprobs (B, D+1, NUM_TOLD) int64, where asked for: as of `logprobs_of`"""
 
     tokens: torch.Tensor
     nodes: torch.Tensor
     num_emitted: torch.Tensor
     finished: torch.Tensor
     finite: torch.Tensor
+    logprobs: torch.Tensor | None = None
 
 
 def accept(logits: torch.Tensor, draft: Draft, max_depth: int, sampling: Sampling, limits: Limits) -> Walk:
@@ -49,18 +53,25 @@ def accept(logits: torch.Tensor, draft: Draft, max_depth: int, sampling: Samplin
     not_root = torch.arange(num_nodes, device=device) > 0
     active = torch.ones(rows, dtype=torch.bool, device=device)
     finished, finite = torch.zeros_like(active), torch.ones_like(active)
-    greedy = logits.max(dim=-1) if device.type == "cuda" and not sampling.sampled else None  # of all nodes in one pass
-    tokens, nodes = [], []
+    plain = not sampling.sampled and sampling.penalties is None
+    greedy = logits.max(dim=-1) if device.type == "cuda" and plain else None  # of all nodes in one pass
+    tally = None if sampling.penalties is None else Tally(sampling.penalties, logits.shape[-1])
+    tokens, nodes, logprobs = [], [], []
     for depth in range(max_depth + 1):
         node = alive.to(torch.uint8).argmax(dim=1)  # the lowest alive node; heads and lookup may hold the same token
         position = limits.length + 1 + depth
         if greedy is None:
-            picked, usable = pick(logits[each, node], sampling, position)
+            here = logits[each, node]
+            picked, usable = pick(here if tally is None else tally.apply(here), sampling, position)
         else:
             picked, usable = greedy.indices[each, node], greedy.values[each, node].isfinite()
         finite &= usable | ~active
         tokens.append(torch.where(active, picked, -1))
         nodes.append(node)
+        if tally is not None:
+            tally.count(picked)
+        if sampling.logprobs:
+            logprobs.append(logprobs_of(logits[each, node], picked))
         stop = (limits.eos == picked[:, None]).any(dim=1) | (position + 1 >= limits.total)
         finished |= active & stop
         alive = alive.gather(1, draft.parents) & (draft.tokens == picked[:, None]) & not_root
@@ -68,7 +79,8 @@ def accept(logits: torch.Tensor, draft: Draft, max_depth: int, sampling: Samplin
         if device.type != "cuda" and not bool(active.any()):
             break  # asking costs nothing on a CPU; on a GPU every depth runs
     emitted = torch.stack(tokens, dim=1)
-    return Walk(emitted, torch.stack(nodes, dim=1), (emitted >= 0).sum(dim=1), finished, finite)
+    told = torch.stack(logprobs, dim=1) if logprobs else None
+    return Walk(emitted, torch.stack(nodes, dim=1), (emitted >= 0).sum(dim=1), finished, finite, told)
 
 
 def ended(pending: torch.Tensor, limits: Limits) -> torch.Tensor:

@@ -11,12 +11,14 @@ from typing import NamedTuple
 import torch
 
 from .noise import gumbel
+from .penalties import Penalties
 
 WINDOW = 1024  # topk(1024) of 49k logits costs a tenth of a sort on a CPU
 
 
 class Sampling(NamedTuple):
-    """The sampling parameters of B rows. `sampled`, `filtered`: whether any row needs noise, or top-k/top-p/min-p."""
+    """The sampling parameters of B rows. `sampled`, `filtered`, `logprobs`: whether any row needs noise, or
+    top-k/top-p/min-p, or log-probabilities · penalties: None where no row has any."""
 
     temperature: torch.Tensor  # (B) float32; 0 is greedy
     top_k: torch.Tensor  # (B) int64; 0 is off
@@ -25,6 +27,8 @@ class Sampling(NamedTuple):
     seed: torch.Tensor  # (B) int64
     sampled: bool
     filtered: bool
+    penalties: Penalties | None = None
+    logprobs: bool = False
 
 
 def pick(logits: torch.Tensor, sampling: Sampling, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

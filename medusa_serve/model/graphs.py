@@ -15,6 +15,7 @@ import torch
 
 from .packed import Packed, pack, views
 from .splitk import MAX_DIM, available
+from .tables import PLAIN, Needs
 
 if TYPE_CHECKING:
     from .plan import Shape
@@ -45,26 +46,24 @@ class StepGraphs:
         """Whether prefill passes can be captured: their attention must read lengths on the device."""
         return self._device_lengths
 
-    def _key(self, rows: int, width: int, shape: Shape, sampled: bool, filtered: bool) -> tuple[Any, ...]:
+    def _key(self, rows: int, width: int, shape: Shape, needs: Needs) -> tuple[Any, ...]:
         """Rows and width as they are captured."""
         rows, columns = _power_of_two(rows, self._runner.num_slots), self._runner.tables.history.shape[1]
         # split-K attention reads lengths on the device: no width to choose, and one graph for all lengths
         width = columns if self._device_lengths else min(_power_of_two(max(width, MIN_WIDTH)), columns)
-        return rows, width, shape, sampled, filtered
+        return rows, width, shape, needs
 
-    def run(
-        self, host_slots: list[int], width: int, shape: Shape, sampled: bool, filtered: bool, active: bool = True
-    ) -> torch.Tensor:
+    def run(self, host_slots: list[int], width: int, shape: Shape, needs: Needs, active: bool = True) -> torch.Tensor:
         """One step of these slots; → runner.step's facts, a line for each of them and more, overwritten by the next
         step. active False: a step that changes nothing."""
         runner = self._runner
         needed = len(host_slots) if self._device_lengths else max(host_slots) + 1
-        key = self._key(needed, width, shape, sampled, filtered)
+        key = self._key(needed, width, shape, needs)
         rows, width = key[:2]
 
         def body() -> torch.Tensor:
             slots, on = self._slots[:rows], self._active[:rows]
-            return runner.step(slots, on, list(range(rows)), [0] * rows, width, shape, sampled, filtered)
+            return runner.step(slots, on, list(range(rows)), [0] * rows, width, shape, needs)
 
         if key not in self._graphs:  # with every row inactive, neither warm-up nor capture changes a sequence
             self._active.zero_()
@@ -80,9 +79,9 @@ class StepGraphs:
     def time(self, rows: int, shape: Shape, repeats: int) -> float:
         """Milliseconds of a step of `rows` slots, none of which is active."""
         runner = self._runner
-        self.run(list(range(rows)), runner.tables.history.shape[1], shape, False, False, active=False)
+        self.run(list(range(rows)), runner.tables.history.shape[1], shape, PLAIN, active=False)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        graph = self._graphs[self._key(rows, runner.tables.history.shape[1], shape, False, False)][0]
+        graph = self._graphs[self._key(rows, runner.tables.history.shape[1], shape, PLAIN)][0]
         times = []
         for _ in range(repeats):
             begin.record()
@@ -104,10 +103,10 @@ class StepGraphs:
         """Which lines of the facts are theirs."""
         return list(range(len(host_slots))) if self._device_lengths else host_slots
 
-    def prefill(self, packed: Packed, sampled: bool, filtered: bool) -> torch.Tensor:
+    def prefill(self, packed: Packed, needs: Needs) -> torch.Tensor:
         """One packed prefill pass; → the facts of its R rows, overwritten by the next one."""
         runner, blocks, rows = self._runner, len(packed.slots), len(packed.rows)
-        key = ("prefill", blocks, sampled, filtered)
+        key = ("prefill", blocks, needs)
         if blocks not in self._inputs:
             self._inputs[blocks] = torch.empty_like(packed.flat, device=runner.device)
         inputs = views(self._inputs[blocks], blocks, rows)
@@ -115,9 +114,7 @@ class StepGraphs:
             empty = pack([], rows, runner.num_slots, least=blocks)
             inputs.flat.copy_(empty.flat)
             width = runner.tables.history.shape[1]
-            self._capture(
-                key, lambda: runner.prefill_step(inputs, width, sampled, filtered), f"a prefill of {blocks} blocks"
-            )
+            self._capture(key, lambda: runner.prefill_step(inputs, width, needs), f"a prefill of {blocks} blocks")
         inputs.flat.copy_(packed.flat.pin_memory(), non_blocking=True)
         graph, facts = self._graphs[key]
         graph.replay()

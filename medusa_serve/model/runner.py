@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -17,10 +18,11 @@ from .draft import Drafter
 from .filters import Sampling
 from .forward import PlainForward, TreeForward
 from .graphs import StepGraphs
+from .logprobs import NUM_TOLD, read_logprobs
 from .lookup import lookup
 from .packed import Packed, Run, block_view, pack
 from .plan import Shape, heads_fill, held_by
-from .tables import Admission, SlotTables
+from .tables import PLAIN, Admission, Needs, SlotTables
 from .transfer import Started, to_device
 from .tree import assemble
 from .workers import give_up_workers
@@ -28,6 +30,14 @@ from .workers import give_up_workers
 ROW_BUDGET = {"cpu": 16, "cuda": 256}  # rows × nodes of one pass, until step times are measured
 TIMED_LENGTH = 192  # tokens of history of the steps that are timed
 PREFILL_ROWS = {"cpu": 1, "cuda": 64}  # prompts of one prefill pass; a CPU is busy with one
+
+
+class Asker(NamedTuple):
+    """Whose a row of a pass was: its slot, that slot's how many-th sequence, and what it asked for."""
+
+    slot: int
+    owner: int
+    num_logprobs: int | None
 
 
 class ModelRunner:
@@ -90,18 +100,19 @@ class ModelRunner:
         self._put_admitted()
         runs = [self._run_of(chunk) for chunk in chunks]
         groups = [runs[i : i + self.prefill_rows] for i in range(0, len(runs), self.prefill_rows)]
+        host_slots = [run.slot for run in runs]
+        needs = self.tables.needs(host_slots)
         if self._graphs is not None and self._graphs.packs:
-            facts = [self._prefill_packed(group) for group in groups]
+            facts = [self._prefill_packed(group, needs) for group in groups]
         else:
             passes = [self._prefill_pass(group) for group in groups]  # all of them before anything is kept
-            facts = [self._keep_runs(group, *done) for group, done in zip(groups, passes, strict=True)]
+            facts = [self._keep_runs(group, *done, needs) for group, done in zip(groups, passes, strict=True)]
         for run in runs:
             self._host_length[run.slot] += len(run.tokens)
-        host_slots = [run.slot for run in runs]
-        owners = [self._owner[slot] for slot in host_slots]
+        askers = self._askers(host_slots, needs)
 
         def read(lines: list[list[int]]) -> list[StepOutput | None]:
-            outputs = self._outputs(host_slots, owners, lines, (), grow=False)
+            outputs = self._outputs(askers, lines, (), grow=False)
             return [out if run.whole or out.failed else None for out, run in zip(outputs, runs, strict=True)]
 
         return Started(torch.cat(facts), read)
@@ -120,24 +131,26 @@ class ModelRunner:
         rows = [[0] * (view.num_new - count) + list(run.tokens) for run, count in zip(runs, counts, strict=True)]
         return self.forward.run(to_device(rows, self.device), view, last_only=True)
 
-    def _keep_runs(self, runs: Sequence[Run], logits: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
+    def _keep_runs(
+        self, runs: Sequence[Run], logits: torch.Tensor, hidden: torch.Tensor | None, needs: Needs
+    ) -> torch.Tensor:
         host_slots, whole = [run.slot for run in runs], [int(run.whole) for run in runs]
         lengths = [run.start + len(run.tokens) - run.whole for run in runs]
         slots, length, active = to_device([host_slots, lengths, whole], self.device)
-        return self._first_tokens(slots, length, active, logits, hidden, *self.tables.flags(host_slots))
+        return self._first_tokens(slots, length, active, logits, hidden, needs)
 
-    def _prefill_packed(self, runs: Sequence[Run]) -> torch.Tensor:
+    def _prefill_packed(self, runs: Sequence[Run], needs: Needs) -> torch.Tensor:
         assert self._graphs is not None
         packed = pack(runs, self.prefill_rows, self.num_slots)
-        return self._graphs.prefill(packed, *self.tables.flags([run.slot for run in runs]))[: len(runs)]
+        return self._graphs.prefill(packed, needs)[: len(runs)]
 
-    def prefill_step(self, packed: Packed, width: int, sampled: bool, filtered: bool) -> torch.Tensor:
+    def prefill_step(self, packed: Packed, width: int, needs: Needs) -> torch.Tensor:
         """A packed prefill pass, device work alone; → facts of its R rows as of `step`."""
         blocks, columns = len(packed.slots), self.tables.history.shape[1]
         view = block_view(packed, columns, [0] * blocks, [0] * blocks, width)
         assert isinstance(self.forward, TreeForward)
         logits, hidden = self.forward.run_packed(packed.tokens, view, packed.last)
-        return self._first_tokens(packed.rows, packed.lengths, packed.whole, logits, hidden, sampled, filtered)
+        return self._first_tokens(packed.rows, packed.lengths, packed.whole, logits, hidden, needs)
 
     def _first_tokens(
         self,
@@ -146,8 +159,7 @@ class ModelRunner:
         whole: torch.Tensor,
         logits: torch.Tensor,
         hidden: torch.Tensor | None,
-        sampled: bool,
-        filtered: bool,
+        needs: Needs,
     ) -> torch.Tensor:
         """Where a prompt is complete, its last token is the root of a tree of one: the walk emits the first token.
         length -1: the row stays as it is."""
@@ -156,7 +168,7 @@ class ModelRunner:
         draft = assemble(
             tables.pending(slots), tables.head_nodes(slots), tables.lookup[slots], tables.node_limit[slots], 1, 0, 0
         )
-        sampling = tables.sampling(slots, sampled, filtered)
+        sampling = tables.sampling(slots, needs)
         walk = accept(logits, draft, 0, sampling, tables.limits(slots))
         largest = self._shapes[self.node_choices[-1]]
         return self._keep(slots, whole.bool(), walk, hidden, torch.zeros_like(slots), sampling, largest)
@@ -166,20 +178,20 @@ class ModelRunner:
         self._put_admitted()
         host_slots, shape = list(slots), self._shapes[nodes]
         lengths = [self._host_length[slot] for slot in host_slots]
-        flags = self.tables.flags(host_slots)
+        needs = self.tables.needs(host_slots)
         if self._graphs is not None:
             # the step in flight may have added a tree to what the host knows
-            facts = self._graphs.run(host_slots, max(lengths) + MAX_NODES + nodes, shape, *flags)
+            facts = self._graphs.run(host_slots, max(lengths) + MAX_NODES + nodes, shape, needs)
         else:
             rows = torch.tensor(host_slots, device=self.device)
             active = torch.ones_like(rows, dtype=torch.bool)
-            facts = self.step(rows, active, host_slots, lengths, max(lengths) + nodes, shape, *flags)
-        owners = [self._owner[slot] for slot in host_slots]
+            facts = self.step(rows, active, host_slots, lengths, max(lengths) + nodes, shape, needs)
+        askers = self._askers(host_slots, needs)
         places = range(len(host_slots)) if self._graphs is None else self._graphs.lines(host_slots)
 
         def read(lines: list[list[int]]) -> list[StepOutput]:
             mine = [lines[place] for place in places]
-            return self._outputs(host_slots, owners, mine, self._held_by[nodes])
+            return self._outputs(askers, mine, self._held_by[nodes])
 
         return Started(facts, read)
 
@@ -191,13 +203,13 @@ class ModelRunner:
         host_length: list[int],
         width: int,
         shape: Shape,
-        sampled: bool,
-        filtered: bool,
+        needs: Needs = PLAIN,
     ) -> torch.Tensor:
         """Draft, verify, accept, commit, draft for the next step: device work alone, no wait for it.
 
         slots (B) · active (B): rows that count; the others only fill the batch · width: columns of keys to read
-        → (B, 5 + 2 (D + 1)): tokens kept, finished, finite, drafted, ready for the next step, the tokens, their nodes
+        → (B, 5 + 2 (D + 1)): tokens kept, finished, finite, drafted, ready for the next step, the tokens, their nodes;
+        with log-probabilities NUM_TOLD (D + 1) more, as of Walk
         """
         tables = self.tables
         limits: Limits = tables.limits(slots)
@@ -207,7 +219,7 @@ class ModelRunner:
         )
         view = tree_view(slots, limits.length, host_slots, host_length, draft, width, packed=self._packs)
         logits, hidden = self.forward.run(draft.tokens, view)
-        sampling = tables.sampling(slots, sampled, filtered)
+        sampling = tables.sampling(slots, needs)
         walk = accept(logits, draft, shape.max_depth, sampling, limits)
         self.forward.commit(view, walk.nodes)
         drafted = (draft.tokens[:, 1:] >= 0).sum(dim=1)
@@ -227,7 +239,8 @@ class ModelRunner:
         count = self.tables.advance(slots, active, walk)
         ready = self._draft_next(slots, active, walk, hidden, sampling, shape)
         facts = torch.stack([count, walk.finished, walk.finite, drafted, ready], dim=1)
-        return torch.cat([facts, walk.tokens, walk.nodes], dim=1)
+        told = [] if walk.logprobs is None else [walk.logprobs.flatten(1)]
+        return torch.cat([facts, walk.tokens, walk.nodes, *told], dim=1)
 
     def _draft_next(
         self,
@@ -258,27 +271,29 @@ class ModelRunner:
         tables.keep_draft(slots, active, heads, found)
         return ready
 
+    def _askers(self, host_slots: list[int], needs: Needs) -> list[Asker]:
+        told = [self.tables.num_logprobs(slot) if needs.logprobs else None for slot in host_slots]
+        return [Asker(slot, self._owner[slot], num) for slot, num in zip(host_slots, told, strict=True)]
+
     def _outputs(
-        self,
-        host_slots: list[int],
-        owners: list[int],
-        facts: list[list[int]],
-        holders: Sequence[int],
-        grow: bool = True,
+        self, askers: list[Asker], facts: list[list[int]], holders: Sequence[int], grow: bool = True
     ) -> list[StepOutput]:
         """holders: of each node, the smallest N that has it · grow: what was emitted lengthens the sequence (a first
         token does not: its place was counted before)."""
-        outputs = []
-        for slot, owner, (count, finished, finite, drafted, ready, *tokens) in zip(
-            host_slots, owners, facts, strict=True
+        outputs, told = [], any(asker.num_logprobs is not None for asker in askers)
+        for (slot, owner, num_logprobs), (count, finished, finite, drafted, ready, *rest) in zip(
+            askers, facts, strict=True
         ):
             mine = owner == self._owner[slot]  # else the slot was given to another sequence meanwhile
             if finite:
                 if grow and mine:
                     self._host_length[slot] += count
-                kept, path = tuple(tokens[:count]), tokens[len(tokens) // 2 :]
-                held = tuple(holders[node] for node in path[1:count])
-                outputs.append(StepOutput(slot, kept, drafted, bool(finished), False, ready, held))
+                depths = len(rest) // (2 + told * NUM_TOLD)
+                path, spoken = rest[depths : depths + count], rest[2 * depths :]
+                held = tuple(holders[node] for node in path[1:])
+                logprobs = () if num_logprobs is None else read_logprobs(spoken, count, num_logprobs)
+                kept = tuple(rest[:count])
+                outputs.append(StepOutput(slot, kept, drafted, bool(finished), False, ready, held, logprobs))
             else:
                 self._poison(slot)
                 outputs.append(StepOutput(slot, (), drafted, finished=True, failed=True))
@@ -296,7 +311,7 @@ class ModelRunner:
         for _ in range(repeats + 1):
             started = time.perf_counter()
             lengths = [TIMED_LENGTH] * rows
-            self.step(slots, slots < 0, list(range(rows)), lengths, width, shape, False, False)
+            self.step(slots, slots < 0, list(range(rows)), lengths, width, shape)
             times.append((time.perf_counter() - started) * 1000)
         return min(times[1:])
 

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..types import SamplingParams
+from ..types import MAX_BIASES, SamplingParams
 from .accept import Limits, Walk
 from .filters import Sampling
+from .penalties import Penalties
 from .transfer import to_device
 from .tree import HeadNodes
 
@@ -26,6 +27,18 @@ class Admission(NamedTuple):
     params: SamplingParams
     total: int
     num_cached: int
+
+
+class Needs(NamedTuple):
+    """What any row of a pass asks for beyond the likeliest token. The host knows; a pass pays for nothing else."""
+
+    sampled: bool = False
+    filtered: bool = False
+    penalised: bool = False
+    logprobs: bool = False
+
+
+PLAIN = Needs()
 
 
 class SlotTables:
@@ -48,8 +61,11 @@ class SlotTables:
         self.eos = ints(slots, max(1, len(eos_ids)), fill=-1)
         self.heads = HeadNodes(ints(slots, num_nodes, fill=-1), ints(slots, num_nodes), ints(slots, num_nodes))
         self.lookup = ints(slots, num_lookup, fill=-1)
-        self.top_k, self.seed = ints(slots), ints(slots)
+        self.top_k, self.seed, self.num_prompt = ints(slots), ints(slots), ints(slots)
         self.temperature, self.top_p, self.min_p = (torch.zeros(slots, device=device) for _ in range(3))
+        self.repetition, self.presence, self.frequency = (torch.zeros(slots, device=device) for _ in range(3))
+        self.bias_ids, self.bias = ints(slots, MAX_BIASES), torch.zeros(slots, MAX_BIASES, device=device)
+        self._biased: set[int] = set()  # slots whose row of `bias` is not all zeros
         self._eos_ids = tuple(eos_ids)
         self._params: list[SamplingParams | None] = [None] * slots
 
@@ -58,7 +74,7 @@ class SlotTables:
         self._params[slot] = params
 
     def admit(self, rows: Sequence[Admission]) -> None:
-        """Fill the slots' rows for new sequences: three transfers, however many they are."""
+        """Fill the slots' rows for new sequences: three transfers, however many they are; two more with biases."""
         device, longest = self.history.device, max(len(row.prompt) for row in rows)
         history = torch.zeros(len(rows), longest, dtype=torch.int64)
         whole, real = [], []
@@ -66,26 +82,50 @@ class SlotTables:
             history[number, : len(prompt)] = torch.tensor(prompt)
             limit = torch.iinfo(torch.int64).max if params.speculation else 1
             eos = [-1 if params.ignore_eos else token for token in self._eos_ids or (-1,)]
-            whole.append([slot, num_cached, total, limit, params.top_k, params.seed or 0, *eos])
-            real.append([params.temperature, params.top_p, params.min_p])
+            whole.append([slot, num_cached, total, limit, params.top_k, params.seed or 0, len(prompt), *eos])
+            penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+            real.append([params.temperature, params.top_p, params.min_p, *penalties])
         columns = to_device(torch.tensor(whole, dtype=torch.int64), device)
         slots = columns[:, 0]
-        for number, table in enumerate((self.length, self.total, self.node_limit, self.top_k, self.seed), 1):
+        tables = (self.length, self.total, self.node_limit, self.top_k, self.seed, self.num_prompt)
+        for number, table in enumerate(tables, 1):
             table[slots] = columns[:, number]
-        self.eos[slots] = columns[:, 6:]
+        self.eos[slots] = columns[:, 7:]
         reals = to_device(torch.tensor(real, dtype=torch.float32), device)
-        for number, table in enumerate((self.temperature, self.top_p, self.min_p)):
+        choice = (self.temperature, self.top_p, self.min_p, self.repetition, self.presence, self.frequency)
+        for number, table in enumerate(choice):
             table[slots] = reals[:, number]
+        self._admit_biases(rows, slots)
         self.history[slots, :longest] = to_device(history, device)
         self.heads.tokens[slots] = -1
         self.lookup[slots] = -1
 
-    def flags(self, host_slots: Sequence[int]) -> tuple[bool, bool]:
-        """Whether any of these rows samples, and whether any of them filters."""
-        hot = [p for slot in host_slots if (p := self._params[slot]) is not None and p.temperature > 0]
-        return bool(hot), any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0 for p in hot)
+    def _admit_biases(self, rows: Sequence[Admission], slots: torch.Tensor) -> None:
+        admitted, biased = {row.slot for row in rows}, {row.slot for row in rows if row.params.logit_bias}
+        if not biased and self._biased.isdisjoint(admitted):
+            return
+        self._biased = self._biased - admitted | biased
+        ids, values = torch.zeros(len(rows), MAX_BIASES, dtype=torch.int64), torch.zeros(len(rows), MAX_BIASES)
+        for number, row in enumerate(rows):
+            for place, (token, value) in enumerate(row.params.logit_bias):
+                ids[number, place], values[number, place] = token, value
+        self.bias_ids[slots] = to_device(ids, slots.device)
+        self.bias[slots] = to_device(values, slots.device)
 
-    def sampling(self, slots: torch.Tensor, sampled: bool, filtered: bool) -> Sampling:
+    def needs(self, host_slots: Sequence[int]) -> Needs:
+        """What these rows ask for between them."""
+        known = [p for slot in host_slots if (p := self._params[slot]) is not None]
+        hot = [p for p in known if p.temperature > 0]
+        filtered = any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0 for p in hot)
+        told = any(p.logprobs is not None for p in known)
+        return Needs(bool(hot), filtered, any(p.penalised for p in known), told)
+
+    def num_logprobs(self, slot: int) -> int | None:
+        """As in the SamplingParams of the slot's sequence."""
+        params = self._params[slot]
+        return None if params is None else params.logprobs
+
+    def sampling(self, slots: torch.Tensor, needs: Needs) -> Sampling:
         """The rows' sampling parameters, (B) each."""
         return Sampling(
             self.temperature[slots],
@@ -93,9 +133,15 @@ class SlotTables:
             self.top_p[slots],
             self.min_p[slots],
             self.seed[slots],
-            sampled,
-            filtered,
+            needs.sampled,
+            needs.filtered,
+            self._penalties(slots) if needs.penalised else None,
+            needs.logprobs,
         )
+
+    def _penalties(self, slots: torch.Tensor) -> Penalties:
+        tables = (self.repetition, self.presence, self.frequency, self.bias_ids, self.bias)
+        return Penalties(*(table[slots] for table in (*tables, self.history, self.length, self.num_prompt)))
 
     def limits(self, slots: torch.Tensor) -> Limits:
         return Limits(self.length[slots], self.total[slots], self.eos[slots])

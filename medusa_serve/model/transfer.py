@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -14,6 +15,16 @@ def to_device(values: Sequence[Any] | torch.Tensor, device: torch.device) -> tor
     """Numbers as a tensor on the device. From pageable memory, CUDA would first wait for all that is under way."""
     tensor = values if isinstance(values, torch.Tensor) else torch.tensor(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def bits_of(values: torch.Tensor) -> torch.Tensor:
+    """float32 as int64 that holds its bits: facts of both kinds travel together."""
+    return values.contiguous().view(torch.int32).to(torch.int64)
+
+
+def from_bits(bits: int) -> float:
+    """The float32 that `bits_of` packed."""
+    return float(struct.unpack("<f", struct.pack("<i", bits))[0])
 
 
 class Started(Generic[Output]):

@@ -30,7 +30,7 @@ def test_the_first_token_is_no_decode_step():
     assert (seq.steps, seq.drafted, seq.accepted, seq.token_ids) == (0, 0, 0, [97])
     assert seq.kv_ids == (1, 2, 3, 4, 5)
     took = take(seq, [98, 99, 100], num_drafted=7, draft_ready=5)
-    assert took == ((98, 99, 100), 2, "bcd", None)
+    assert took[:4] == ((98, 99, 100), 2, "bcd", None)
     assert took.delta() == Delta("bcd", (3,), (2,), (98, 99, 100))
     assert (seq.steps, seq.drafted, seq.accepted, seq.draft_ready) == (1, 7, 2, 5)
     assert seq.kv_ids == (1, 2, 3, 4, 5, 97, 98, 99)

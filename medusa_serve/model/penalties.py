@@ -1,0 +1,60 @@
+"""What a request adds to or takes from the model's logits before it picks: logit_bias, then the repetition penalty
+(Keskar et al., "CTRL", 1909.05858; transformers' processor), then OpenAI's presence and frequency penalties.
+
+They depend on the tokens so far, so they are evaluated along the walked path: a token that this very step emitted
+counts for the next one, as in plain decoding. Nothing is kept between steps: the counts are taken from the slot's
+history.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Penalties(NamedTuple):
+    """Of B rows. `history` holds their tokens up to and with column `length`, `num_prompt` of them the prompt's."""
+
+    repetition: torch.Tensor  # (B) float32; 1 is off. Of tokens of prompt and completion
+    presence: torch.Tensor  # (B) float32; 0 is off. Of completion tokens
+    frequency: torch.Tensor  # (B) float32; 0 is off. Of completion tokens, times how often
+    bias_ids: torch.Tensor  # (B, M) int64
+    bias: torch.Tensor  # (B, M) float32; 0 where there is none
+    history: torch.Tensor  # (B, C) int64
+    length: torch.Tensor  # (B)
+    num_prompt: torch.Tensor  # (B)
+
+
+class Tally:
+    """The counts of one walk: (B, V) each, made once a step and carried on along the path."""
+
+    def __init__(self, penalties: Penalties, vocab_size: int) -> None:
+        self._penalties = penalties
+        column = torch.arange(penalties.history.shape[1], device=penalties.history.device)
+        known = column <= penalties.length[:, None]
+        own = known & (column >= penalties.num_prompt[:, None])
+        self._all = _sum_by_token(penalties.history, known.float(), vocab_size)
+        self._own = _sum_by_token(penalties.history, own.float(), vocab_size)
+        self._bias = _sum_by_token(penalties.bias_ids, penalties.bias, vocab_size)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits (B, V) as the request wants them, in float32 at least, where transformers computes."""
+        x = logits.to(torch.promote_types(logits.dtype, torch.float32)) + self._bias
+        repetition = self._penalties.repetition[:, None]
+        x = torch.where(self._all > 0, torch.where(x < 0, x * repetition, x / repetition), x)
+        x = x - self._penalties.frequency[:, None] * self._own
+        return x - self._penalties.presence[:, None] * (self._own > 0)
+
+    def count(self, token: torch.Tensor) -> None:
+        """The walk emitted token (B). Rows that have ended may count on: they pick nothing more."""
+        one = torch.ones(len(token), 1, device=token.device)
+        self._all.scatter_add_(1, token[:, None], one)
+        self._own.scatter_add_(1, token[:, None], one)
+
+
+def _sum_by_token(tokens: torch.Tensor, values: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """tokens (B, M), values (B, M) float32 → (B, V), exact for counts. Ids that the logits lack are left out."""
+    values = torch.where(tokens < vocab_size, values, 0.0)
+    sums = torch.zeros(len(tokens), vocab_size, device=tokens.device)
+    return sums.scatter_add_(1, tokens.clamp(max=vocab_size - 1), values)
