@@ -18,7 +18,7 @@ _HOMES = {
     "Completion": ".types",
     "Delta": ".types",
     "EngineConfig": ".config",
-    "ServerConfig": ".config",
+    "ServerConfig": ".server.config",
 }
 __all__ = ["__version__", *_HOMES]
 

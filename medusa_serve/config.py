@@ -79,36 +79,6 @@ class EngineConfig:
             raise InvalidConfig(f"tree must have 2 to {MAX_NODES} nodes (the root counts), or be 'off'.", param="tree")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """Where the server listens and what it refuses.
-
-    api_key         None: no key on loopback; the CLI makes one for any other host
-    max_body_bytes  a larger body is 413
-    merge_ms        a streamed event waits at most this long for a lagging socket before it is merged with later ones
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None
-    max_body_bytes: int = 1 << 20
-    merge_ms: int = 20
-    drain_s: float = 5.0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.host, str) or not self.host.strip():
-            raise InvalidConfig("host must be a non-empty string.", param="host")
-        check_int(self, "port", 0, 65535)
-        check_int(self, "max_body_bytes", 1024, 1 << 30)
-        check_int(self, "merge_ms", 0, 1000)
-        if self.api_key is not None and (not isinstance(self.api_key, str) or not self.api_key.strip()):
-            raise InvalidConfig("api_key must be a non-empty string.", param="api_key")
-
-    @property
-    def is_loopback(self) -> bool:
-        return self.host in ("127.0.0.1", "localhost", "::1")
-
-
 def check_int(config: Any, name: str, low: int, high: int, *, optional: bool = False) -> None:
     """Raise InvalidConfig unless the field is an int in [low, high]."""
     value = getattr(config, name)

@@ -9,7 +9,12 @@ MedusaServeError
 ├── Unavailable           503  not now
 │   ├── ModelLoading      503
 │   ├── ShuttingDown      503
-│   └── EngineDead        503  the engine thread is gone; waiting does not help
+│   ├── QueueTimeout      503  no slot came free in time
+│   ├── EngineStalled     503  a step hangs
+│   ├── EngineRestarting  503  the engine met an error and starts again
+│   ├── OutOfMemory       503  too little device memory for this sequence, also when it runs alone
+│   └── EngineDead        503  the engine is gone; waiting does not help
+├── GenerationTimeout     504  the answer took too long
 ├── GenerationFailed      500  this one sequence made the model fail
 ├── LoadError             500  a model, heads or tree file cannot be loaded; the text says what to do
 └── TunnelError           500  no public address; the text says what to do
@@ -73,9 +78,30 @@ class ShuttingDown(Unavailable):
     code = "shutting_down"
 
 
+class QueueTimeout(Unavailable):
+    code = "queue_timeout"
+
+
+class EngineStalled(Unavailable):
+    code = "engine_stalled"
+    retry_after = 30
+
+
+class EngineRestarting(Unavailable):
+    code = "engine_restarting"
+
+
+class OutOfMemory(Unavailable):
+    code = "out_of_memory"
+
+
 class EngineDead(Unavailable):
     code = "engine_dead"
     retry_after = None
+
+
+class GenerationTimeout(MedusaServeError):
+    status, type, code = 504, "timeout_error", "generation_timeout"
 
 
 class GenerationFailed(MedusaServeError):

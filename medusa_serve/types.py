@@ -256,9 +256,9 @@ Sink = Callable[[list[tuple[str, Delta]]], None]
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """state: ok, stalled (a step far too old), dead (thread gone), draining, closed."""
+    """state: ok, stalled (a step far too old), restarting (after an error), failed (for good), draining, closed."""
 
-    state: Literal["ok", "stalled", "dead", "draining", "closed"]
+    state: Literal["ok", "stalled", "restarting", "failed", "draining", "closed"]
     running: int
     waiting: int
     heartbeat_age_s: float
@@ -311,6 +311,9 @@ class Runner(Protocol):
 
     def rest(self) -> None:
         """No sequence is left: give up what only computing needs."""
+
+    def reset(self) -> None:
+        """Forget every sequence, whatever state an error left: all slots are free and as new."""
 
     def close(self) -> None:
         """Free all device memory."""

@@ -130,6 +130,7 @@ class FakeRunner:
     calls: list[tuple] = field(default_factory=list)
     admitted: list[tuple[int, int, int]] = field(default_factory=list)  # slot, prompt tokens, reused
     rests: int = 0
+    resets: int = 0
     closed: int = 0
 
     def __post_init__(self) -> None:
@@ -199,6 +200,11 @@ class FakeRunner:
     def rest(self) -> None:
         assert not self.slots
         self.rests += 1
+
+    def reset(self) -> None:
+        self.slots.clear()
+        self.kv = [[] for _ in range(self.num_slots)]
+        self.resets += 1
 
     def close(self) -> None:
         self.closed += 1

@@ -19,7 +19,8 @@ from importlib import metadata
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..config import EngineConfig, ServerConfig, check_int
+from ..config import EngineConfig, check_int
+from ..server.config import ServerConfig
 from ..types import Completion, SamplingParams
 
 if TYPE_CHECKING:

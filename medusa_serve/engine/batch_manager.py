@@ -11,13 +11,25 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from typing import Any
 
 from ..config import EngineConfig
-from ..errors import EngineDead, GenerationFailed, InvalidRequest, MedusaServeError, QueueFull, ShuttingDown
+from ..errors import (
+    EngineDead,
+    EngineRestarting,
+    GenerationFailed,
+    InvalidRequest,
+    MedusaServeError,
+    QueueFull,
+    ShuttingDown,
+)
 from ..types import Delta, EngineStatus, Runner, SamplingParams, Sink, StepOutput, TextCodec
 from .flights import Flights
 from .isolate import RowFailed
 from .metrics import Metrics, Outcome
+from .outbox import Outbox, tell_all
+from .pulse import Pulse, refuse_unless_ok
+from .restarts import Restarts
 from .scheduler import Scheduler
 from .sequence import Sequence, token_limit
 from .text import Detokenizer, Silent
@@ -25,8 +37,6 @@ from .text import Detokenizer, Silent
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 0.5  # the loop shows a heartbeat at least this often
-HEARTBEAT_S = 10.0  # an idle loop without one for this long is stalled
-STALL_STEPS = 20  # a step is too old after this many median steps (and stall_s)
 
 
 class BatchManager:
@@ -37,7 +47,8 @@ class BatchManager:
       (completion or error), unless it is cancelled: then nothing more.
     - Each sink is called once per step at most, on the engine thread, with everything new of its sequences.
     - A sequence that makes the runner fail ends alone; a sink that raises ends its own sequences.
-    - When the engine thread dies, every open sequence gets EngineDead.
+    - When the engine itself meets an error, every open sequence gets EngineRestarting and it starts again; where that
+      cannot help, EngineDead.
 
     Threads meet in `_open`, `_inbox` and the flags under `_lock`; all else belongs to the thread that runs `step()`.
     `start` makes that thread; without it, the caller's thread may run `step` itself (tests do).
@@ -58,18 +69,19 @@ class BatchManager:
         stall_s: no step is called stalled before this age. close_s: `close` waits for a step at most this long."""
         self.metrics = Metrics(slots=runner.num_slots)
         self._runner, self._codec, self._config, self._model_name = runner, codec, config, model_name
-        self._clock, self._stall_s, self._close_s = clock, stall_s, close_s
+        self._clock, self._close_s = clock, close_s
+        self._pulse = Pulse(clock, stall_s)
         self._scheduler = Scheduler(runner, config.prefill_chunk)
         self._lock = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._open: dict[str, Sequence] = {}  # accepted, not ended; whoever pops a sequence owes its last delta
         self._flights = Flights(runner, self._scheduler, self.metrics, clock, self._take)
-        self._outbox: dict[Sink, list[tuple[Sequence, Delta]]] = {}
+        self._outbox = Outbox(self.metrics, clock, is_open=self._open.__contains__, drop=self._drop)
         self._thread: threading.Thread | None = None
         self._draining = self._closing = self._runner_closed = False
+        self._restarts = Restarts(clock)
+        self._restarting = False
         self._death: str | None = None
-        self._heartbeat = clock()
-        self._step_started: float | None = None
 
     # ---- any thread ------------------------------------------------------------------------------------------------
 
@@ -84,7 +96,7 @@ class BatchManager:
     def submit(self, prompt_ids: Seq[int], params: SamplingParams, sink: Sink, *, key: str = "") -> str:
         """Accept a sequence and return its id. `key` says whose it is: KV prefixes are shared only within one key.
 
-        Raises InvalidRequest, ContextTooLong, QueueFull, ShuttingDown or EngineDead.
+        Raises InvalidRequest, ContextTooLong, QueueFull, ShuttingDown, EngineStalled, EngineRestarting or EngineDead.
         """
         if not isinstance(sink, Hashable):
             raise TypeError("The sink must be hashable: deltas are grouped by it.")
@@ -98,10 +110,7 @@ class BatchManager:
         seq = Sequence(f"gen-{uuid.uuid4().hex}", prompt, params, limit, sink, text, key)
         seq.submitted = self._clock()
         with self._lock:
-            if self._closing or self._draining:
-                raise ShuttingDown("The server is shutting down.")
-            if self._death is not None:
-                raise EngineDead(self._death)
+            refuse_unless_ok(self.status())
             # Those that find a slot in the next step do not wait, so this many are open before the queue is full.
             if len(self._open) >= self._runner.num_slots + self._config.max_queue:
                 raise QueueFull(f"{self._config.max_queue} sequences wait already; try again later.")
@@ -111,33 +120,47 @@ class BatchManager:
             self._post(lambda: self._scheduler.add(seq))
         return seq.id
 
-    def cancel(self, id: str) -> None:
+    def is_waiting(self, id: str) -> bool:
+        """Accepted, and without a slot so far."""
+        seq = self._open.get(id)
+        return seq is not None and seq.slot is None
+
+    def limits(self) -> dict[str, Any]:
+        """Those of the engine, as plain data."""
+        return {
+            "slots": self._runner.num_slots,
+            "max_queue": self._config.max_queue,
+            "prefill_chunk": self._config.prefill_chunk,
+            "stall_s": self._pulse.stall_s,
+        }
+
+    def cancel(self, id: str, outcome: Outcome = "cancelled") -> None:
         """End a sequence without a last delta; its slot is free within two steps. Unknown and ended ids are fine.
+        outcome: as it is counted.
 
         No delta is delivered after this returns, except by a call of the sink that is under way.
         """
         with self._lock:
             seq = self._open.get(id)
             if seq is not None and not seq.cancelled:
-                seq.cancelled = True
-                self._post(lambda: self._end(seq, "cancelled"))
+                seq.cancelled = outcome
+                self._post(lambda: self._end(seq, outcome))
 
     def status(self) -> EngineStatus:
         """Where the engine stands; cheap, never waits for a step."""
-        now = self._clock()
-        started, activity = self._step_started, self._runner.activity
-        age = 0.0 if started is None else now - started
-        heartbeat_age = max(0.0, now - self._heartbeat)
+        activity, heartbeat_age = self._runner.activity, self._pulse.age_s()
         running, waiting = self._load()
-        slow = started is not None and age > max(self._stall_s, STALL_STEPS * self.metrics.median_turn_s)
-        silent = started is None and heartbeat_age > HEARTBEAT_S
         if self._closing:
             return EngineStatus("closed", running, waiting, heartbeat_age, self._death)
         if self._death is not None:
-            return EngineStatus("dead", running, waiting, heartbeat_age, self._death)
-        if (slow or silent) and activity is None:
-            message = f"A step has been running for {age:.0f} s." if slow else "The engine loop does not turn."
-            return EngineStatus("stalled", running, waiting, heartbeat_age, message)
+            return EngineStatus("failed", running, waiting, heartbeat_age, self._death)
+        if self._restarting:
+            return EngineStatus(
+                "restarting", running, waiting, heartbeat_age, "The engine starts again after an error."
+            )
+        trouble = self._pulse.trouble(self.metrics.median_turn_s) if activity is None else None
+        if trouble is not None:
+            return EngineStatus("stalled", running, waiting, heartbeat_age, trouble)
         return EngineStatus("draining" if self._draining else "ok", running, waiting, heartbeat_age, activity)
 
     def drain(self, grace_s: float) -> bool:
@@ -179,7 +202,7 @@ class BatchManager:
 
     def step(self) -> bool:
         """One turn: inbox, admission, a prefill chunk, a decode step, delivery. False when there was nothing to do."""
-        self._step_started = started = self._clock()
+        started = self._pulse.begin()
         try:
             busy = self._read_inbox()
             while (seq := self._scheduler.admit()) is not None:
@@ -189,7 +212,7 @@ class BatchManager:
             self._flights.prefill(plan.prefill)
             self._flights.decode(plan.decode, plan.nodes)
             landed = self._flights.land(before)  # the turn before this one, while the device is busy
-            self._deliver()
+            self._outbox.deliver()
             turned = bool(plan.prefill or plan.decode or landed)
             if turned:
                 self.metrics.turn(self._clock() - started)
@@ -198,26 +221,31 @@ class BatchManager:
             return busy or turned
         finally:
             with self._lock:
-                self._heartbeat, self._step_started = self._clock(), None
+                self._pulse.end()
                 self._set_gauges()
                 self._lock.notify_all()
 
     def _run(self) -> None:
+        again = True
+        while again:
+            try:
+                self._turn_until_closed()
+                return self._shut()
+            except BaseException as error:  # SystemExit and KeyboardInterrupt too: nobody else would hear of them
+                again = self.recover(error)
+
+    def _turn_until_closed(self) -> None:
         resting = True
-        try:
-            while not self._closing:
-                if self.step():
-                    resting = False
-                else:
-                    if not resting:
-                        self._runner.rest()
-                        resting = True
-                    with self._lock:
-                        if not self._inbox and not self._closing:
-                            self._lock.wait(IDLE_WAIT_S)
-            self._shut()
-        except BaseException as error:  # SystemExit and KeyboardInterrupt too: nobody else hears of this thread's end
-            self._die(error)
+        while not self._closing:
+            if self.step():
+                resting = False
+                continue
+            if not resting:
+                self._runner.rest()
+                resting = True
+            with self._lock:
+                if not self._inbox and not self._closing:
+                    self._lock.wait(IDLE_WAIT_S)
 
     def _load(self) -> tuple[int, int]:
         """(running, waiting). Sequences still in the inbox wait; what a dead engine left in its slots does not run."""
@@ -251,11 +279,9 @@ class BatchManager:
     def _take(self, seq: Sequence, out: StepOutput | RowFailed, *, decoding: bool) -> None:
         """What a pass emitted for one sequence: text, counters, the end."""
         if isinstance(out, RowFailed):
-            self._fail(seq, f"The model failed on this sequence ({out.reason}).")
-            return
+            return self._fail(seq, out.error())
         if out.failed:
-            self._fail(seq, "The model gave no finite numbers for this sequence.")
-            return
+            return self._fail(seq, GenerationFailed("The model gave no finite numbers for this sequence."))
         if not decoding:
             seq.first_token = self._clock()
         try:
@@ -263,27 +289,26 @@ class BatchManager:
         except Exception as error:  # the tokenizer failed on these ids, or the runner's word is odd: this sequence only
             log.warning("Sequence %s failed.", seq.id, exc_info=True)
             text = error.message if isinstance(error, GenerationFailed) else f"({type(error).__name__})"
-            self._fail(seq, f"This sequence could not be continued: {text}")
-            return
+            return self._fail(seq, GenerationFailed(f"This sequence could not be continued: {text}"))
         self.metrics.emitted(len(took.ids), drafted=out.num_drafted, accepted=took.accepted if decoding else None)
         if took.reason is not None:
             seq.finished = self._clock()
             last = replace(took.delta(), completion=seq.completion(self._model_name, took.reason))
             self._end(seq, took.reason, last)
         elif self._codec is not None:
-            self._outbox.setdefault(seq.sink, []).append((seq, took.delta()))
+            self._outbox.put(seq, took.delta())
 
-    def _fail(self, seq: Sequence, message: str) -> None:
-        self._end(seq, "error", Delta("", error=GenerationFailed(message)), failed=True)
+    def _fail(self, seq: Sequence, error: MedusaServeError) -> None:
+        self._end(seq, "error", Delta("", error=error), failed=True)
 
     def _end(self, seq: Sequence, outcome: Outcome, last: Delta | None = None, *, failed: bool = False) -> None:
         """End a sequence once and give its slot back. A cancelled one gets nothing more: `_deliver` drops its delta."""
         with self._lock:
             if self._open.pop(seq.id, None) is None:
                 return
-        self.metrics.ended("cancelled" if seq.cancelled else outcome)
+        self.metrics.ended(seq.cancelled or outcome)
         if last is not None:
-            self._outbox.setdefault(seq.sink, []).append((seq, last))
+            self._outbox.put(seq, last)
         if seq.slot is not None:
             self._runner.free(seq.slot)
         self._scheduler.release(seq, failed=failed)
@@ -293,58 +318,60 @@ class BatchManager:
         for seq in list(self._open.values()):
             self._end(seq, "shutdown", Delta("", error=ShuttingDown(message)))
 
-    def _deliver(self) -> None:
-        """One call of each sink that has something new."""
-        while self._outbox:
-            sink = next(iter(self._outbox))
-            news = [  # a sequence that was cancelled, or ended by `close` while this step hung, gets nothing more
-                (seq, delta)
-                for seq, delta in self._outbox.pop(sink)
-                if not seq.cancelled and (delta.is_last or seq.id in self._open)
-            ]
-            if not news:
-                continue
-            for seq, _ in news:
-                self._note_delivery(seq)
-            try:
-                sink([(seq.id, delta) for seq, delta in news])
-            except Exception:
-                log.exception("A sink failed; its sequences are cancelled.")
-                with self._lock:
-                    mine = [id for id, seq in self._open.items() if seq.sink == sink]
-                for id in mine:
-                    self.cancel(id)
-
-    def _note_delivery(self, seq: Sequence) -> None:
-        now = self._clock()
-        if seq.delivered is not None:
-            self.metrics.gap(now - seq.delivered)
-        elif seq.token_ids:
-            self.metrics.first_token(now - seq.submitted)
-        seq.delivered = now
+    def _drop(self, sink: Sink) -> None:
+        """A sink that raises loses its sequences."""
+        with self._lock:
+            mine = [id for id, seq in self._open.items() if seq.sink == sink]
+        for id in mine:
+            self.cancel(id)
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 
     def _shut(self) -> None:
         """End what is open, deliver, close the runner once. On the engine thread, or when there is none any more."""
         self._end_all("The server is shutting down.")
-        self._deliver()
+        self._outbox.deliver()
         with self._lock:
             self._set_gauges()
             first, self._runner_closed = not self._runner_closed, True
         if first:
             self._runner.close()
 
-    def _die(self, error: BaseException) -> None:
-        """The engine thread ends on a bug or an interrupt: say so everywhere."""
-        log.critical("The engine thread ended.", exc_info=error)
+    def recover(self, error: BaseException) -> bool:
+        """After an error in the engine itself: every open sequence is told, and the engine starts again with free
+        slots; → False where that cannot help: it is dead. The engine thread's."""
+        log.critical("The engine met an error.", exc_info=error)
         with self._lock:
-            self._death = f"The engine stopped after an error ({type(error).__name__}). The server must be restarted."
+            self._death = self._restarts.refusal(error)
+            self._restarting = self._death is None
             self._inbox.clear()
         try:
-            self._deliver()  # what ended before
-        finally:
-            self._abandon(EngineDead(self._death), "error")
+            self._outbox.deliver()  # what ended before
+        except BaseException:
+            log.exception("What was there to deliver is lost.")
+        last = EngineRestarting("The engine met an error and starts again; send the request again.")
+        self._abandon(last if self._death is None else EngineDead(self._death), "error")
+        if self._restarting:
+            try:
+                self._renew()
+            except BaseException as second:
+                log.critical("The engine cannot start again.", exc_info=second)
+                with self._lock:
+                    self._death = f"The engine could not start again after an error ({type(second).__name__})."
+                    self._restarting = False
+        return self._death is None
+
+    def _renew(self) -> None:
+        """Nothing runs, nothing waits, all slots are free."""
+        self._outbox.clear()
+        self._runner.reset()
+        self._scheduler = Scheduler(self._runner, self._config.prefill_chunk)
+        self._flights = Flights(self._runner, self._scheduler, self.metrics, self._clock, self._take)
+        with self._lock:
+            self._restarting = False
+            self._pulse.end()
+            self._set_gauges()
+        self.metrics.restarted()
 
     def _abandon(self, error: MedusaServeError, outcome: Outcome) -> None:
         """Give every open sequence its last delta without touching runner or scheduler."""
@@ -353,16 +380,9 @@ class BatchManager:
             self._open.clear()
             self._set_gauges()
             self._lock.notify_all()
-        by_sink: dict[Sink, list[tuple[str, Delta]]] = {}
         for seq in seqs:
-            self.metrics.ended("cancelled" if seq.cancelled else outcome)
-            if not seq.cancelled:
-                by_sink.setdefault(seq.sink, []).append((seq.id, Delta("", error=error)))
-        for sink, pairs in by_sink.items():
-            try:
-                sink(pairs)
-            except Exception:
-                log.exception("A sink failed at the end.")
+            self.metrics.ended(seq.cancelled or outcome)
+        tell_all(seqs, Delta("", error=error))
 
     def _wait_until_empty(self, seconds: float) -> bool:
         """Wait until no sequence is open and all was delivered; without a thread, take the turns here."""
@@ -372,4 +392,4 @@ class BatchManager:
                 self.step()
             return not self._open
         with self._lock:
-            return self._lock.wait_for(lambda: not self._open and self._step_started is None, seconds)
+            return self._lock.wait_for(lambda: not (self._open or self._pulse.turning), seconds)

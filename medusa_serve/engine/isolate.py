@@ -8,7 +8,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ..errors import GenerationFailed, MedusaServeError, OutOfMemory
 from ..types import Started
+from .restarts import is_out_of_memory, is_sticky
 
 log = logging.getLogger(__name__)
 
@@ -21,13 +23,20 @@ class RowFailed:
     """The row fails also when it is alone. `reason` is the name of the exception; its text may hold anything."""
 
     reason: str
+    out_of_memory: bool = False
+
+    def error(self) -> MedusaServeError:
+        """What its sequence is told."""
+        if self.out_of_memory:
+            return OutOfMemory("The device has too little memory for this sequence now; a shorter one may fit.")
+        return GenerationFailed(f"The model failed on this sequence ({self.reason}).")
 
 
 def start_rows(
     call: Callable[[Seq[Row]], Started[Result]], alone: Callable[[Seq[Row]], Started[Result]], rows: Seq[Row]
 ) -> tuple[Callable[[], list[Result | RowFailed]], bool]:
     """Start a pass: (what gives one result a row, whether `call(rows)` succeeded). When it raises, `alone([row])` is
-    run to its end for each row.
+    run to its end for each row. An error that every later call would meet too is raised.
 
     Relies on the runner's promise that a call that raises leaves every sequence as it was. Exceptions are dropped
     before the next try: their tracebacks would keep device memory alive just when it may be short. The results raise
@@ -35,7 +44,9 @@ def start_rows(
     """
     try:
         started = call(rows)
-    except Exception:
+    except Exception as error:
+        if is_sticky(error):
+            raise
         log.debug("A call of the runner failed; its rows run alone.", exc_info=True)
     else:
         return lambda: list(_checked(started.outputs(), len(rows))), True
@@ -44,8 +55,10 @@ def start_rows(
         try:
             results = alone([row]).outputs()
         except Exception as error:
+            if is_sticky(error):
+                raise
             log.warning("A row fails alone too: %r", row, exc_info=True)
-            outputs.append(RowFailed(type(error).__name__))
+            outputs.append(RowFailed(type(error).__name__, is_out_of_memory(error)))
         else:
             outputs.append(_checked(results, 1)[0])
     return lambda: outputs, False

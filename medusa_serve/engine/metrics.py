@@ -7,8 +7,8 @@ import threading
 from collections import Counter, deque
 from typing import Any, Literal
 
-Outcome = Literal["stop", "length", "error", "cancelled", "shutdown"]
-OUTCOMES: tuple[Outcome, ...] = ("stop", "length", "error", "cancelled", "shutdown")
+Outcome = Literal["stop", "length", "error", "cancelled", "timeout", "shutdown"]
+OUTCOMES: tuple[Outcome, ...] = ("stop", "length", "error", "cancelled", "timeout", "shutdown")
 
 
 class Metrics:
@@ -24,7 +24,7 @@ class Metrics:
         self._outcomes: Counter[str] = Counter()
         self._running = self._waiting = 0
         self._emitted = self._drafted = self._accepted = self._steps = 0
-        self._retried_calls = self._prefilled = self._reused = 0
+        self._retried_calls = self._restarts = self._prefilled = self._reused = 0
         self._num_accepted: Counter[int] = Counter()
         self._turns: deque[float] = deque(maxlen=recent)
         self._first_tokens: deque[float] = deque(maxlen=recent)
@@ -51,6 +51,11 @@ class Metrics:
         """A call of the runner failed and its rows were run alone."""
         with self._lock:
             self._retried_calls += 1
+
+    def restarted(self) -> None:
+        """The engine met an error and started again."""
+        with self._lock:
+            self._restarts += 1
 
     def prefilled(self, *, computed: int = 0, reused: int = 0) -> None:
         """Prompt tokens: run through the model, or found in a slot's KV cache."""
@@ -102,6 +107,7 @@ class Metrics:
                 "accepted": self._accepted,
                 "num_accepted": dict(sorted(self._num_accepted.items())),
                 "retried_calls": self._retried_calls,
+                "restarts": self._restarts,
                 "median_step_ms": _median(self._turns) * 1000,
                 "median_first_token_ms": _median(self._first_tokens) * 1000,
                 "largest_gap_ms": self._largest_gap * 1000,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ..errors import ContextTooLong, GenerationFailed, InvalidRequest
 from ..types import Completion, Delta, FinishReason, SamplingParams, Sink, StepOutput, TokenLogprob
 from .budget import Gains
+from .metrics import Outcome
 from .text import Detokenizer, Silent
 
 DEFAULT_MAX_TOKENS = 256
@@ -42,6 +43,7 @@ class Sequence:
     params         with the seed filled in
     limit          tokens of prompt and completion at most
     key            whose it is: a KV prefix is reused only within one key
+    cancelled      the outcome it was cancelled with
     num_reused     leading prompt ids that were in the slot's KV cache already
     num_prefilled  prompt ids in the KV cache, the reused ones included
     token_ids      emitted and delivered; the last one is pending (not in the KV cache)
@@ -60,7 +62,7 @@ class Sequence:
     detokenizer: Detokenizer | Silent
     key: str = ""
     state: State = State.WAITING
-    cancelled: bool = False
+    cancelled: Outcome | None = None
     slot: int | None = None
     num_reused: int = 0
     num_prefilled: int = 0

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..config import ServerConfig
 from ..errors import InvalidConfig, MedusaServeError
+from ..server.config import ServerConfig
 from ..server.loading import BackgroundLoad, ServedLLM
 from ..server.serve import Server as WebServer
 from ..server.serve import bind, url_of

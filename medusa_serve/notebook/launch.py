@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ..config import DEFAULT_MODEL, EngineConfig, ServerConfig
+from ..config import DEFAULT_MODEL, EngineConfig
 from ..errors import InvalidConfig, MedusaServeError
+from ..server.config import ServerConfig
 from . import env
 from .background import running, wait_for_loads
 from .server import Asked, Server

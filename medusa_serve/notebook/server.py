@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..config import EngineConfig, ServerConfig
+from ..config import EngineConfig
 from ..errors import InvalidRequest, LoadError, MedusaServeError, ShuttingDown
+from ..server.config import ServerConfig
 from ..server.serve import CLOSE_S
 from ..types import Completion, Delta, SamplingParams
-from . import env, told
+from . import colab, env, told
 from .background import Background, listen
 from .compare import Comparison, compare
 from .logs import RingLog
@@ -55,6 +56,8 @@ class Server:
         print(f"loading {self.name} …", flush=True)
         began = time.monotonic()
         self._background = Background(lambda: LLM(asked.engine), config, sock, self)
+        for name in colab.HOSTS if env.place() == "colab" else ():
+            self._background.web.allow_host(name)
         self._background.start()
         atexit.register(self.stop)
         try:
@@ -85,7 +88,7 @@ class Server:
     @property
     def api_key(self) -> str | None:
         """Sent as `Authorization: Bearer …`; None: none is needed."""
-        return self._background.config.api_key
+        return self._background.web.api_key
 
     @property
     def is_alive(self) -> bool:
@@ -215,7 +218,9 @@ class Server:
 
         with self._lock:
             if self._tunnel is None:
-                self._tunnel = open_tunnel(int(self.url.rpartition(":")[2]), token=token, domain=domain)
+                web, port = self._background.web, int(self.url.rpartition(":")[2])
+                web.require_key()
+                self._tunnel = open_tunnel(port, token=token, domain=domain, on_url=web.allow_host)
             return str(self._tunnel.url)
 
     def close_tunnel(self) -> None:

@@ -1,4 +1,5 @@
-"""The FastAPI app. Each request passes: key (401), size (413), route (404, 405), type (415), schema (400), engine."""
+"""The FastAPI app. Each request passes: host (400), key (401), size (413), route (404, 405), type (415), schema (400),
+engine."""
 
 from __future__ import annotations
 
@@ -10,19 +11,22 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from fastapi.security import HTTPBearer
 
-from ..config import ServerConfig
 from ..errors import ContextTooLong, EngineDead, MedusaServeError, ModelLoading, Unavailable
 from ..types import SamplingParams
-from .auth import KeyGuard
+from .access_log import AccessLog
+from .auth import KeyGuard, Keys, secured
 from .body import BodyLimit, json_only
+from .config import ServerConfig
 from .failures import LastResort, install
+from .hosts import HostGuard, Hosts
+from .limits import CHARS_PER_TOKEN
 from .loading import BackgroundLoad, ServedLLM, loaded
+from .rates import MINUTE, GuestLimits, Window
 from .schemas import GenerateRequest, GenerateResponse, Health, documented
 from .streaming import EventStream, Switchboard, Ticket, answer
+from .watch import Heartbeat, Watch
 
-CHARS_PER_TOKEN = 8  # more characters than this per token of context cannot fit: refused before the tokenizer sees them
 LEFT = 499  # nobody reads it: the client is gone
 
 
@@ -32,13 +36,18 @@ class Desk:
 
     llm: Callable[[], ServedLLM]
     config: ServerConfig
+    keys: Keys
+    hosts: Hosts
     switchboard: Switchboard
     tokenizers: ThreadPoolExecutor  # two threads: tokenising may take long, the event loop must not, nor all the cores
 
 
 def create_app(source: ServedLLM | BackgroundLoad, config: ServerConfig) -> FastAPI:
     """POST /generate and GET /health for a model, or for one that still loads. The caller closes `source`."""
-    desk = Desk(lambda: loaded(source), config, Switchboard(), ThreadPoolExecutor(2, "medusa-tokenize"))
+    keys, hosts = Keys(config.api_key, config.guest_keys), Hosts(config.host, config.allowed_hosts)
+    spent = Window(config.guest_tokens_per_minute, MINUTE)
+    switchboard, tokenizers = Switchboard(Watch(config), spent.add), ThreadPoolExecutor(2, "medusa-tokenize")
+    desk = Desk(lambda: loaded(source), config, keys, hosts, switchboard, tokenizers)
     app = FastAPI(
         title="medusa_serve",
         docs_url="/docs" if config.is_loopback else None,
@@ -49,28 +58,36 @@ def create_app(source: ServedLLM | BackgroundLoad, config: ServerConfig) -> Fast
     install(app)
     _add_generate(app, desk)
     _add_health(app, desk)
+    _tell_of_keys(app, keys)
     # the last added is the outermost
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
-    app.add_middleware(KeyGuard, key=config.api_key)
+    app.add_middleware(Heartbeat, seconds=config.heartbeat_s)
+    app.add_middleware(BodyLimit, config=config)
+    app.add_middleware(GuestLimits, config=config, spent=spent)
+    app.add_middleware(KeyGuard, keys=keys, tries_per_minute=config.wrong_keys_per_minute)
+    app.add_middleware(HostGuard, hosts=hosts)
     app.add_middleware(LastResort)
+    if config.access_log:
+        app.add_middleware(AccessLog)
     return app
 
 
-def _add_generate(app: FastAPI, desk: Desk) -> None:
-    dependencies = [Depends(json_only)]
-    if desk.config.api_key is not None:
-        dependencies.append(Depends(HTTPBearer(auto_error=False)))  # for the OpenAPI page; KeyGuard checks
+def _tell_of_keys(app: FastAPI, keys: Keys) -> None:
+    """The OpenAPI page follows the keys, which may be asked for while the server runs."""
+    plain = app.openapi
+    app.openapi = lambda: secured(plain(), keys)  # type: ignore[method-assign]
 
+
+def _add_generate(app: FastAPI, desk: Desk) -> None:
     @app.post(
         "/generate",
         response_model=GenerateResponse,
-        responses=documented(400, 401, 404, 405, 413, 415, 429, 500, 503, stream=True),
-        dependencies=dependencies,
+        responses=documented(400, 401, 404, 405, 408, 413, 415, 429, 431, 500, 503, 504, stream=True),
+        dependencies=[Depends(json_only)],
     )
     async def generate(body: GenerateRequest, request: Request) -> Response:
         """Complete a prompt or answer a chat."""
         params, llm = body.sampling_params(), ready(desk)
-        ticket = await admit(desk, llm, body.source(), params, tenant=getattr(request.state, "tenant", ""))
+        ticket = await admit(desk, llm, body.source(), params, tenant=request.state.tenant.name)
         token_ids = bool(body.return_token_ids)
         if body.stream:
             return EventStream(ticket, token_ids=token_ids, merge_s=desk.config.merge_ms / 1000)
@@ -85,7 +102,7 @@ def _add_health(app: FastAPI, desk: Desk) -> None:
     async def health() -> Response:
         """200 when a request would be served now. Needs no key."""
         status, body = health_of(desk)
-        waiting_helps = body["status"] in ("loading", "stalled", "draining")
+        waiting_helps = body["status"] in ("loading", "stalled", "restarting", "draining")
         return JSONResponse(body, status, {"Retry-After": str(Unavailable.retry_after)} if waiting_helps else None)
 
 
@@ -124,7 +141,7 @@ def health_of(desk: Desk) -> tuple[int, dict[str, Any]]:
     except MedusaServeError as error:
         # with a key the server may be public, and the reason may name files of this machine
         public = "The model could not be loaded; the server's console says why."
-        return 503, {"status": "failed", "message": error.message if desk.config.api_key is None else public}
+        return 503, {"status": "failed", "message": public if desk.keys.required else error.message}
     status = llm.manager.status()
     if status.state == "ok":
         return 200, {**llm.describe(), "status": "ok", "running": status.running, "waiting": status.waiting}

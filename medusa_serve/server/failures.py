@@ -45,8 +45,34 @@ class BodyTooLarge(MedusaServeError):
     status, type, code = 413, "invalid_request_error", "body_too_large"
 
 
+class BodyTooSlow(MedusaServeError):
+    status, type, code = 408, "timeout_error", "request_timeout"
+
+
+class TooManyHeaders(MedusaServeError):
+    status, type, code = 431, "invalid_request_error", "headers_too_large"
+
+
 class Unauthorized(MedusaServeError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
+
+
+class NotFound(MedusaServeError):
+    status, type, code = 404, "not_found_error", "not_found"
+
+
+class RateLimited(MedusaServeError):
+    """wait: seconds, for Retry-After."""
+
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+    def __init__(self, message: str, wait: int) -> None:
+        super().__init__(message)
+        self.retry_after = wait
+
+
+class TooManyKeys(RateLimited):
+    code = "too_many_wrong_keys"
 
 
 def reply_to(error: MedusaServeError, headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -54,7 +80,7 @@ def reply_to(error: MedusaServeError, headers: Mapping[str, str] | None = None) 
     out = dict(headers or {})
     if error.retry_after is not None:
         out["Retry-After"] = str(error.retry_after)
-    elif error.status >= 500:
+    elif error.status >= 500 or error.status == 408:
         out["X-Should-Retry"] = "false"
     if error.status == 401:
         out["WWW-Authenticate"] = "Bearer"

@@ -135,7 +135,7 @@ class Health(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    status: Literal["ok", "loading", "stalled", "dead", "draining", "failed"]
+    status: Literal["ok", "loading", "stalled", "restarting", "draining", "failed"]
     message: str | None = None
     running: int | None = None
     waiting: int | None = None
@@ -161,11 +161,14 @@ _REFUSALS = {
     401: "The key is missing or wrong.",
     404: "No such path.",
     405: "The path does not take this method.",
+    408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is not application/json.",
-    429: "Too many sequences wait; see Retry-After.",
+    429: "Too many sequences wait, or a guest's key has used what it may; see Retry-After.",
+    431: "There are too many headers.",
     500: "This sequence made the model fail.",
-    503: "Loading, draining, or failed.",
+    503: "Loading, draining, out of time or memory in the queue, restarting, or failed.",
+    504: "The answer took too long.",
 }
 
 

@@ -11,18 +11,18 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import uvicorn
 
-from ..config import ServerConfig
 from ..errors import InvalidConfig, MedusaServeError, ShuttingDown
-from .app import create_app
+from .app import Desk, create_app
+from .config import ServerConfig
+from .connection import Connection
 from .loading import BackgroundLoad, ServedLLM, loaded
-from .streaming import Switchboard
 
 log = logging.getLogger(__name__)
 
-MAX_HEADER_BYTES = 65536
 CLOSE_S = 2  # after the drain: for clients to read their last event
 
 
@@ -51,6 +51,7 @@ class Server(uvicorn.Server):
 
     `run(sockets=[sock])` is the one way to run it, in any thread; `should_exit`, set from any thread, stops it.
     It stops by itself when its model cannot be loaded.
+    `require_key`, `add_guest` and `allow_host` may be called from any thread while it runs, as when a tunnel opens.
     """
 
     def __init__(
@@ -61,12 +62,15 @@ class Server(uvicorn.Server):
     ) -> None:
         self._source, self._drain_s, self._on_ready = source, config.drain_s, on_ready
         app = create_app(source, config)
-        self._switchboard: Switchboard = app.state.desk.switchboard
+        desk: Desk = app.state.desk
+        self._switchboard, self._keys, self._hosts = desk.switchboard, desk.keys, desk.hosts
         super().__init__(
             uvicorn.Config(
                 app,
-                http="h11",  # httptools, uvicorn's choice where it is installed, takes headers of any size
-                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                # on h11: httptools, uvicorn's choice where it is installed, takes headers of any size
+                http=partial(Connection, limits=config),  # type: ignore[arg-type]
+                h11_max_incomplete_event_size=config.max_header_bytes,
+                timeout_keep_alive=config.keep_alive_s,  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 access_log=False,
@@ -86,6 +90,24 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         failed = isinstance(self._source, BackgroundLoad) and self._source.state == "failed"
         return await super().on_tick(counter) or failed
+
+    @property
+    def api_key(self) -> str | None:
+        """The owner's key; None while none is asked for."""
+        return self._keys.owner
+
+    def require_key(self, key: str | None = None) -> str:
+        """Ask for a key from now on, made here unless given; → the key. One that is set already stays, and another is
+        refused (InvalidConfig)."""
+        return self._keys.require(key)
+
+    def add_guest(self, key: str | None = None) -> str:
+        """A further key to hand out, under the limits per key; made here unless given. → the key"""
+        return self._keys.add_guest(key)
+
+    def allow_host(self, host: str) -> None:
+        """Answer to this name in Host headers too: a tunnel's name or URL; "*.example.com": all names below it."""
+        self._hosts.allow(host)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)

@@ -8,10 +8,12 @@ import os
 import secrets
 import shlex
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..config import EngineConfig, ServerConfig
+from ..config import EngineConfig
+from .config import ServerConfig
 
 if TYPE_CHECKING:
     from ..llm import LLM
@@ -28,14 +30,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--port", type=int, default=8000, help="8000 by default; 0: any free one")
     group.add_argument("--max-queue", type=int, default=64, metavar="N", help="requests that may wait for a slot")
     group.add_argument("--api-key", metavar="KEY", help="or MEDUSA_SERVE_API_KEY; made where one is needed")
+    about = "a further key to hand out, under limits per key; may be given several times; made without KEY"
+    group.add_argument("--guest-key", metavar="KEY", action="append", nargs="?", const="", default=[], help=about)
+    about = "a name of this server in Host headers; may be given several times (default: this machine's)"
+    group.add_argument("--allow-host", metavar="NAME", action="append", default=[], help=about)
 
 
 def server_config(options: argparse.Namespace) -> tuple[ServerConfig, bool]:
     """(config, whether its key, if it has one, is made here). Raises InvalidConfig."""
     given = options.api_key if options.api_key is not None else os.environ.get("MEDUSA_SERVE_API_KEY") or None
-    config = ServerConfig(host=options.host, port=options.port, api_key=given)
-    if config.api_key is None and not config.is_loopback:
-        config = ServerConfig(host=options.host, port=options.port, api_key=secrets.token_urlsafe(32))
+    config = ServerConfig(
+        host=options.host,
+        port=options.port,
+        api_key=given,
+        guest_keys=tuple(key or secrets.token_urlsafe(32) for key in options.guest_key),
+        allowed_hosts=tuple(options.allow_host),
+    )
+    if config.api_key is None and (config.guest_keys or not config.is_loopback):
+        config = replace(config, api_key=secrets.token_urlsafe(32))
     return config, given is None
 
 
@@ -56,13 +68,13 @@ def serve_until_stopped(engine: EngineConfig, config: ServerConfig, *, as_json: 
         url = url_of(sock)
         if not as_json:
             where = url if config.is_loopback else f"{url} (listening on {config.host}: use this machine's address)"
-            _print(f"medusa_serve {__version__} at {where}, loading {engine.model} …", _key_line(config, key_is_ours))
+            _print(f"medusa_serve {__version__} at {where}, loading {engine.model} …", *_key_lines(config, key_is_ours))
         source = BackgroundLoad(load)
 
         def tell() -> None:
             source.wait()
             if source.state == "ready":
-                _print_ready(source.get(), url, config.api_key, as_json)  # type: ignore[arg-type]
+                _print_ready(source.get(), url, config, as_json)  # type: ignore[arg-type]
 
         threading.Thread(target=tell, name="medusa-tell", daemon=True).start()
         try:
@@ -76,17 +88,19 @@ def serve_until_stopped(engine: EngineConfig, config: ServerConfig, *, as_json: 
 # ---- what it prints ----------------------------------------------------------------------------------------------
 
 
-def _key_line(config: ServerConfig, key_is_ours: bool) -> str:
+def _key_lines(config: ServerConfig, key_is_ours: bool) -> list[str]:
     if config.api_key is None:
-        return "no key needed: loopback only"
+        return ["no key needed: loopback only"]
     made = " (made for this run)" if key_is_ours else ""
-    return f"key: {config.api_key}{made}, sent as `Authorization: Bearer …`"
+    guests = [f"key of a guest: {key}" for key in config.guest_keys]
+    return [f"key: {config.api_key}{made}, sent as `Authorization: Bearer …`", *guests]
 
 
-def _print_ready(llm: LLM, url: str, key: str | None, as_json: bool) -> None:
+def _print_ready(llm: LLM, url: str, config: ServerConfig, as_json: bool) -> None:
+    key, guests = config.api_key, {"guest_keys": config.guest_keys} if config.guest_keys else {}
     curl = curl_line(url, key, llm.codec.has_chat_template)
     if as_json:
-        _print(json.dumps({"url": url, "api_key": key, "curl": curl, **llm.describe(), "notes": llm.notes}))
+        _print(json.dumps({"url": url, "api_key": key, **guests, "curl": curl, **llm.describe(), "notes": llm.notes}))
         return
     facts = ", ".join(f"{name} {_plain(value)}" for name, value in llm.describe().items())
     _print(facts, *(f"  {note}" for note in llm.notes), "ready; try:", curl)

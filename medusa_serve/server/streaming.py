@@ -8,16 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ..errors import MedusaServeError
+from ..errors import MedusaServeError, ShuttingDown
 from ..types import Completion, Delta, SamplingParams, Sink
 from .failures import log_crash
+from .watch import Watch
 
 if TYPE_CHECKING:
     from ..engine.batch_manager import BatchManager
@@ -28,9 +29,13 @@ LAG_S = 0.001  # a send that waited this long met a full socket: otherwise it do
 
 
 class Switchboard:
-    """Routes deltas to the requests of one event loop. All but `sink` belongs to that loop's thread."""
+    """Routes deltas to the requests of one event loop. All but `sink` belongs to that loop's thread.
 
-    def __init__(self) -> None:
+    watch: ends requests that take too long · spent: gets a key's tokens when its request is over
+    """
+
+    def __init__(self, watch: Watch | None = None, spent: Callable[[str, int], None] | None = None) -> None:
+        self._watch, self._spent = watch, spent
         self._tickets: dict[str, Ticket] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self.sink: Sink = self._from_engine  # one object: the engine groups sequences by it
@@ -47,15 +52,21 @@ class Switchboard:
         """
         self._loop = asyncio.get_running_loop()
         sequence_id = manager.submit(ids, params, self.sink, key=key)
-        ticket = self._tickets[sequence_id] = Ticket(self, manager, sequence_id)
+        ticket = self._tickets[sequence_id] = Ticket(self, manager, sequence_id, key)
+        if self._watch is not None:
+            self._watch.begin(self._all, manager)
         return ticket
 
-    def leave(self, sequence_id: str) -> None:
-        self._tickets.pop(sequence_id, None)
+    def _all(self) -> list[Ticket]:
+        return list(self._tickets.values())
+
+    def leave(self, ticket: Ticket) -> None:
+        if self._tickets.pop(ticket.id, None) is not None and self._spent is not None:
+            self._spent(ticket.key, ticket.num_tokens)
 
     def dismiss(self, error: MedusaServeError) -> None:
         """End what the engine has not ended, as far as the clients are concerned."""
-        for ticket in self._tickets.values():
+        for ticket in self._all():
             ticket.dismiss(error)
 
     def _from_engine(self, deltas: list[tuple[str, Delta]]) -> None:
@@ -73,22 +84,29 @@ class Switchboard:
 class Ticket:
     """One submitted sequence as its request sees it: at most one delta waits, later ones are merged into it."""
 
-    def __init__(self, board: Switchboard, manager: BatchManager, sequence_id: str) -> None:
-        self._board, self._manager, self.id = board, manager, sequence_id
+    def __init__(self, board: Switchboard, manager: BatchManager, sequence_id: str, key: str) -> None:
+        self._board, self._manager, self.id, self.key = board, manager, sequence_id, key
+        self.began, self.num_tokens = asyncio.get_running_loop().time(), 0
         self._waiting: Delta | None = None
         self._ready = asyncio.Event()
         self._finished = False
 
+    @property
+    def answered(self) -> bool:
+        """Its first token has come, or its end."""
+        return self.num_tokens > 0 or self._finished
+
     def put(self, delta: Delta) -> None:
         if self._finished:  # dismissed: it has had its last word
             return
+        self.num_tokens += sum(delta.tokens)
         self._waiting = delta if self._waiting is None else self._waiting.merged(delta)
         self._finished = delta.is_last
         self._ready.set()
 
     def dismiss(self, error: MedusaServeError) -> None:
         if not self._finished:
-            self._manager.cancel(self.id)
+            self._manager.cancel(self.id, "shutdown" if isinstance(error, ShuttingDown) else "timeout")
             self.put(Delta("", error=error))
 
     async def take(self) -> Delta:
@@ -101,7 +119,7 @@ class Ticket:
 
     def close(self) -> None:
         """The request is over; a sequence that is not is cancelled."""
-        self._board.leave(self.id)
+        self._board.leave(self)
         if not self._finished:
             self._finished = True
             self._manager.cancel(self.id)

@@ -23,8 +23,9 @@ from medusa_serve import cli
 from medusa_serve.bench import serve
 from medusa_serve.bench.http_load import Sample, Target, arrivals, closed_loop, open_loop, percentile, summary
 from medusa_serve.bench.serve import ServeConfig, bench_serve, table
-from medusa_serve.config import EngineConfig, ServerConfig
+from medusa_serve.config import EngineConfig
 from medusa_serve.errors import GenerationFailed, InvalidConfig, LoadError, QueueFull
+from medusa_serve.server.config import ServerConfig
 from medusa_serve.types import Delta
 from tests.server.standins import HandLLM, HandManager, hello, serving
 from tests.tiny import save_tiny_folder

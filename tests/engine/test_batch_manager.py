@@ -10,7 +10,16 @@ import pytest
 
 from medusa_serve.config import EngineConfig
 from medusa_serve.engine.batch_manager import BatchManager
-from medusa_serve.errors import ContextTooLong, EngineDead, GenerationFailed, InvalidRequest, QueueFull, ShuttingDown
+from medusa_serve.errors import (
+    ContextTooLong,
+    EngineDead,
+    EngineRestarting,
+    EngineStalled,
+    GenerationFailed,
+    InvalidRequest,
+    QueueFull,
+    ShuttingDown,
+)
 from medusa_serve.types import SamplingParams
 from tests.fakes import BOS, EOS, FIRST_WORD, Collector, FakeCodec, FakeRunner, ManualClock
 
@@ -341,7 +350,14 @@ def test_cancel_in_every_state():
     assert len(engine.sink.deltas[decoding]) == seen[decoding]
     assert not {prefilling, waiting} & engine.sink.deltas.keys()
     assert list(engine.completion(new).token_ids) == engine.solo("d", 50)
-    assert engine.count()["outcomes"] == {"stop": 0, "length": 2, "error": 0, "cancelled": 3, "shutdown": 0}
+    assert engine.count()["outcomes"] == {
+        "stop": 0,
+        "length": 2,
+        "error": 0,
+        "cancelled": 3,
+        "timeout": 0,
+        "shutdown": 0,
+    }
     at_rest(engine)
 
 
@@ -586,9 +602,9 @@ def test_start_twice_is_refused(threaded):
 
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
-def test_a_dead_thread_says_so_to_everybody(threaded, error):
+def test_an_engine_that_meets_an_error_tells_everybody_and_starts_again(threaded, error):
     def before(kind, slots):
-        if kind == "decode":
+        if kind == "decode" and not engine.runner.resets:
             engine.gate.wait(5)
             raise error
 
@@ -598,15 +614,25 @@ def test_a_dead_thread_says_so_to_everybody(threaded, error):
     engine.manager.cancel(cancelled)
     engine.gate.set()
     engine.sink.wait(ids, 2)
-    assert all(isinstance(engine.error(id), EngineDead) for id in ids)
+    assert all(isinstance(engine.error(id), EngineRestarting) for id in ids)
     assert cancelled not in engine.sink.deltas
-    status = engine.manager.status()
-    assert status.state == "dead"
-    assert error.__name__ in status.message
-    with pytest.raises(EngineDead):
-        engine.submit()
+    until(lambda: engine.manager.status().state == "ok")
     figures = engine.count()
     assert (figures["outcomes"]["error"], figures["outcomes"]["cancelled"], figures["in_flight"]) == (5, 1, 0)
+    assert (figures["restarts"], engine.runner.resets, engine.runner.closed) == (1, 1, 0)
+    canary = engine.submit("canary")
+    engine.sink.wait([canary])
+    assert list(engine.completion(canary).token_ids) == engine.solo("canary")
+    until(lambda: not engine.runner.slots)
+    at_rest(engine)
+
+
+def failed(engine):
+    """The engine is gone for good, and says so to whoever comes."""
+    until(lambda: engine.manager.status().state == "failed")
+    with pytest.raises(EngineDead):
+        engine.submit()
+    assert engine.count()["in_flight"] == 0
     assert engine.runner.closed == 0
     engine.manager.close()
     assert engine.runner.closed == 1
@@ -614,7 +640,7 @@ def test_a_dead_thread_says_so_to_everybody(threaded, error):
 
 
 @pytest.mark.parametrize("method", ["admit", "free"])
-def test_a_runner_that_cannot_admit_or_free_is_the_end(threaded, method):
+def test_an_engine_that_fails_again_and_again_is_the_end(threaded, method):
     engine = threaded()
 
     def broken(*args):
@@ -622,11 +648,50 @@ def test_a_runner_that_cannot_admit_or_free_is_the_end(threaded, method):
         raise RuntimeError("bug")
 
     setattr(engine.runner, method, broken)
-    ids = [engine.submit(), engine.submit()]
     engine.gate.set()
-    engine.sink.wait(ids, 2)  # exactly one last delta each, which Collector checks
-    until(lambda: engine.manager.status().state == "dead")
-    assert engine.count()["in_flight"] == 0
+    for n in range(4):
+        id = engine.submit()
+        engine.sink.wait([id], 2)  # exactly one last delta, which Collector checks
+        if method == "admit":  # else it was over already
+            assert isinstance(engine.error(id), EngineDead if n == 3 else EngineRestarting)
+        until(lambda n=n: engine.manager.status().state == ("failed" if n == 3 else "ok"))
+    assert "RuntimeError" in engine.manager.status().message
+    assert engine.runner.resets == 3
+    failed(engine)
+
+
+def test_an_engine_that_cannot_start_again_is_the_end(threaded):
+    engine = threaded()
+
+    def broken(*args):
+        raise RuntimeError("bug")
+
+    engine.runner.admit = engine.runner.reset = broken
+    id = engine.submit()
+    engine.sink.wait([id], 2)
+    failed(engine)
+
+
+@pytest.mark.parametrize("where", ["call", "alone"])
+def test_a_device_error_that_lasts_is_the_end_at_once(threaded, where):
+    """No row is tried alone, nothing starts again: every later call would fail too."""
+    calls = []
+
+    def before(kind, slots):
+        if kind == "decode":
+            engine.gate.wait(5)
+            calls.append(slots)
+            sticky = where == "call" or len(calls) > 1
+            raise RuntimeError("CUDA error: device-side assert triggered" if sticky else "once")
+
+    engine = threaded(num_slots=4, before=before)
+    ids = [engine.submit(f"{n}") for n in range(6)]
+    engine.gate.set()
+    engine.sink.wait(ids, 2)
+    assert all(isinstance(engine.error(id), EngineDead) for id in ids)
+    assert "restart the runtime" in engine.error(ids[0]).message
+    assert (len(calls), engine.runner.resets) == (1 if where == "call" else 2, 0)
+    failed(engine)
 
 
 def test_a_hang_is_stalled_until_it_ends(threaded):
@@ -636,6 +701,9 @@ def test_a_hang_is_stalled_until_it_ends(threaded):
     assert engine.manager.status().state == "ok"
     until(lambda: engine.manager.status().state == "stalled")
     assert "running for" in engine.manager.status().message
+    assert not engine.manager.is_waiting(id)
+    with pytest.raises(EngineStalled, match="Try again later"):
+        engine.submit()
     engine.runner.activity = "compiling the step for 8 nodes"
     assert engine.manager.status().state == "ok"
     assert engine.manager.status().message == "compiling the step for 8 nodes"

@@ -221,7 +221,7 @@ def test_a_busy_port(folder: str) -> None:
 
 
 def test_without_a_port_any_free_one_does() -> None:
-    from medusa_serve.config import ServerConfig
+    from medusa_serve.server.config import ServerConfig
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         wanted = ServerConfig(port=taken.getsockname()[1])

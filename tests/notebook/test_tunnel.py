@@ -22,11 +22,11 @@ from typing import Any
 import psutil
 import pytest
 
-from medusa_serve.config import ServerConfig
 from medusa_serve.errors import TunnelError
 from medusa_serve.notebook import agent, colab, ngrok_advice, tunnel
 from medusa_serve.notebook.tokens import ngrok_token
 from medusa_serve.notebook.tunnel import Tunnel, open_tunnel
+from medusa_serve.server.config import ServerConfig
 from tests.server.standins import HandLLM, HandManager, httpx, serving, wait_for
 
 FAKE = Path(__file__).with_name("fake_ngrok.py")

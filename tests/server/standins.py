@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from medusa_serve.config import ServerConfig
 from medusa_serve.errors import InvalidRequest
 from medusa_serve.server.app import create_app
+from medusa_serve.server.config import ServerConfig
 from medusa_serve.server.serve import Server, bind, url_of
 from medusa_serve.types import Completion, Delta, EngineStatus, SamplingParams
 
@@ -79,6 +79,8 @@ class HandManager:
         self.sinks: dict[str, Any] = {}
         self.calls: list[tuple[list[int], SamplingParams, str]] = []
         self.cancelled: list[str] = []
+        self.outcomes: list[str] = []  # of the cancelled
+        self.waiting: set[str] = set()
         self.state = EngineStatus("ok", 0, 0, 0.0)
 
     def submit(self, prompt_ids: list[int], params: SamplingParams, sink: Any, *, key: str = "") -> str:
@@ -97,8 +99,15 @@ class HandManager:
     def push(self, name: str, delta: Delta) -> None:
         self.sinks[name]([(name, delta)])
 
-    def cancel(self, name: str) -> None:
+    def cancel(self, name: str, outcome: str = "cancelled") -> None:
         self.cancelled.append(name)
+        self.outcomes.append(outcome)
+
+    def is_waiting(self, name: str) -> bool:
+        return name in self.waiting
+
+    def limits(self) -> dict[str, Any]:
+        return {"slots": 4, "max_queue": 64, "stall_s": 60.0}
 
     def status(self) -> EngineStatus:
         return self.state
@@ -127,7 +136,7 @@ def ask(source: Any, *requests: dict[str, Any], config: ServerConfig | None = No
 
     async def go() -> list[httpx.Response]:
         app = create_app(source, config or ServerConfig())
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             out = [await client.request(**({"method": "POST", "url": "/generate"} | r)) for r in requests]
         assert app.state.desk.switchboard.num_open == 0
         return out
@@ -158,6 +167,14 @@ def events(text: str) -> list[Any]:
     return [json.loads(block.removeprefix("data: ")) for block in blocks]
 
 
+_RUNNING: dict[str, Server] = {}  # by URL
+
+
+def running(url: str) -> Server:
+    """The Server behind a URL that `serving` gave."""
+    return _RUNNING[url]
+
+
 @contextlib.contextmanager
 def serving(source: Any, config: ServerConfig | None = None) -> Iterator[str]:
     """A real server on a free port of this machine; yields its URL."""
@@ -175,8 +192,10 @@ def serving(source: Any, config: ServerConfig | None = None) -> Iterator[str]:
         thread.start()
         try:
             wait_for(lambda: server.started or failures)
+            _RUNNING[url_of(sock)] = server
             yield url_of(sock)
         finally:
+            _RUNNING.pop(url_of(sock), None)
             server.should_exit = True
             thread.join(15)
         assert not thread.is_alive()
@@ -192,7 +211,7 @@ def open_post(url: str, body: dict[str, Any], *, receive_buffer: int | None = No
     sock.settimeout(10)
     sock.connect((host, int(port)))
     data = json.dumps(body).encode()
-    head = "POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     sock.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     return sock
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from medusa_serve.config import ServerConfig
+from medusa_serve.server.config import ServerConfig
 
 from .standins import HandLLM, ask, error_of
 
@@ -162,7 +162,7 @@ def test_unknown_paths_and_methods() -> None:
         {"method": "GET", "url": "/health/", "headers": {"host": "evil.example"}},
         {"method": "BREW", "url": "/generate"},
     )
-    assert [r.status_code for r in replies] == [404, 405, 405, 404, 404, 405]
+    assert [r.status_code for r in replies] == [404, 405, 405, 404, 400, 405]
     assert [error_of(r)["code"] for r in replies[:3]] == ["not_found", "method_not_allowed", "method_not_allowed"]
     assert replies[1].headers["allow"] == "POST"
     assert not any("evil" in str(r.headers) + r.text for r in replies)

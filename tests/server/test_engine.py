@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from medusa_serve.config import EngineConfig, ServerConfig
+from medusa_serve.config import EngineConfig
 from medusa_serve.engine.batch_manager import BatchManager
+from medusa_serve.server.config import ServerConfig
 from medusa_serve.types import SamplingParams
 
 from ..fakes import EOS, FakeCodec, FakeRunner
@@ -201,22 +202,28 @@ def test_health_of_a_step_that_hangs() -> None:
         wait_for(lambda: httpx.get(f"{url}/health").status_code == 200)
 
 
-def test_health_of_a_dead_engine() -> None:
-    def before(kind: str, slots: list[int]) -> None:
-        raise SystemExit
+def test_an_engine_that_starts_again_and_one_that_is_gone() -> None:
+    errors = [SystemExit(), RuntimeError("CUDA error: device-side assert triggered")]
 
-    with fake_llm(FakeRunner(before=before)) as llm:
-        first, stream, later, state = ask(
-            llm,
-            {"json": {"prompt": "a"}},
-            {"json": {"prompt": "a", "stream": True}},
-            {"json": {"prompt": "a"}},
-            HEALTH,
-        )
-    for reply in (first, stream, later):
-        assert (reply.status_code, error_of(reply)["code"]) == (503, "engine_dead")
-        assert reply.headers["x-should-retry"] == "false"
-    assert (state.status_code, state.json()["status"]) == (503, "dead")
+    def before(kind: str, slots: list[int]) -> None:
+        raise errors.pop(0)
+
+    with fake_llm(FakeRunner(before=before)) as llm, serving(llm) as url:
+
+        def post(**fields: Any) -> httpx.Response:
+            return httpx.post(f"{url}/generate", json={"prompt": "a", "max_tokens": 2} | fields)
+
+        first = post()
+        assert (first.status_code, error_of(first)["code"]) == (503, "engine_restarting")
+        assert first.headers["retry-after"] == "5"
+        wait_for(lambda: httpx.get(f"{url}/health").status_code == 200)
+        stream = post(stream=True)
+        later, state = post(), httpx.get(f"{url}/health")
+    assert (stream.status_code, events(stream.text)[-1]["error"]["code"]) == (200, "engine_dead")
+    assert (later.status_code, error_of(later)["code"]) == (503, "engine_dead")
+    assert later.headers["x-should-retry"] == "false"
+    assert (state.status_code, state.json()["status"]) == (503, "failed")
+    assert "restart the runtime" in state.json()["message"]
 
 
 def test_while_it_drains() -> None:

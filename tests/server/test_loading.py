@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from medusa_serve.config import ServerConfig
 from medusa_serve.errors import LoadError, ModelLoading, ShuttingDown
+from medusa_serve.server.config import ServerConfig
 from medusa_serve.server.loading import BackgroundLoad
 
 from .standins import HandLLM, ask, error_of

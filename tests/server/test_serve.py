@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from medusa_serve.config import ServerConfig
 from medusa_serve.errors import InvalidConfig
+from medusa_serve.server.config import ServerConfig
 from medusa_serve.server.serve import bind, url_of
 
 from .standins import HandLLM, HandManager, events, open_post, serving, unchunk
@@ -61,7 +61,7 @@ def test_a_chunked_body_over_the_limit_is_refused_while_it_is_sent() -> None:
 
 SCRIPT = """
     import sys, time
-    from medusa_serve.config import ServerConfig
+    from medusa_serve.server.config import ServerConfig
     from medusa_serve.server.loading import BackgroundLoad
     from medusa_serve.server.serve import serve
     from tests.fakes import FakeRunner

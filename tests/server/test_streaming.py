@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from medusa_serve.config import ServerConfig
 from medusa_serve.errors import ShuttingDown
 from medusa_serve.server.app import create_app
+from medusa_serve.server.config import ServerConfig
 from medusa_serve.server.streaming import EventStream, Switchboard, events_of
 from medusa_serve.types import Delta, SamplingParams
 
@@ -240,7 +240,7 @@ def test_two_loops_may_use_one_app_after_each_other() -> None:
     app = create_app(HandLLM(), ServerConfig())
 
     async def go() -> int:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             return (await client.post("/generate", json={"prompt": "a"})).status_code
 
     assert [asyncio.run(go()), asyncio.run(go())] == [200, 200]
