@@ -67,7 +67,7 @@ def hello(name: str, ids: list[int], params: SamplingParams) -> list[Delta]:
     return [
         Delta("H", (1,), (0,), (72,)),
         Delta("ell", (3,), (2,), (101, 108, 108)),
-        Delta("o!", (2,), (1,), (111, 33), completion(name, "Hello!")),
+        Delta("o!", (2,), (1,), (111, 33), completion=completion(name, "Hello!")),
     ]
 
 

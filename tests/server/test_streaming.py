@@ -55,7 +55,7 @@ def step(n: int) -> Delta:
 
 
 def last(text: str, n: int) -> Delta:
-    return Delta(f"{n};", (1,), (0,), (n,), completion("seq-0", text))
+    return Delta(f"{n};", (1,), (0,), (n,), completion=completion("seq-0", text))
 
 
 def test_a_fast_socket_gets_each_step_at_once() -> None:
