@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from ..errors import TunnelError
+from . import env
 from .ngrok_advice import advice, code_of
 
 MARK = "medusa_serve-ngrok-"
@@ -179,10 +180,8 @@ def _binary(folder: Path) -> Path:
             # the config path keeps pyngrok from writing one into the user's home
             ngrok.install_ngrok(conf.PyngrokConfig(ngrok_path=str(path), config_path=str(folder / "unused.yml")))
         except (PyngrokError, OSError):
-            raise TunnelError(
-                "The ngrok program could not be downloaded: is this machine connected to the internet? (On Kaggle it"
-                " is a switch in the settings at the right, for verified accounts.)"
-            ) from None
+            why = env.advice() or " Is this machine connected to the internet?"
+            raise TunnelError(f"The ngrok program could not be downloaded.{why}") from None
     return path
 
 

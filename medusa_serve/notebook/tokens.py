@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 
 from ..errors import TunnelError
+from . import env
 from .ngrok_advice import TOKEN_HELP
 
 NAME = "NGROK_AUTHTOKEN"
@@ -15,23 +15,17 @@ def ngrok_token(given: str | None = None) -> str:
     """The token. Raises TunnelError, which never quotes it."""
     looked_in = [f"the environment variable {NAME}"]
     token = given or os.environ.get(NAME)
-    ask = {"colab": _colab, "kaggle": _kaggle}.get(platform())
+    place = env.place()
+    ask = {"colab": _colab, "kaggle": _kaggle}.get(place)
     if not token and ask is not None:
         token, why = ask()
-        looked_in.append(f"{platform().capitalize()}'s secrets ({why})")
+        looked_in.append(f"{place.capitalize()}'s secrets ({why})")
     if not token:
         raise TunnelError(f"There is no ngrok token in {' or '.join(looked_in)}. {TOKEN_HELP}")
     token = token.strip()
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise TunnelError("The ngrok token must be one word: paste the token alone, without the command around it.")
     return token
-
-
-def platform() -> str:
-    """colab, kaggle, or "". By what they set: packages of these names are on the package index."""
-    if any(name.startswith("COLAB_") for name in os.environ) and "google.colab" in sys.modules:
-        return "colab"
-    return "kaggle" if {"KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_USER_SECRETS_TOKEN"} & set(os.environ) else ""
 
 
 def _colab() -> tuple[str | None, str]:

@@ -11,17 +11,18 @@ import time
 from collections.abc import Callable
 
 from ..errors import TunnelError
+from . import env
 from .agent import Agent, clean_up
 from .ngrok_advice import PASSING
-from .tokens import ngrok_token, platform
+from .tokens import ngrok_token
 
 log = logging.getLogger(__name__)
 
 POLICY = {
     "colab": "Colab's rules do not allow runtimes to serve the web (free ones also not to be used mainly through a web"
-    " UI) and it may end the session without warning: share the address for tests of your own, and close it after them.",
-    "kaggle": "Kaggle tolerates HTTP tunnels at best and has ended sessions over them: share the address for tests of"
-    " your own, and close it after them.",
+    " UI), and it may end the session without warning: use the address for tests of your own, and close it then.",
+    "kaggle": "Kaggle tolerates HTTP tunnels at best and has ended sessions over them: use the address for tests of"
+    " your own, and close it then.",
 }
 ANYBODY = "Whoever has the address and the key can use this machine's model until the tunnel is closed."
 START_S = 20.0  # for the agent to connect
@@ -73,7 +74,7 @@ class Tunnel:
 
     @property
     def notice(self) -> str:
-        return " ".join(filter(None, (POLICY.get(platform()), ANYBODY)))
+        return " ".join(filter(None, (POLICY.get(env.place()), ANYBODY)))
 
     def __repr__(self) -> str:
         if self._closed.is_set():

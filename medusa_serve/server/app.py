@@ -22,6 +22,7 @@ from .failures import LastResort, install
 from .hosts import HostGuard, Hosts
 from .limits import CHARS_PER_TOKEN
 from .loading import BackgroundLoad, ServedLLM, loaded
+from .page import add_page
 from .rates import MINUTE, GuestLimits, Window
 from .schemas import GenerateRequest, GenerateResponse, Health, documented
 from .streaming import EventStream, Switchboard, Ticket, answer
@@ -59,6 +60,7 @@ def create_app(source: ServedLLM | BackgroundLoad, config: ServerConfig) -> Fast
     _add_generate(app, desk)
     _add_health(app, desk)
     _tell_of_keys(app, keys)
+    add_page(app)
     # the last added is the outermost
     app.add_middleware(Heartbeat, seconds=config.heartbeat_s)
     app.add_middleware(BodyLimit, config=config)

@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from medusa_serve.errors import TunnelError
-from medusa_serve.notebook import agent, colab, ngrok_advice, tunnel
+from medusa_serve.notebook import agent, colab, env, ngrok_advice, tunnel
 from medusa_serve.notebook.tokens import ngrok_token
 from medusa_serve.notebook.tunnel import Tunnel, open_tunnel
 from medusa_serve.server.config import ServerConfig
@@ -279,7 +279,11 @@ def test_no_internet_to_download_the_program(
     for machine in installer.PLATFORMS if hasattr(installer, "PLATFORMS") else ():
         monkeypatch.setitem(installer.PLATFORMS, machine, "http://127.0.0.1:9/ngrok.tgz")
     monkeypatch.setattr(installer, "get_ngrok_cdn_url", lambda *_: "http://127.0.0.1:9/ngrok.tgz")
-    with pytest.raises(TunnelError, match="could not be downloaded: is this machine connected.*Kaggle"):
+    with pytest.raises(TunnelError, match=r"could not be downloaded\. Is this machine connected"):
+        opened(port)
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    monkeypatch.setattr(env, "online", lambda: False)
+    with pytest.raises(TunnelError, match=r"could not be downloaded\..*Kaggle.*turn it on in the settings"):
         opened(port)
 
 
