@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from medusa_serve.config import ServerConfig
 from medusa_serve.errors import GenerationFailed, InvalidRequest, QueueFull
+from medusa_serve.server.config import ServerConfig
 from tests.server.standins import HandLLM, WordCodec, serving, wait_for
 
 from .conftest import STRANGER, WIDTHS

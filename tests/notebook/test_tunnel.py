@@ -283,7 +283,7 @@ def test_no_internet_to_download_the_program(
         opened(port)
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
     monkeypatch.setattr(env, "online", lambda: False)
-    with pytest.raises(TunnelError, match=r"could not be downloaded\..*Kaggle.*turn it on in the settings"):
+    with pytest.raises(TunnelError, match=r"could not be downloaded\..*Kaggle.*turn it on in its settings"):
         opened(port)
 
 

@@ -6,8 +6,8 @@ import base64
 import hashlib
 import re
 
-from medusa_serve.config import ServerConfig
 from medusa_serve.notebook.tint import TINTS
+from medusa_serve.server.config import ServerConfig
 from medusa_serve.server.page import FILE
 
 from .standins import HandLLM, ask
@@ -20,7 +20,7 @@ def test_the_page_needs_no_key_and_holds_none() -> None:
         HandLLM(),
         {"method": "GET", "url": "/"},
         {"json": {"prompt": "x"}},
-        {"method": "GET", "url": "//"},
+        {"method": "GET", "url": "/index.html"},
         config=ServerConfig(api_key="the-secret"),
     )
     assert page.status_code == 200
