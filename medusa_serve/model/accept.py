@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+from . import splitk
 from .filters import Sampling, pick
+from .fused_pick import pick_nodes
 from .logprobs import logprobs_of
 from .penalties import Tally
 from .tree import Draft
@@ -53,18 +55,19 @@ def accept(logits: torch.Tensor, draft: Draft, max_depth: int, sampling: Samplin
     not_root = torch.arange(num_nodes, device=device) > 0
     active = torch.ones(rows, dtype=torch.bool, device=device)
     finished, finite = torch.zeros_like(active), torch.ones_like(active)
-    plain = not sampling.sampled and sampling.penalties is None
-    greedy = logits.max(dim=-1) if device.type == "cuda" and plain else None  # of all nodes in one pass
+    every = None
+    if device.type == "cuda" and sampling.penalties is None and (not sampling.sampled or splitk.available(device)):
+        every = pick_all(logits, sampling, limits.length[:, None] + 1 + draft.depths)  # in one pass
     tally = None if sampling.penalties is None else Tally(sampling.penalties, logits.shape[-1])
     tokens, nodes, logprobs = [], [], []
     for depth in range(max_depth + 1):
         node = alive.to(torch.uint8).argmax(dim=1)  # the lowest alive node; heads and lookup may hold the same token
         position = limits.length + 1 + depth
-        if greedy is None:
+        if every is None:
             here = logits[each, node]
             picked, usable = pick(here if tally is None else tally.apply(here), sampling, position)
         else:
-            picked, usable = greedy.indices[each, node], greedy.values[each, node].isfinite()
+            picked, usable = every[0][each, node], every[1][each, node].isfinite()
         finite &= usable | ~active
         tokens.append(torch.where(active, picked, -1))
         nodes.append(node)
@@ -81,6 +84,14 @@ def accept(logits: torch.Tensor, draft: Draft, max_depth: int, sampling: Samplin
     emitted = torch.stack(tokens, dim=1)
     told = torch.stack(logprobs, dim=1) if logprobs else None
     return Walk(emitted, torch.stack(nodes, dim=1), (emitted >= 0).sum(dim=1), finished, finite, told)
+
+
+def pick_all(logits: torch.Tensor, sampling: Sampling, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What every node picks on a GPU: (token, its largest logit), (B, N) both. position (B, N): of that token"""
+    if sampling.sampled:
+        return pick_nodes(logits, sampling, position)
+    best = logits.max(dim=-1)
+    return best.indices, best.values
 
 
 def ended(pending: torch.Tensor, limits: Limits) -> torch.Tensor:

@@ -30,6 +30,7 @@ class View:
     tree (B, N, N): new token i sees new token j; None: a causal run, where a token sees all columns up to its position
     width: T where all rows are read at once
     packed: the model sees all rows side by side as one, (1, B·N)
+    node_bits (B, N) int64: in place of `tree`, the ancestors of each node and itself
     """
 
     slots: torch.Tensor
@@ -41,6 +42,7 @@ class View:
     tree: torch.Tensor | None
     width: int
     packed: bool = False
+    node_bits: torch.Tensor | None = None
     _visible: dict[int | None, torch.Tensor] = field(default_factory=dict)
     _bias: dict[tuple[int | None, int | None, int], torch.Tensor | None] = field(default_factory=dict)
 
@@ -52,11 +54,25 @@ class View:
         """What a layer computed for the rows: (1, heads, B·N, dim) → (B, heads, N, dim) where they are packed."""
         return x[0].unflatten(1, self.positions.shape).transpose(0, 1) if self.packed else x
 
+    @property
+    def causal(self) -> bool:
+        return self.tree is None and self.node_bits is None
+
     @cached_property
     def bits(self) -> torch.Tensor:
         """(B, N) int64: the tree as ancestor bits."""
+        if self.node_bits is not None:
+            return self.node_bits
         assert self.tree is not None
         return splitk.ancestor_bits(self.tree)
+
+    @cached_property
+    def sees(self) -> torch.Tensor:
+        """(B, N, N) bool: the tree, however it is given."""
+        if self.tree is not None:
+            return self.tree
+        shifts = torch.arange(self.num_new, device=self.length.device)
+        return ((self.bits[:, :, None] >> shifts) & 1) == 1
 
     def visible(self, window: int | None) -> torch.Tensor:
         """(B, N, T) bool. Windows compare positions, never columns."""
@@ -66,14 +82,14 @@ class View:
 
     def _seen(self, window: int | None) -> torch.Tensor:
         column = torch.arange(self.width, device=self.length.device)
-        if self.tree is None:
+        if self.causal:
             seen = column <= self.positions[:, :, None]
             key_position = column[None, :]
         else:
             node = column - self.length[:, None]  # (B, T): index among the new tokens, negative in the history
             inside = (node >= 0) & (node < self.num_new)
             index = node.clamp(0, self.num_new - 1)
-            among = self.tree.gather(2, index[:, None, :].expand(-1, self.num_new, -1))
+            among = self.sees.gather(2, index[:, None, :].expand(-1, self.num_new, -1))
             seen = torch.where(inside[:, None, :], among, (node < 0)[:, None, :])
             key_position = torch.where(inside, self.positions.gather(1, index), column)
         if window is not None:

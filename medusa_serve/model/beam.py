@@ -161,7 +161,8 @@ class _ContextDrafter(Generic[State]):
             beam, tokens = pool.grow(found.tokens, found.logp, width)
             if width:
                 state = self.follow(state, beam, tokens)
-        return best_nodes(pool, min(nodes, pool_size))
+        count = min(nodes, pool_size)
+        return pool.best(count) if isinstance(pool, FusedPool) else best_nodes(pool, count)
 
     def _ranked(self, logits: Tensor, depth: int | None, length: Tensor, sampling: Sampling) -> Children:
         """The best of each place's tokens. logits (B, P, V'), overwritten: of one depth, or (None) of 0 … P - 1"""
@@ -232,7 +233,7 @@ def drafter_of(heads: Any, info: HeadsInfo, tree: str) -> Drafter:
     return ParallelDrafter(heads, info.tau, info.noise_tau, ranks=info.ranks)
 
 
-def best_nodes(pool: Pool | FusedPool, max_nodes: int) -> HeadNodes:
+def best_nodes(pool: Pool, max_nodes: int) -> HeadNodes:
     """The M most probable nodes of the pool, best first. A child scores below its parent, so they form a tree."""
     best = pool.scores.topk(max_nodes, dim=1).indices
     place = torch.zeros(best.shape[0], pool.scores.shape[1] + 1, dtype=torch.int64, device=best.device)

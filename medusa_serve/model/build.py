@@ -12,6 +12,7 @@ from .compiled import compile_passes
 from .default_model import cache_folder
 from .draft import Drafter
 from .forward import PlainForward, PlugInError, TreeForward, kv_shapes
+from .fused_heads import fuse_heads
 from .layers import fuse_layers
 from .plan import expected_tokens, plan_context, plan_shapes, plan_slots
 from .runner import ModelRunner
@@ -60,6 +61,9 @@ def build_runner(
     )
     if plugged is None:
         notes.append(f"this model decodes plainly, one row at a time, because {plain_because}")
+    if plugged is not None and plugged.layers is not None and plugged.layers.compiled and drafter is not None:
+        width = len(indexes) * model.config.get_text_config().hidden_size
+        notes += [fuse_heads(drafter.heads, width)] if hasattr(drafter, "heads") else []
     if config.compile and plugged is not None:
         notes.append(compile_passes(plugged, drafter, shapes, config, cache_folder()))
         what = what and f"{what}, compiled {plugged.compiled.sizes if plugged.compiled else 'nothing'}"

@@ -56,7 +56,7 @@ class CompiledPasses:
         self.sizes = tuple(sorted(self._passes))
 
     def covers(self, view: View) -> bool:
-        return view.tree is not None and len(view.host_slots) == 1 and view.num_new in self._passes
+        return not view.causal and len(view.host_slots) == 1 and view.num_new in self._passes
 
     def run(self, tokens: Tensor, view: View) -> tuple[Tensor, Tensor | None]:
         """As TreeForward.run: tokens (1, N) → logits (1, N, V), hidden (1, N, M·H)."""

@@ -8,10 +8,15 @@ samplers). Same results as beam.py's plain form, up to rounding.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from .filters import Sampling
+from .tree import HeadNodes
+
+if TYPE_CHECKING:
+    from .filters import Sampling
 
 try:
     import triton
@@ -85,6 +90,17 @@ class FusedPool:
         )  # fmt: skip
         self._beams, self._above, self._filled = scores, above, self._filled + beams * ranks
         return beam, chosen
+
+    def best(self, max_nodes: int) -> HeadNodes:
+        """As of beam.best_nodes."""
+        rows, size = self.scores.shape
+        places = torch.empty(rows, size, dtype=torch.int32, device=self.scores.device)
+        parts = torch.empty(3, rows, max_nodes, dtype=torch.int64, device=self.scores.device)
+        _best[(rows,)](
+            self.tokens, self.parents, self.depths, self.scores, places, parts[0], parts[1], parts[2], size,
+            COUNT=max_nodes, BLOCK=triton.next_power_of_2(size), CHUNK=16, num_warps=4,
+        )  # fmt: skip
+        return HeadNodes(*parts)
 
 
 if triton is not None:
@@ -202,3 +218,28 @@ if triton is not None:
             tl.store(next_beam + row * WIDTH + i, (where // RANKS).to(tl.int64))
             tl.store(next_token + row * WIDTH + i, tl.load(tokens + (where % RANKS if SHARED else where)))
             score = tl.where(index == where, float("-inf"), score)
+
+    @triton.jit
+    def _best(
+        pool_tokens, pool_parents, pool_depths, pool_scores, places, tokens, parents, depths, size,
+        COUNT: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    ):  # fmt: skip
+        """A row's best COUNT nodes in order: how many are better tells a node's place."""
+        row, n = tl.program_id(0), tl.arange(0, BLOCK)
+        inside, at = n < size, row * size + n
+        score = tl.load(pool_scores + at, mask=inside, other=float("-inf"))
+        place = tl.zeros([BLOCK], tl.int32)
+        for begin in range(0, size, CHUNK):
+            m = begin + tl.arange(0, CHUNK)
+            other = tl.load(pool_scores + row * size + m, mask=m < size, other=float("-inf"))[None, :]
+            equal = (other == score[:, None]) & (m[None, :] < n[:, None])
+            place += tl.sum((((other > score[:, None]) | equal) & (m < size)[None, :]).to(tl.int32), axis=1)
+        tl.store(places + at, place, mask=inside)
+        tl.debug_barrier()  # other threads of this program read what was written
+        chosen = inside & (place < COUNT)
+        parent = tl.load(pool_parents + at, mask=chosen, other=0)
+        above = tl.load(places + row * size + parent - 1, mask=chosen & (parent > 0), other=-1) + 1
+        to = row * COUNT + place
+        tl.store(tokens + to, tl.load(pool_tokens + at, mask=chosen, other=0), mask=chosen)
+        tl.store(parents + to, above.to(tl.int64), mask=chosen)
+        tl.store(depths + to, tl.load(pool_depths + at, mask=chosen, other=0), mask=chosen)

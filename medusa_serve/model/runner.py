@@ -12,11 +12,12 @@ import torch
 
 from ..config import MAX_NODES
 from ..types import PrefillChunk, SamplingParams, StepOutput
-from .accept import Limits, Walk, accept, ended
-from .attention import chain_view, tree_view
+from .accept import Limits, Walk, accept, ended, pick_all
+from .attention import View, chain_view, tree_view
 from .draft import Drafter
 from .filters import Sampling
 from .forward import PlainForward, TreeForward
+from .fused_step import close_step, keep_heads, open_step
 from .graphs import StepGraphs
 from .logprobs import NUM_TOLD, read_logprobs
 from .lookup import lookup
@@ -76,6 +77,7 @@ class ModelRunner:
         self._held_by = {nodes: held_by(shapes, nodes) for nodes in self.node_choices}
         self._graphs = StepGraphs(self) if self.device.type == "cuda" and forward.supports_trees else None
         self.overlaps = self._packs = self._graphs is not None
+        self._fused = self._graphs is not None and self._graphs.packs
         self._host_length = [0] * self.num_slots
         self._owner = [0] * self.num_slots  # how many sequences a slot has had
         self._admitted: list[Admission] = []
@@ -211,6 +213,8 @@ class ModelRunner:
         → (B, 5 + 2 (D + 1)): tokens kept, finished, finite, drafted, ready for the next step, the tokens, their nodes;
         with log-probabilities NUM_TOLD (D + 1) more, as of Walk
         """
+        if self._fused and not (needs.penalised or needs.logprobs):
+            return self._fused_step(slots, active, host_slots, host_length, width, shape, needs)
         tables = self.tables
         limits: Limits = tables.limits(slots)
         active = active & ~ended(tables.pending(slots), limits)  # the host, a step behind, may not know yet
@@ -224,6 +228,36 @@ class ModelRunner:
         self.forward.commit(view, walk.nodes)
         drafted = (draft.tokens[:, 1:] >= 0).sum(dim=1)
         return self._keep(slots, active, walk, hidden, drafted, sampling, shape)
+
+    def _fused_step(
+        self,
+        slots: torch.Tensor,
+        active: torch.Tensor,
+        host_slots: list[int],
+        host_length: list[int],
+        width: int,
+        shape: Shape,
+        needs: Needs,
+    ) -> torch.Tensor:
+        """`step` by the kernels of fused_step.py, without penalties and log-probabilities."""
+        tables, forward = self.tables, self.forward
+        opened = open_step(tables, slots, active, shape)
+        places = (opened.positions, opened.columns)
+        view = View(
+            slots, opened.length, host_slots, host_length, *places, None, width, packed=True, node_bits=opened.bits
+        )
+        logits, hidden = forward.run(opened.tokens, view)
+        sampling = tables.sampling(slots, needs) if needs.sampled else tables.greedy()
+        picked, best = pick_all(logits, sampling, opened.positions + 1)
+        rest = self.drafter is not None and shape.num_nodes == 1
+        closed = close_step(tables, slots, opened, picked, best, shape.max_depth, rest=rest)
+        forward.commit(view, closed.nodes)
+        if self.drafter is not None and hidden is not None and not rest:
+            at = hidden[torch.arange(slots.shape[0], device=slots.device), closed.last]
+            nodes = heads_fill(shape, self.drafter.max_nodes)
+            heads = self.drafter.draft(slots, at, closed.pending, closed.length, sampling, nodes)
+            keep_heads(tables, slots, opened.active, heads, closed.facts, self.node_choices[-1] - 1)
+        return closed.facts
 
     def _keep(
         self,

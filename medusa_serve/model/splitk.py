@@ -36,7 +36,7 @@ def available(device: torch.device) -> bool:
 def fits(query: torch.Tensor, values: torch.Tensor, view: View) -> bool:
     """Whether `tree_attention` covers this pass."""
     return (
-        view.tree is not None
+        not view.causal
         and view.num_new <= 64
         and max(query.shape[-1], values.shape[-1]) <= MAX_DIM
         and available(query.device)

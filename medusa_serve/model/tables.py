@@ -139,6 +139,10 @@ class SlotTables:
             needs.logprobs,
         )
 
+    def greedy(self) -> Sampling:
+        """Where no row asks for anything: all slots' tables, which nobody reads."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.seed, False, False)
+
     def _penalties(self, slots: torch.Tensor) -> Penalties:
         tables = (self.repetition, self.presence, self.frequency, self.bias_ids, self.bias)
         return Penalties(*(table[slots] for table in (*tables, self.history, self.length, self.num_prompt)))

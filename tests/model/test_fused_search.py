@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from medusa_serve.model import splitk
-from medusa_serve.model.beam import ParallelDrafter, Pool, SequentialDrafter
+from medusa_serve.model.beam import ParallelDrafter, Pool, SequentialDrafter, best_nodes
 from medusa_serve.model.fused_search import FusedPool, top_children
 from medusa_serve.model.heads import MedusaHeads, SequentialHeads
 from tests.model.rows import sampling
@@ -83,6 +83,8 @@ def test_the_pool(shared):
         assert torch.equal(getattr(plain, name)[:2], getattr(fused, name)[:2])
     assert torch.equal(plain.parents[:2], fused.parents[:2])
     torch.testing.assert_close(plain.scores, fused.scores)
+    for mine, other in zip(fused.best(50), best_nodes(plain, 50), strict=True):
+        assert torch.equal(mine[:2], other[:2])
 
 
 @pytest.mark.parametrize("mapped", [False, True])

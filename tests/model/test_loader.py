@@ -94,6 +94,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         load_model(EngineConfig(model="x", device="cuda"), progress=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(loader, "why_unusable", lambda device: None)
     assert loader._choose_device("auto", []) == torch.device("cuda", 0)
     assert loader._choose_device("cuda:1", []) == torch.device("cuda", 1)
     with pytest.raises(LoadError, match="no device cuda:2"):
