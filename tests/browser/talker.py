@@ -56,7 +56,7 @@ class Talker(HandManager):
                 }
                 reason = "stop" if done == len(WORDS) else "length"
                 last = completion(name, "".join(words), finish_reason=reason, seed=params.seed or 4, **counted)
-            self.push(name, Delta("".join(run), (len(run),), (len(run) - 1,), tuple(range(len(run))), last))
+            self.push(name, Delta("".join(run), (len(run),), (len(run) - 1,), tuple(range(len(run))), completion=last))
             time.sleep(self.pause_s)
 
 

@@ -69,10 +69,7 @@ def _address(process: subprocess.Popen[bytes], runtime: Path) -> str:
 def test_a_person_runs_all_and_uses_the_panel(lab: str, visit: Callable[..., Any]) -> None:
     page = visit(lab)
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
-    page.wait_for_selector(
-        ".jp-NotebookPanel-toolbar [data-status='idle'], .jp-Notebook-ExecutionIndicator[data-status='idle']",
-        timeout=60_000,
-    )
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=60_000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
     cells = page.locator(".jp-Notebook .jp-CodeCell")
