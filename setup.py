@@ -6,6 +6,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+# The repository's address, which its owner sets here alone; `python .ci/address.py` then writes it where it is used.
+URL = ""
 
 
 def version() -> str:
@@ -28,6 +30,7 @@ setup(
     description="A notebook-first LLM server: exact tree speculation in a continuous batch, on unmodified models.",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    url=URL,
     license="Apache-2.0",
     license_files=["LICENSE"],
     author="The medusa_serve authors",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from pathlib import Path
 from typing import Literal
 
 Place = Literal["colab", "kaggle", "jupyter", "python"]
@@ -14,7 +15,7 @@ def place() -> Place:
     """By what the platforms set, not by an installed package: stubs of their names are on the package index."""
     if any(name.startswith("COLAB_") for name in os.environ) and "google.colab" in sys.modules:
         return "colab"
-    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ or "KAGGLE_DATA_PROXY_TOKEN" in os.environ:
+    if {"KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_USER_SECRETS_TOKEN"} & set(os.environ):
         return "kaggle"
     return "jupyter" if in_kernel() else "python"
 
@@ -33,6 +34,19 @@ def online(host: str = "www.kaggle.com", seconds: float = 3.0) -> bool:
     except OSError:
         return False
     return True
+
+
+def size(full: int, *, smoke: int) -> int:
+    """`full`, or `smoke` where MEDUSA_SMOKE=1 asks for a quick run of everything."""
+    return smoke if os.environ.get("MEDUSA_SMOKE") == "1" else full
+
+
+def keep_in() -> Path:
+    """The folder that outlives this session where the platform has one: Drive, when it is mounted, or what Kaggle
+    saves with the notebook; else where the notebook is."""
+    drive = Path("/content/drive/MyDrive")
+    places = {"colab": drive if drive.is_dir() else Path("/content"), "kaggle": Path("/kaggle/working")}
+    return places.get(place(), Path.cwd())
 
 
 def advice() -> str:

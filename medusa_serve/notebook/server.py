@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import quote
 
 from ..config import EngineConfig
 from ..errors import InvalidRequest, LoadError, MedusaServeError, ShuttingDown
@@ -19,6 +20,7 @@ from ..server.serve import CLOSE_S
 from ..types import Completion, Delta, SamplingParams
 from . import colab, env, told
 from .background import Background, listen
+from .batching import Batching, one_and_many
 from .compare import Comparison, compare
 from .logs import RingLog
 
@@ -81,6 +83,10 @@ class Server:
         return self._background.url
 
     @property
+    def _port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    @property
     def public_url(self) -> str | None:
         """Of the tunnel, while there is one."""
         return self._tunnel.url if self._tunnel is not None else None
@@ -92,9 +98,10 @@ class Server:
 
     @property
     def is_alive(self) -> bool:
-        """Whether a request would be served now."""
+        """Whether it serves, or will again by itself."""
         try:
-            return self._background.is_alive() and self._llm().manager.status().state == "ok"
+            state = self._llm().manager.status().state
+            return self._background.is_alive() and state not in ("dead", "closed", "draining")
         except MedusaServeError:
             return False
 
@@ -160,6 +167,10 @@ class Server:
         assert delta.completion is not None  # a last delta has one or the other
         return delta.completion
 
+    async def one_and_many(self, prompts: Sequence[str], *, max_tokens: int) -> Batching:
+        """The first prompt alone, then all at once: tokens per second of both."""
+        return await one_and_many(self, prompts, max_tokens)
+
     def count_tokens(self, messages: Sequence[dict[str, str]]) -> int:
         """Of a prompt made of these messages, with the template's own."""
         codec = self._llm().codec
@@ -212,15 +223,32 @@ class Server:
 
         display(self.panel())
 
+    def show_page(self, height: int = 640) -> None:
+        """The server's own chat page below the cell. Answering there does not need the kernel, so Stop works while a
+        cell runs. In Colab through its port proxy; elsewhere the browser must be on this machine."""
+        platform = env.place()
+        if platform == "colab":
+            colab.show_page(self._port, key=self.api_key, height=height)
+        elif platform == "kaggle":
+            print("Kaggle has no way to a port: use the panel, or server.open_tunnel().")
+        elif env.in_kernel():
+            from IPython.display import IFrame, display
+
+            fragment = f"/#key={quote(self.api_key, safe='')}" if self.api_key else "/"
+            display(IFrame(self.url + fragment, "100%", height))
+        else:
+            print(f"open {self.url} in a browser")
+
     def open_tunnel(self, *, token: str | None = None, domain: str | None = None) -> str:
-        """A public https address of this server, through ngrok; → public_url. Raises TunnelError."""
+        """A public https address of this server, through ngrok, which a second call gives again. Raises TunnelError."""
         from .tunnel import open_tunnel
 
         with self._lock:
             if self._tunnel is None:
-                web, port = self._background.web, int(self.url.rpartition(":")[2])
+                web = self._background.web
                 web.require_key()
-                self._tunnel = open_tunnel(port, token=token, domain=domain, on_url=web.allow_host)
+                self._tunnel = open_tunnel(self._port, token=token, domain=domain, on_url=web.allow_host)
+                print(f"public at {self._tunnel.url}\n{self._tunnel.notice}")
             return str(self._tunnel.url)
 
     def close_tunnel(self) -> None:
