@@ -36,7 +36,7 @@ setup(
     author="The medusa_serve authors",
     python_requires=">=3.11",
     packages=find_packages(include=["medusa_serve", "medusa_serve.*"]),
-    package_data={"medusa_serve": ["heads/**/*.safetensors", "**/*.json", "**/*.html"]},
+    package_data={"medusa_serve": ["heads/**/*.safetensors", "**/*.json", "**/*.html", "**/*.xz"]},
     install_requires=runtime_requirements(),
     extras_require={
         "test": [

@@ -20,7 +20,7 @@ ALLOWED = {
     "llm": {"model", "engine"},
     "server": {"engine", "llm"},  # llm for Ray Serve, which starts from a config
     "training": {"model", "engine"},
-    "notebook": {"server", "engine", "model", "llm", "training"},
+    "notebook": {"server", "engine", "model", "llm", "training", "bench"},
     "bench": {"server", "engine", "model", "llm", "training"},
     "heads_commands": {"bench", "model", "training"},
     "cli": {"server", "engine", "model", "llm", "bench", "heads_commands", "training", "notebook"},

@@ -49,6 +49,14 @@ def keep_in() -> Path:
     return places.get(place(), Path.cwd())
 
 
+def mount_drive() -> None:
+    """In Colab; elsewhere nothing happens."""
+    if place() == "colab":
+        from google.colab import drive
+
+        drive.mount("/content/drive")
+
+
 def advice() -> str:
     """A sentence for whoever could not load a model here, or ""."""
     if place() == "kaggle" and not online():

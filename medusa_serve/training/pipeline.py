@@ -97,14 +97,16 @@ def train_from_prompts(
     out: str | Path,
     family: str = "sequential",
     answers: str | Path | None = None,
+    answer_tokens: int = DistillConfig.max_tokens,
     note: Note = print,
     **options: Any,
 ) -> Measured:
     """Answers for 40 % of the minutes, training for the rest, then calibration and a report through the engine (a tenth
     of the training's time, 20 seconds at most); the heads are in `out`, ready for --heads.
 
-    answers: a folder to keep the answers in (default: `<out>.answers`, which is left there for another try). options:
-    TrainConfig's fields. Given again after an interruption, it goes on: answers that are there are not made again.
+    answers: a folder to keep the answers in (default: `<out>.answers`, which is left there for another try), of
+    answer_tokens at most. options: TrainConfig's fields. Given again after an interruption, it goes on: answers that
+    are there are not made again.
     """
     if not minutes > 0:
         raise InvalidConfig("minutes must be positive.", param="minutes")
@@ -121,7 +123,8 @@ def train_from_prompts(
     loaded = load_model(source)
     started = Path(f"{str(out).rstrip('/')}.training").exists()
     if not started:  # a training under way must not see other answers than it began with
-        make_answers(loaded, training, folder, DistillConfig(seconds=60 * minutes * DISTILL_SHARE), note=note)
+        config_of_answers = DistillConfig(seconds=60 * minutes * DISTILL_SHARE, max_tokens=answer_tokens)
+        make_answers(loaded, training, folder, config_of_answers, note=note)
     line = ProgressLine()
 
     def show(report: Report) -> None:

@@ -1,0 +1,78 @@
+"""Before a training: how many answers this machine makes in the time, and what heads learnt from as many elsewhere."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import EngineConfig
+from ..errors import LoadError
+from ..model.gpu import release
+from ..model.loader import load_model
+from .distill import DistillConfig
+from .pipeline import DISTILL_SHARE, make_answers
+from .prompts import read_prompts, split
+
+# (tokens of answers, tokens per step with 8 nodes): sequential heads of the default model on held-out prompts, greedy,
+# as the serving engine measured at the end of each training; between two points acceptance grows with the logarithm
+LEARNT = ((100, 1.0), (15_012_194, 2.49))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """rate: tokens of answers a second, measured here · minutes: of the whole training"""
+
+    rate: float
+    minutes: float
+
+    @property
+    def tokens(self) -> float:
+        """Of answers, in the share of the time that goes into them."""
+        return self.rate * 60 * self.minutes * DISTILL_SHARE
+
+    @property
+    def acceptance(self) -> float:
+        """Tokens per step with 8 nodes, about."""
+        return learnt_from(self.tokens)
+
+    def __str__(self) -> str:
+        most = LEARNT[-1]
+        whole = most[0] / self.rate / 60 / DISTILL_SHARE
+        return (
+            f"{self.minutes:g} minutes: {DISTILL_SHARE:.0%} of them for some {self.tokens:,.0f} tokens of answers "
+            f"({self.rate:,.0f} a second here), the rest for training.\n"
+            f"Heads of the default model made {self.acceptance:.1f} tokens per step of as many (8 nodes; 1 is plain "
+            f"decoding), and {most[1]:.1f} of {most[0]:,}, which would take {whole:,.0f} minutes here.\n"
+            "Another model may learn faster or slower; the training itself says how it goes."
+        )
+
+
+def learnt_from(tokens: float) -> float:
+    """LEARNT at so many tokens of answers."""
+    for (few, low), (many, high) in zip(LEARNT, LEARNT[1:], strict=False):
+        if tokens <= many:
+            return low + (high - low) * math.log(max(tokens, few) / few) / math.log(many / few)
+    return LEARNT[-1][1]
+
+
+def forecast(
+    config: EngineConfig,
+    prompts: str | Path,
+    *,
+    minutes: float,
+    answers: str | Path,
+    seconds: float,
+    answer_tokens: int,
+) -> Forecast:
+    """Make answers for some seconds, into the folder that the training then goes on with. Raises LoadError."""
+    training, _ = split(read_prompts(prompts))
+    loaded = load_model(config)
+    try:
+        made = make_answers(loaded, training, answers, DistillConfig(seconds=seconds, max_tokens=answer_tokens))
+    finally:
+        del loaded
+        release()
+    if not made.tokens:
+        raise LoadError("No answer was finished in the time of the forecast; give it more, or shorter answers.")
+    return Forecast(made.tokens / made.seconds, minutes)
