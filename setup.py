@@ -51,6 +51,8 @@ setup(
             "matplotlib>=3.8",
         ],
         "bench": ["matplotlib>=3.8"],  # for pictures of results alone
+        "ray": ["ray[serve]>=2.60"],  # replicas
+        "split": ["accelerate>=1.1"],  # one model over several GPUs
     },
     entry_points={"console_scripts": ["medusa-serve=medusa_serve.cli:main"]},
     classifiers=[

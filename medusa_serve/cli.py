@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from . import __version__, heads_commands
-from .bench import acceptance, decode, drafting, peers, plot, serve, step
+from .bench import acceptance, decode, drafting, peers, plot, replicas, serve, step
 from .config import DEFAULT_MODEL, DTYPES, QUANTIZE, EngineConfig
 from .errors import InvalidConfig, InvalidRequest, MedusaServeError
 from .server import serve_command
+from .server.config import ReplicasConfig
 from .types import Completion, SamplingParams
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def _add_bench(commands: Any) -> None:
         (acceptance, "acceptance", "tokens per step by category of prompt and size of tree"),
         (drafting, "drafting", "what drafting costs, as a share of a plain step"),
         (peers, "peers", "tokens per second beside transformers and llama.cpp, in one run"),
+        (replicas, "replicas", "several copies of the model behind one address, and what happens when one dies"),
         (serve, "serve", "an HTTP server under load: first token, time per token, percentiles"),
         (decode, "decode", "tokens per second by number of sequences, with and without speculation"),
         (step, "step", "a decode step by rows and nodes, beside the time that reading the weights takes"),
@@ -133,7 +135,7 @@ def _add_model_options(parser: argparse.ArgumentParser, *, heads: bool = True) -
     group.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help=f"{DEFAULT_MODEL}, a hub id or a folder")
     if heads:
         group.add_argument("--heads", default="auto", metavar="NAME", help="auto, none, or a file or folder of heads")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, or split (over all GPUs)")
     group.add_argument("--dtype", default="auto", help="auto, " + ", ".join(d for d in DTYPES[1:] if d != "float64"))
     if heads:  # whoever learns from the model, or checks heads against it, wants its own weights
         about = f"on a CPU: auto (whatever is fastest), {', '.join(QUANTIZE[1:])}"
@@ -293,8 +295,14 @@ def _serve(options: argparse.Namespace) -> int:
     try:
         engine = _engine_config(options)
         server, key_is_ours = serve_command.server_config(options)
+        ReplicasConfig(replicas=options.replicas)
     except InvalidConfig as error:
         _refuse(options, error)
+    if options.replicas > 1:
+        from .server.replicas import serve_replicas
+
+        serve_replicas(engine, server, options.replicas, as_json=options.json, key_is_ours=key_is_ours)
+        return 0
     serve_command.serve_until_stopped(engine, server, as_json=options.json, key_is_ours=key_is_ours)
     return 0
 

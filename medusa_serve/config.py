@@ -19,7 +19,7 @@ class EngineConfig:
 
     model        "smollm2-135m" (from the package index), a hub id, or a local folder
     heads        auto (what ships for the model, else none), none, medusa, sequential, or a file or folder of heads
-    device       auto, cpu, cuda, cuda:N
+    device       auto, cpu, cuda, cuda:N, or split: the layers over all visible GPUs, for what is too large for one
     dtype        auto: what quantize says on a CPU; on a GPU bfloat16, or float16 where that is not native
     quantize     a CPU's: int8 weights (a changed model), int4 (where they are four-bit numbers already), none, or auto:
                  none on a GPU, for a small model, and where a dtype is asked for; else float32, bfloat16, int4 or int8,
@@ -56,8 +56,9 @@ class EngineConfig:
             if not isinstance(value, str) or not value.strip():
                 raise InvalidConfig(f"{name} must be a non-empty string.", param=name)
         kind, _, index = self.device.partition(":")
-        if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
-            raise InvalidConfig(f"device must be auto, cpu, cuda or cuda:N, not {self.device!r}.", param="device")
+        if kind not in ("auto", "cpu", "cuda", "split") or (index and (kind != "cuda" or not index.isdigit())):
+            message = f"device must be auto, cpu, cuda, cuda:N or split, not {self.device!r}."
+            raise InvalidConfig(message, param="device")
         if self.dtype not in DTYPES:
             raise InvalidConfig(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.", param="dtype")
         if self.quantize not in QUANTIZE:

@@ -32,9 +32,16 @@ class LLM:
     tokens per step, speed-up over plain decoding; None where nothing was measured) are plain attributes.
     """
 
-    def __init__(self, model: str | EngineConfig | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str | EngineConfig | None = None,
+        *,
+        load: Callable[[EngineConfig], Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """load: makes the LoadedModel from the config, where it is not to be had by name (random weights)"""
         self.config = _config(model, options)
-        loaded, built, self.heads_name, heads_notes = _elsewhere(lambda: _loaded(self.config))
+        loaded, built, self.heads_name, heads_notes = _elsewhere(lambda: _loaded(self.config, load))
         self.model_name, self.codec = loaded.name, loaded.codec
         self.device, self.dtype = str(loaded.device), loaded.numbers
         self.notes = [*loaded.notes, *heads_notes, *built.notes]
@@ -142,11 +149,11 @@ class LLM:
         self.close()
 
 
-def _loaded(config: EngineConfig) -> tuple[Any, Any, str, list[str]]:
+def _loaded(config: EngineConfig, load: Callable[[EngineConfig], Any] | None = None) -> tuple[Any, Any, str, list[str]]:
     """(loaded, built, the heads' name, notes on them)"""
     from .model.loader import load_model, memory_as_load_error
 
-    loaded = load_model(config)
+    loaded = (load or load_model)(config)
     with memory_as_load_error(config.model):
         return _built(config, loaded)
 

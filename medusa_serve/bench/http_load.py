@@ -44,6 +44,21 @@ class Sample(NamedTuple):
         return self.status == "200"
 
 
+class Stream(NamedTuple):
+    """One answer read until its connection closed. status: as a Sample's · terminals: events that end an answer, a
+    completion or an error · dones: [DONE] lines"""
+
+    status: str
+    terminals: int
+    dones: int
+    tokens: int
+
+    @property
+    def accepted(self) -> bool:
+        """The server began to answer: exactly one terminal event is due."""
+        return self.terminals > 0 or self.dones > 0 or self.status in ("200", "cut")
+
+
 @dataclass(frozen=True)
 class Target:
     """Where requests go and what each says: the texts in turn, each with its request's number before it, so that no two
@@ -73,6 +88,46 @@ def closed_loop(target: Target, clients: int, start: int, requests: int | None, 
 def open_loop(target: Target, due: Sequence[float], start: int) -> list[Sample]:
     """Requests at the times `due` (seconds), whether or not earlier ones have ended. Their times count from then."""
     return asyncio.run(_open(target, due, start))
+
+
+def whole_streams(target: Target, clients: int, start: int, seconds: float) -> list[Stream]:
+    """A closed loop that reads every answer until the server closes the connection, and counts how often it ended."""
+    return asyncio.run(_whole_streams(target, clients, itertools.count(start), seconds))
+
+
+async def _whole_streams(target: Target, clients: int, numbers: Iterator[int], seconds: float) -> list[Stream]:
+    until, streams = time.perf_counter() + seconds, list[Stream]()
+
+    async def client() -> None:
+        while time.perf_counter() < until:
+            streams.append(await _whole(target, next(numbers)))
+            if streams[-1].status != "200":
+                await asyncio.sleep(PAUSE_S)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return streams
+
+
+async def _whole(target: Target, number: int) -> Stream:
+    status, terminals, dones, tokens = "cut", 0, 0, 0
+    try:
+        async with asyncio.timeout(ANSWER_S), aclosing(_events(target, target.body(number), to_end=True)) as events:
+            async for told in events:
+                if isinstance(told, str):
+                    dones += told == "200"
+                    status = told if status == "cut" else status
+                elif "error" in told:
+                    status, terminals = str(told["error"]["code"] or told["error"]["type"]), terminals + 1
+                else:
+                    tokens += sum(told["tokens"])
+                    terminals += "finish_reason" in told
+    except TimeoutError:
+        status = "timeout"
+    except OSError:
+        status = "cut" if tokens else "unreachable"
+    except (ValueError, LookupError, TypeError, EOFError):
+        status = "cut"
+    return Stream(status, terminals, dones, tokens)
 
 
 def arrivals(rate: float, seed: int, requests: int | None, seconds: float) -> list[float]:
@@ -139,8 +194,10 @@ async def _request(target: Target, number: int, due: float, began: float) -> Sam
     return Sample(due, first, time.perf_counter() - began, tokens, status)
 
 
-async def _events(target: Target, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any] | str]:
-    """The events of one answer, then "200"; the status alone where it is another."""
+async def _events(
+    target: Target, body: dict[str, Any], *, to_end: bool = False
+) -> AsyncGenerator[dict[str, Any] | str]:
+    """The events of one answer, then "200"; the status alone where it is another. to_end: go on behind [DONE]"""
     parts = urlsplit(target.url)
     tls = ssl.create_default_context() if parts.scheme == "https" else None
     port = parts.port or (443 if tls else 80)
@@ -155,7 +212,9 @@ async def _events(target: Target, body: dict[str, Any]) -> AsyncGenerator[dict[s
         async for event in _split(_pieces(reader, chunked)):
             if event == b"[DONE]":
                 yield status
-                return
+                if not to_end:
+                    return
+                continue
             yield json.loads(event)
     finally:
         writer.close()

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from ..config import MAX_NODES, EngineConfig
+from ..errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from ..llm import LLM
 
 SHAPES: dict[str, dict[str, Any]] = {  # the numbers of transformers' LlamaConfig
     "llama-7b": {
@@ -34,6 +39,7 @@ def random_model(shape: str, engine: EngineConfig) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from ..model.loader import LoadedModel, _choose_device, _choose_numbers, _shrink
+    from ..model.split import spread
 
     notes: list[str] = []
     nobody: Any = None
@@ -42,6 +48,8 @@ def random_model(shape: str, engine: EngineConfig) -> Any:
     dtype, weights = _choose_numbers(engine, device, config, notes)
     with _seeded(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    if engine.device == "split":
+        notes.append(spread(model))
     return LoadedModel(
         model=model,
         tokenizer=nobody,
@@ -54,6 +62,31 @@ def random_model(shape: str, engine: EngineConfig) -> Any:
         weights=_shrink(model, engine, weights, notes),
         notes=notes,
     )
+
+
+class ByteCodec:
+    """A text codec for models without a tokenizer: an id is a byte of the prompt, and a letter of the answer."""
+
+    has_chat_template = False
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        raise InvalidRequest("This model has no chat template; send `prompt`, not `messages`.", param="messages")
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(97 + index % 26) for index in ids)
+
+
+def random_llm(engine: EngineConfig, shape: str) -> LLM:
+    """An LLM over random weights that speaks letters; without heads. Raises LoadError."""
+    from ..llm import LLM
+
+    def load(config: EngineConfig) -> Any:
+        return replace(random_model(shape, config), codec=ByteCodec())
+
+    return LLM(replace(engine, heads="none", lookup=False), load=load)
 
 
 def random_drafter(model: Any) -> Any:

@@ -8,8 +8,9 @@ so keys and values are read once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -45,6 +46,19 @@ class View:
     node_bits: torch.Tensor | None = None
     _visible: dict[int | None, torch.Tensor] = field(default_factory=dict)
     _bias: dict[tuple[int | None, int | None, int], torch.Tensor | None] = field(default_factory=dict)
+    _copies: dict[torch.device, View] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> View:
+        """The same view for a layer on another device; made once a pass."""
+        if device == self.slots.device:
+            return self
+        if device not in self._copies:
+            names = ("slots", "length", "positions", "columns")
+            moved = {name: getattr(self, name).to(device) for name in names}
+            tree = None if self.tree is None else self.tree.to(device)
+            fresh: Any = {"_visible": {}, "_bias": {}, "_copies": {}}
+            self._copies[device] = replace(self, **moved, tree=tree, **fresh)
+        return self._copies[device]
 
     @property
     def num_new(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from .layers import fuse_layers
 from .plan import expected_tokens, plan_context, plan_shapes, plan_slots
 from .runner import ModelRunner
 from .selftest import check, references
+from .split import layer_devices
 from .step_times import time_steps, worth_timing
 from .tables import SlotTables
 
@@ -100,15 +102,18 @@ def _plug_in(
     """(forward, slots, why so many, the self-test's error, None), or without a forward and with the reason last."""
     try:
         prompts, wanted = references(model, model.device)
-        per_column = sum(kv * (key + value) for kv, key, value in kv_shapes(model)) * model.dtype.itemsize
-        slots, why = plan_slots(config, per_column, columns, model.device)
+        shapes = kv_shapes(model)
+        per_column: Counter[torch.device] = Counter()
+        for place, (kv, key, value) in zip(layer_devices(model) or [model.device] * len(shapes), shapes, strict=True):
+            per_column[place] += kv * (key + value) * model.dtype.itemsize
+        slots, why = min(plan_slots(config, size, columns, place) for place, size in per_column.items())
         forward = TreeForward(model, slots, columns, max_positions, hidden_inputs)
         try:
             error = check(forward, prompts, wanted, slots)
         except Exception:
             forward.close()
             raise
-        if model.device.type == "cuda" and config.compile is not False:
+        if model.device.type == "cuda" and forward.can_capture and config.compile is not False:
             with torch.inference_mode():  # as the engine's passes: what is compiled holds for its kind of tensors
                 notes.append(fuse_layers(forward, lambda: check(forward, prompts, wanted, slots, packed=True)))
     except PlugInError as reason:

@@ -20,6 +20,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..errors import LoadError
 from .attention import View, attend
 from .cache import SlotCache
+from .split import SplitCache, layer_devices
+from .structure import decoder_layers
 
 
 class HiddenTap:
@@ -68,16 +70,6 @@ class HiddenTap:
             handle.remove()
 
 
-def decoder_layers(model: Any) -> torch.nn.ModuleList:
-    """The list of the model's decoder layers, whatever it is called: the outermost one that is as long as the config
-    says. Raises LoadError where there is none."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return module
-    raise LoadError("The heads read hidden states between layers, and no list of decoder layers is found in the model.")
-
-
 def _normal(index: int, layers: int) -> int:
     """An index of `hidden_states` as HiddenTap knows it."""
     if not -layers - 1 <= index <= layers:
@@ -89,9 +81,9 @@ class SlabCache(Cache):
     """What the model believes to be its cache: `update` writes into the slab and hands the layer's slab to the
     attention."""
 
-    def __init__(self, slab: SlotCache) -> None:
+    def __init__(self, slab: SlotCache | SplitCache) -> None:
         super().__init__(layers=[])
-        self.slab = slab
+        self.slab, self.is_split = slab, isinstance(slab, SplitCache)
         self.view: Any = None  # a View and its columns during a pass
         self.columns: Any = None
         self.traced = False  # while a layer is traced, its attention writes what it gets
@@ -100,7 +92,10 @@ class SlabCache(Cache):
         if self.traced:
             return key_states, value_states
         keys, values = self.view.unpack(key_states), self.view.unpack(value_states)
-        return self.slab.write(layer_idx, self.view.slots, self.columns, keys, values)
+        if not self.is_split:
+            return self.slab.write(layer_idx, self.view.slots, self.columns, keys, values)
+        view = self.view.on(keys.device)
+        return self.slab.write(layer_idx, view.slots, view.columns, keys, values)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if self.view is None else max(self.view.host_length)
@@ -134,7 +129,9 @@ class TreeForward:
         self.compiled: Any = None  # CompiledPasses, once there are some
         self.layers: Any = None  # FusedLayers, once there are some
         self._traced_attention: Callable[..., torch.Tensor] | None = None
-        self.cache = SlotCache(kv_shapes(model), slots, columns, model.dtype, model.device)
+        places, shape = layer_devices(model), (kv_shapes(model), slots, columns, model.dtype)
+        self.is_split, self.can_capture = bool(places), not places
+        self.cache: Any = SplitCache(*shape, places) if places else SlotCache(*shape, model.device)
         self._slab_cache = SlabCache(self.cache)
         self._takes = set(inspect.signature(model.forward).parameters)
         self._cache_name = cache_argument(self._takes)
@@ -171,6 +168,11 @@ class TreeForward:
                 raise PlugInError("its attention has a soft cap or sinks")
             return self._traced_attention(query, key, value, scaling, sliding_window or 0), None
         view = self._slab_cache.view
+        if self.is_split:
+            with torch.cuda.device_of(query):  # kernels of our own start on the current GPU
+                view = view.on(query.device)
+                out = attend(view.unpack(query), key, value, view, scaling, sliding_window, softcap, s_aux)
+            return (out.flatten(0, 1)[None] if view.packed else out), None
         out = attend(view.unpack(query), key, value, view, scaling, sliding_window, softcap, s_aux)
         return (out.flatten(0, 1)[None] if view.packed else out), None
 
@@ -269,6 +271,7 @@ class PlainForward:
     passes."""
 
     supports_trees = False
+    can_capture = False  # of its steps no CUDA graph can be made
 
     def __init__(
         self,

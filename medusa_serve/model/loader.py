@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,17 @@ from typing import Any
 import torch
 
 from ..config import DEFAULT_MODEL, EngineConfig
-from ..errors import InvalidRequest, LoadError
+from ..errors import LoadError
+from .codec import Codec, reason_of
 from .default_model import cache_folder, ensure_default_model
 from .formats import choose_format
 from .gpu import why_unusable
 from .int4 import stored_in_few_bits, use_few_bits
 from .int8 import COVERS, linear_share, quantize_linears
+from .split import split_plan
 
 # Tokens that end a chat turn. Some models' templates use one that their generation config does not list as an end.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|endofturn|>", "<|eom_id|>")
-TEMPLATE_LIMIT = 1 << 20  # characters that a chat template may make of one short message
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,12 @@ def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
         few_bits = device.type == "cpu" and stored_in_few_bits(Path(source))
         dtype, weights = _choose_numbers(config, device, hf_config, notes, few_bits)
         tokenizer = _load_tokenizer(source)
-        model = _load_weights(source, hf_config, device, torch.float32 if weights == "int4" else dtype)
+        if config.device == "split":
+            places, note = split_plan(hf_config, dtype)
+            model = _from_pretrained(source, hf_config, dtype, device_map=places)
+            notes.append(note)
+        else:
+            model = _load_weights(source, hf_config, device, torch.float32 if weights == "int4" else dtype)
         weights = _shrink(model, config, weights, notes)
     codec = Codec(tokenizer)
     notes += codec.notes
@@ -76,84 +81,6 @@ def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
     _settle_generation_config(model, eos_ids)
     positions = _max_positions(model.config)
     return LoadedModel(model, tokenizer, codec, name, device, dtype, eos_ids, positions, weights, notes)
-
-
-class Codec:
-    """A TextCodec over a Hugging Face tokenizer. May be called from several threads."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self.notes: list[str] = []
-        if tokenizer.is_fast:
-            # With both off, encoding changes nothing in the Rust tokenizer, so threads need no lock.
-            tokenizer.backend_tokenizer.no_truncation()
-            tokenizer.backend_tokenizer.no_padding()
-        self._lock: Any = contextlib.nullcontext() if tokenizer.is_fast else threading.Lock()
-        self.has_chat_template = bool(tokenizer.chat_template) and self._template_works()
-
-    def encode(self, text: str) -> list[int]:
-        return self._ids(text, special=True, param="prompt")
-
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        if not self.has_chat_template:
-            raise InvalidRequest("This model has no chat template; send `prompt`, not `messages`.", param="messages")
-        try:
-            text = self._render(messages)
-        except Exception as error:  # a template is a program of its own: whatever it raises, these messages are refused
-            message = f"The model's chat template refuses these messages ({_reason(error)})."
-            raise InvalidRequest(message, param="messages") from error
-        return self._ids(text, special=False, param="messages")  # the template wrote the special tokens itself
-
-    def encode_many(self, prompts: Sequence[str]) -> list[list[int] | None]:
-        """Many prompts in one call of the tokenizer, which spreads them over the cores without holding the GIL."""
-        texts = [self._user_turn(prompt) for prompt in prompts]
-        good = [text for text in texts if text is not None]
-        if not good:
-            return [None] * len(texts)
-        with self._lock:
-            special = not self.has_chat_template
-            found = self._tokenizer(good, add_special_tokens=special, truncation=False, verbose=False).input_ids
-        ids = iter(found)
-        return [None if text is None else list(next(ids)) for text in texts]
-
-    def _user_turn(self, prompt: str) -> str | None:
-        try:
-            prompt.encode()
-            return self._render([{"role": "user", "content": prompt}]) if self.has_chat_template else prompt
-        except Exception:  # a lone surrogate, or whatever a template raises
-            return None
-
-    def decode(self, ids: Sequence[int]) -> str:
-        with self._lock:
-            return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _ids(self, text: str, *, special: bool, param: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequest("The text holds a lone surrogate, which is not valid Unicode.", param=param) from error
-        with self._lock:
-            return list(self._tokenizer(text, add_special_tokens=special, truncation=False, verbose=False).input_ids)
-
-    def _render(self, messages: Sequence[dict[str, str]]) -> str:
-        # transformers renders in jinja2's sandbox; no template ever comes from a request
-        return self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-
-    def _template_works(self) -> bool:
-        """A dry run, so that a broken template costs a note at load and not an error for every request."""
-        try:
-            size = len(self._render([{"role": "user", "content": "Hello"}]))
-        except Exception as error:  # see encode_chat
-            self.notes.append(f"no chat because the model's chat template fails on a plain message ({_reason(error)})")
-            return False
-        if size > TEMPLATE_LIMIT:
-            self.notes.append(f"no chat because the model's chat template makes {size} characters of one short message")
-        return size <= TEMPLATE_LIMIT
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")
 
 
 # ---- choices ---------------------------------------------------------------------------------------------------------
@@ -164,7 +91,9 @@ def _choose_device(wanted: str, notes: list[str]) -> torch.device:
     if wanted == "auto":
         notes.append("device cuda because one is there" if count else "device cpu because no CUDA device is there")
         wanted = "cuda" if count else "cpu"
-    device = torch.device(wanted)
+    if wanted == "split" and count < 2:
+        raise LoadError(f"device split needs two GPUs or more, and this machine has {count or 'none'}; use auto.")
+    device = torch.device("cuda:0" if wanted == "split" else wanted)
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         if not count:
@@ -283,21 +212,26 @@ def _load_tokenizer(source: str) -> Any:
 
 
 def _load_weights(source: str, hf_config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    # No device_map: it needs accelerate. Weights are read once, in the wanted dtype, then moved.
+    model = _from_pretrained(source, hf_config, dtype).to(device)
+    if device.type == "cpu":
+        _own_the_memory(model)
+    return model
+
+
+def _from_pretrained(source: str, hf_config: Any, dtype: torch.dtype, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    # No device_map: it needs accelerate. Weights are read once, in the wanted dtype, then moved.
     load: Any = AutoModelForCausalLM.from_pretrained
-    model, info = load(source, config=hf_config, dtype=dtype, trust_remote_code=False, output_loading_info=True)
+    options |= {"config": hf_config, "dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
+    model, info = load(source, **options)
     # transformers fills what is missing with random numbers and only warns
     wrong = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if wrong:
         raise LoadError(f"{len(wrong)} weights of {source} are missing or of another shape, first {wrong[0]}.")
     if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
         raise LoadError(f"{source} is not a decoder-only language model with an output layer.")
-    model = model.to(device).eval().requires_grad_(False)
-    if device.type == "cpu":
-        _own_the_memory(model)
-    return model
+    return model.eval().requires_grad_(False)
 
 
 def _own_the_memory(model: Any) -> None:
@@ -333,15 +267,15 @@ def _as_load_error(asked: str) -> Iterator[None]:
         raise LoadError(_TOO_LARGE.format(asked)) from error
     except OSError as error:
         if Path(asked).expanduser().is_dir():
-            raise LoadError(f"The model in {asked} cannot be read: {_reason(error)}.") from error
+            raise LoadError(f"The model in {asked} cannot be read: {reason_of(error)}.") from error
         raise LoadError(
-            f"{asked!r} is neither a local folder nor a model that could be had from the hub ({_reason(error)}). "
+            f"{asked!r} is neither a local folder nor a model that could be had from the hub ({reason_of(error)}). "
             f"Check the name and the network; {DEFAULT_MODEL!r} needs no hub."
         ) from error
     except Exception as error:  # safetensors, tokenizers and transformers raise types of their own for damaged files
         if "out of memory" in str(error) or "can't allocate memory" in str(error):
             raise LoadError(_TOO_LARGE.format(asked)) from error
-        raise LoadError(f"The model {asked} cannot be loaded: {type(error).__name__}: {_reason(error)}.") from error
+        raise LoadError(f"The model {asked} cannot be loaded: {type(error).__name__}: {reason_of(error)}.") from error
 
 
 @contextlib.contextmanager

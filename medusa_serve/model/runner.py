@@ -75,7 +75,7 @@ class ModelRunner:
         self.expected = tuple(expected)
         self.step_ms: Mapping[tuple[int, int], float] = {}
         self._held_by = {nodes: held_by(shapes, nodes) for nodes in self.node_choices}
-        self._graphs = StepGraphs(self) if self.device.type == "cuda" and forward.supports_trees else None
+        self._graphs = StepGraphs(self) if self.device.type == "cuda" and forward.can_capture else None
         self.overlaps = self._packs = self._graphs is not None
         self._fused = self._graphs is not None and self._graphs.packs
         self._host_length = [0] * self.num_slots

@@ -1,0 +1,92 @@
+"""Between text and token ids."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import InvalidRequest
+
+TEMPLATE_LIMIT = 1 << 20  # characters that a chat template may make of one short message
+
+
+class Codec:
+    """A TextCodec over a Hugging Face tokenizer. May be called from several threads."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.notes: list[str] = []
+        if tokenizer.is_fast:
+            # With both off, encoding changes nothing in the Rust tokenizer, so threads need no lock.
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
+        self._lock: Any = contextlib.nullcontext() if tokenizer.is_fast else threading.Lock()
+        self.has_chat_template = bool(tokenizer.chat_template) and self._template_works()
+
+    def encode(self, text: str) -> list[int]:
+        return self._ids(text, special=True, param="prompt")
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        if not self.has_chat_template:
+            raise InvalidRequest("This model has no chat template; send `prompt`, not `messages`.", param="messages")
+        try:
+            text = self._render(messages)
+        except Exception as error:  # a template is a program of its own: whatever it raises, these messages are refused
+            message = f"The model's chat template refuses these messages ({reason_of(error)})."
+            raise InvalidRequest(message, param="messages") from error
+        return self._ids(text, special=False, param="messages")  # the template wrote the special tokens itself
+
+    def encode_many(self, prompts: Sequence[str]) -> list[list[int] | None]:
+        """Many prompts in one call of the tokenizer, which spreads them over the cores without holding the GIL."""
+        texts = [self._user_turn(prompt) for prompt in prompts]
+        good = [text for text in texts if text is not None]
+        if not good:
+            return [None] * len(texts)
+        with self._lock:
+            special = not self.has_chat_template
+            found = self._tokenizer(good, add_special_tokens=special, truncation=False, verbose=False).input_ids
+        ids = iter(found)
+        return [None if text is None else list(next(ids)) for text in texts]
+
+    def _user_turn(self, prompt: str) -> str | None:
+        try:
+            prompt.encode()
+            return self._render([{"role": "user", "content": prompt}]) if self.has_chat_template else prompt
+        except Exception:  # a lone surrogate, or whatever a template raises
+            return None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        with self._lock:
+            return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _ids(self, text: str, *, special: bool, param: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest("The text holds a lone surrogate, which is not valid Unicode.", param=param) from error
+        with self._lock:
+            return list(self._tokenizer(text, add_special_tokens=special, truncation=False, verbose=False).input_ids)
+
+    def _render(self, messages: Sequence[dict[str, str]]) -> str:
+        # transformers renders in jinja2's sandbox; no template ever comes from a request
+        return self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+
+    def _template_works(self) -> bool:
+        """A dry run, so that a broken template costs a note at load and not an error for every request."""
+        try:
+            size = len(self._render([{"role": "user", "content": "Hello"}]))
+        except Exception as error:  # see encode_chat
+            self.notes.append(
+                f"no chat because the model's chat template fails on a plain message ({reason_of(error)})"
+            )
+            return False
+        if size > TEMPLATE_LIMIT:
+            self.notes.append(f"no chat because the model's chat template makes {size} characters of one short message")
+        return size <= TEMPLATE_LIMIT
+
+
+def reason_of(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")

@@ -1,0 +1,210 @@
+"""Replicas under Ray Serve. What needs no Ray is in the default suite; the rest is `-m ray` and fails without it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medusa_serve.config import EngineConfig
+from medusa_serve.errors import InvalidConfig, LoadError
+from medusa_serve.server.config import ReplicasConfig, ServerConfig
+from medusa_serve.server.replicas import Cluster, cluster
+
+ROOT = Path(__file__).parents[2]
+COUNT, CLIENTS = 2, 32
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(ray|pydantic).*")
+
+# ---- without Ray -----------------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_each_or_an_even_part_of_the_cores() -> None:
+    on_gpus = Cluster("", ServerConfig(), num_gpus=2, num_cpus=8)
+    assert on_gpus.shares(2, EngineConfig()) == {"gpus": 1.0, "cpus": 1.0}
+    assert on_gpus.shares(3, EngineConfig(device="cpu")) == {"gpus": 0.0, "cpus": 2.67}
+    with pytest.raises(LoadError, match=r"^3 replicas need a GPU each, and this machine has 2 GPUs; ask for fewer\.$"):
+        on_gpus.shares(3, EngineConfig())
+
+
+def test_without_ray_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(LoadError, match=r"^Replicas need Ray Serve, which is not installed: pip install 'ray\[serve\]"):
+        cluster(ServerConfig(port=0)).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("replicas", 0), ("max_replicas", 1), ("doors", 0), ("gpus", -1), ("drain_s", "long")]
+)
+def test_nonsense_is_refused_by_name(option: str, value: Any) -> None:
+    with pytest.raises(InvalidConfig) as refused:
+        ReplicasConfig(**{"replicas": 2, option: value})
+    assert refused.value.param == option
+
+
+# ---- the Door's last word --------------------------------------------------------------------------------------------
+
+START = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+STEP = {"type": "http.response.body", "body": b'data: {"text":"a"}\n\n', "more_body": True}
+END = {"type": "http.response.body", "body": b'data: {"finish_reason":"stop"}\n\ndata: [DONE]\n\n', "more_body": False}
+
+
+class Scripted:
+    """Stands for the handle of the replicas: each call plays the next script; an exception in it is raised there."""
+
+    def __init__(self, *scripts: list[Any]) -> None:
+        self.scripts, self.relay, self.calls = list(scripts), self, 0
+
+    def options(self, **_: Any) -> Scripted:
+        return self
+
+    def remote(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[dict[str, Any]]:
+        script, self.calls = self.scripts[min(self.calls, len(self.scripts) - 1)], self.calls + 1
+
+        async def play() -> AsyncIterator[dict[str, Any]]:
+            for message in script:
+                if isinstance(message, Exception):
+                    raise message
+                yield message
+
+        return play()
+
+
+def ask(replicas: Scripted, monkeypatch: pytest.MonkeyPatch) -> tuple[int, bytes]:
+    """(status, body) of a POST through the Door."""
+    from ray import serve
+
+    from medusa_serve.server.ray_app import Door
+
+    monkeypatch.setattr(serve, "get_replica_context", lambda: type("Context", (), {"app_name": "medusa"}))
+    app = Door(replicas, ServerConfig()).__serve_build_asgi_app__()
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": headers, "query_string": b""}
+    sent: list[dict[str, Any]] = []
+    request = [{"type": "http.request", "body": b"{}", "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if request:
+            return request.pop()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    assert [message["type"] for message in sent].count("http.response.start") == 1
+    assert not sent[-1].get("more_body", False)
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
+
+
+def died() -> Exception:
+    from ray.exceptions import ActorDiedError
+
+    return ActorDiedError()
+
+
+@pytest.mark.ray
+def test_a_whole_answer_passes_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    status, body = ask(Scripted([START, STEP, END]), monkeypatch)
+    assert (status, body) == (200, STEP["body"] + END["body"])
+
+
+@pytest.mark.ray
+def test_a_death_before_the_first_event_is_another_replicas_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    replicas = Scripted([START, died()], [START, STEP, END])
+    assert ask(replicas, monkeypatch) == (200, STEP["body"] + END["body"])
+    assert replicas.calls == 2
+
+
+@pytest.mark.ray
+def test_a_death_in_a_stream_is_its_one_terminal_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    replicas = Scripted([START, STEP, died()], [START, STEP, END])
+    status, body = ask(replicas, monkeypatch)
+    events = body.decode().split("\n\n")[:-1]
+    assert (status, replicas.calls, len(events), events[-1]) == (200, 1, 3, "data: [DONE]")
+    assert json.loads(events[1].removeprefix("data: "))["error"]["code"] == "generation_failed"
+
+
+@pytest.mark.ray
+def test_a_death_behind_the_end_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ask(Scripted([START, STEP, END, died()]), monkeypatch) == (200, STEP["body"] + END["body"])
+
+
+@pytest.mark.ray
+def test_full_replicas_are_429_and_dead_ones_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.serve.exceptions import BackPressureError
+
+    full = BackPressureError(num_queued_requests=9, max_queued_requests=9)
+    status, body = ask(Scripted([full]), monkeypatch)
+    assert (status, json.loads(body)["error"]["code"]) == (429, "queue_full")
+    dead = Scripted([died()])
+    status, body = ask(dead, monkeypatch)
+    assert (status, json.loads(body)["error"]["type"], dead.calls) == (503, "service_unavailable_error", 3)
+
+
+@pytest.mark.ray
+def test_serve_run_takes_our_options_by_name() -> None:
+    from medusa_serve.server.ray_app import app
+
+    made = app({"model": "smollm2-135m", "slots": "4", "replicas": "2", "lookup": "false"})
+    assert type(made).__name__ == "Application"
+    with pytest.raises(InvalidConfig, match="Unknown option 'slot'"):
+        app({"slot": "4"})
+    with pytest.raises(InvalidConfig, match="slots must be an integer"):
+        app({"slots": "many"})
+
+
+# ---- two replicas of the default model -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One run of `bench replicas`: both replicas loaded by 32 streams, one killed, all updated."""
+    out = tmp_path_factory.mktemp("replicas") / "out.json"
+    command = [sys.executable, "-m", "medusa_serve", "bench", "replicas", "--clients", str(CLIENTS)]
+    command += ["--seconds", "6", "--tokens", "32", "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=900)
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+@pytest.mark.ray
+def test_32_streams_are_whole_and_two_replicas_are_compared_with_one(measured: dict[str, Any]) -> None:
+    assert [row["replicas"] for row in measured["loads"]] == [1, COUNT]
+    for row in measured["loads"]:
+        assert row["errors"] == {}
+        assert row["whole"] >= CLIENTS
+    [ratio] = measured["ratios"]
+    print(f"two replicas over one: {ratio['tokens_per_second']}x")  # two cores: about 1 is all that can be had
+    assert ratio["tokens_per_second"] > 0.5
+
+
+@pytest.mark.ray
+def test_kill_minus_nine_costs_no_request_its_end(measured: dict[str, Any]) -> None:
+    kill = measured["kill"]
+    assert kill["one_terminal"] == kill["accepted"] > CLIENTS
+    assert set(kill["lost"]) <= {"generation_failed"}  # those that the dead replica had begun to write
+    assert kill["whole"] + sum(kill["lost"].values()) == kill["requests"]
+    assert kill["all_back_after_s"] is not None
+
+
+@pytest.mark.ray
+def test_health_tells_of_the_dead_replica_and_of_its_return(measured: dict[str, Any]) -> None:
+    seen = measured["kill"]["health"]
+    counts = [told["running"] for told in seen]
+    assert (counts[0], min(counts), counts[-1]) == (COUNT, COUNT - 1, COUNT)
+    assert {told["code"] for told in seen} == {200}  # the other one serves all the while
+
+
+@pytest.mark.ray
+def test_a_rolling_update_loses_nothing(measured: dict[str, Any]) -> None:
+    update = measured["update"]
+    assert update["lost"] == {}
+    assert update["one_terminal"] == update["accepted"] == update["requests"] > CLIENTS
+    assert min(told["running"] for told in update["health"]) >= 1
