@@ -60,11 +60,12 @@ def step_table(result: dict[str, Any]) -> str:
         f"{title(result)}; {result['options']['length']} tokens behind each sequence",
         f"reading {floor['weight_bytes'] / 1e9:.2f} GB of weights at {floor['bytes_per_second'] / 1e9:.1f} GB/s takes "
         f"{floor['ms']:.2f} ms",
-        f"{'batch':>5}{'nodes':>7}{'ms':>10}{'device ms':>11}{'over floor':>12}{'over 1 node':>13}",
+        f"{'batch':>5}{'nodes':>7}{'ms':>10}{'device ms':>11}{'over floor':>12}{'over 1 node':>13}{'sampled':>10}",
     ]
     for row in result["rows"]:
         times = f"{number(row['ms'], 10)}{number(row['device_ms'], 11)}"
-        lines.append(f"{row['batch']:5}{row['nodes']:7}{times}{row['to_floor']:12.3f}{row['to_plain']:13.3f}")
+        hot = number(row.get("sampled_to_greedy"), 10)
+        lines.append(f"{row['batch']:5}{row['nodes']:7}{times}{row['to_floor']:12.3f}{row['to_plain']:13.3f}{hot}")
     for row in result["memory"]:
         if "peak" in row:
             parts = ", ".join(

@@ -35,20 +35,23 @@ RULE = (
     "ms: of a step with `batch` sequences of {length} tokens each, by the clock, in blocks of {steps}. device_ms: "
     "between CUDA events around it. Blocks in turn, the median of {rounds} rounds, what comes first thrown away. "
     "to_floor: ms over the floor, the bytes of the weights that a step reads (not the cache) over the median rate of "
-    "long reads in the same run. to_plain: ms over that of one node, in the same rounds."
+    "long reads in the same run. to_plain: ms over that of one node, in the same rounds. "
+    "sampled_to_greedy: of the same step with all rows sampled, likewise."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
     """rows: B, sequences of a step · nodes: N, 1 is measured in any case · length: tokens behind each sequence ·
-    rounds, after one that warms up · steps: of a block · random: a key of SHAPES, built of random weights"""
+    rounds, after one that warms up · steps: of a block · temperature: above 0, the same steps also with rows sampled
+    at it and top_p 0.9 · random: a key of SHAPES, built of random weights"""
 
     rows: tuple[int, ...] = (1, 2, 4, 8)
     nodes: tuple[int, ...] = (1, 4, 8, 16, 64)
     length: int = 256
     rounds: int = 5
     steps: int = 8
+    temperature: float = 0.0
     random: str | None = None
 
     def __post_init__(self) -> None:
@@ -57,18 +60,22 @@ class StepConfig:
         check_int(self, "length", 2, 2**20)
         check_int(self, "rounds", 1, 1000)
         check_int(self, "steps", 1, 1000)
+        if not 0 <= self.temperature <= 100:  # not a number is neither
+            raise InvalidConfig("temperature must be a number from 0 to 100.", param="temperature")
         if self.random is not None and self.random not in SHAPES:
             raise InvalidConfig(f"random must be one of {', '.join(SHAPES)}, not {self.random!r}.", param="random")
 
 
 class Block(NamedTuple):
-    """Milliseconds of a step, and of a plain one of as many sequences in the same round. device_ms: None on a CPU"""
+    """Milliseconds of a step, and of a plain one of as many sequences in the same round. device_ms: None on a CPU ·
+    sampled_ms: of a step whose rows are sampled"""
 
     batch: int
     nodes: int
     ms: float
     device_ms: float | None
     plain_ms: float
+    sampled_ms: float | None = None
 
 
 # ---- the run -----------------------------------------------------------------------------------------------------
@@ -98,7 +105,7 @@ def bench_step(engine: EngineConfig, config: StepConfig) -> dict[str, Any]:
         reads += read_rates(loaded.device)
     size, rate = read_bytes(loaded.model), statistics.median(reads)
     floor = {"weight_bytes": size, "bytes_per_second": round(rate), "ms": size / rate * 1000}
-    options = {name: getattr(config, name) for name in ("length", "rounds", "steps", "random")}
+    options = {name: getattr(config, name) for name in ("length", "rounds", "steps", "temperature", "random")}
     return {
         "kind": "step",
         "rule": RULE.format(**options),
@@ -143,8 +150,11 @@ def measure(runner: ModelRunner, nodes: int, config: StepConfig) -> list[Block]:
     for index in range(config.rounds + 1):
         for batch in sorted(config.rows):
             times = {n: step_ms(one, batch, n, config) for n, one in runners.items()}
+            hot: dict[int, float] = {}
+            if config.temperature:
+                hot = {n: step_ms(one, batch, n, config, config.temperature)[0] for n, one in runners.items()}
             if index:  # the first round warms up and captures
-                found += [Block(batch, n, *each, times[1][0]) for n, each in times.items()]
+                found += [Block(batch, n, *each, times[1][0], hot.get(n)) for n, each in times.items()]
     return found
 
 
@@ -160,12 +170,14 @@ def plain_runner(runner: ModelRunner) -> ModelRunner:
     return ModelRunner(runner.forward, tables, shapes={1: Shape(1, 0, 0)}, drafter=None, eos_ids=[], **sizes)
 
 
-def step_ms(runner: ModelRunner, batch: int, nodes: int, config: StepConfig) -> tuple[float, float | None]:
+def step_ms(
+    runner: ModelRunner, batch: int, nodes: int, config: StepConfig, temperature: float = 0.0
+) -> tuple[float, float | None]:
     """Milliseconds of a step: by the clock, and between CUDA events around each call (median)."""
     import torch
 
     slots = list(range(batch))
-    params = SamplingParams(seed=0, ignore_eos=True)
+    params = SamplingParams(seed=0, ignore_eos=True, temperature=temperature, top_p=0.9 if temperature else 1.0)
     for slot in slots:
         prompt = [(31 * slot + 7 * place) % runner.vocab_size for place in range(config.length)]
         runner.admit(slot, prompt, params, runner.max_context, config.length - 1)  # what lies in the cache will do
@@ -200,6 +212,7 @@ def rows_of(blocks: Sequence[Block], floor_ms: float) -> list[Row]:
         mine = [block for block in blocks if block[:2] == (batch, nodes)]
         ms = statistics.median(block.ms for block in mine)
         device = [block.device_ms for block in mine if block.device_ms is not None]
+        hot = [block.sampled_ms / block.ms for block in mine if block.sampled_ms is not None]
         rows.append(
             {
                 "batch": batch,
@@ -208,6 +221,7 @@ def rows_of(blocks: Sequence[Block], floor_ms: float) -> list[Row]:
                 "device_ms": round(statistics.median(device), 4) if device else None,
                 "to_floor": round(ms / floor_ms, 4),
                 "to_plain": round(statistics.median(block.ms / block.plain_ms for block in mine), 4),
+                "sampled_to_greedy": round(statistics.median(hot), 4) if hot else None,
             }
         )
     return rows
@@ -230,6 +244,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--length", type=int, metavar="N", help="tokens behind each sequence (256)")
     add("--rounds", type=int, metavar="N", help="interleaved repetitions; the median counts (5)")
     add("--steps", type=int, metavar="N", help="of a block that is timed (8)")
+    add("--temperature", type=float, metavar="T", help="also with all rows sampled at T, top_p 0.9")
     add("--random", metavar="SHAPE", help=f"random weights instead of a model: {', '.join(SHAPES)}")
     add("--max-context", type=int, metavar="N", help="tokens of a slot (what the run needs)")
     end_options(parser, run)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import splitk
 from .packed import Packed, pack, views
-from .splitk import MAX_DIM, available
 from .tables import PLAIN, Needs
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ class StepGraphs:
         self._inputs: dict[int, torch.Tensor] = {}  # of prefill passes, by blocks
         self._pool: Any = None
         cache = runner.forward.cache  # type: ignore[union-attr]
-        self._device_lengths = available(device) and max(cache.keys.shape[-1], cache.values.shape[-1]) <= MAX_DIM
+        self._device_lengths = (
+            splitk.available(device) and max(cache.keys.shape[-1], cache.values.shape[-1]) <= splitk.MAX_DIM
+        )
 
     @property
     def packs(self) -> bool:

@@ -110,7 +110,7 @@ def test_step_table() -> None:
     assert "Some GPU, torch" in lines[0]  # a GPU's threads say nothing
     assert lines[0].endswith("256 tokens behind each sequence")
     assert lines[1] == "reading 0.54 GB of weights at 17.0 GB/s takes 31.65 ms"
-    assert lines[6].split() == ["8", "16", "336.00", "3.25", "1.500", "1.250"]
+    assert lines[6].split() == ["8", "16", "336.00", "3.25", "1.500", "1.250", "-"]
     assert lines[7:] == [
         "GiB of memory with trees of 8: weights 1.00, heads 0.00, slab 2.00, rest 0.50, peak 4.00"
     ]  # fmt: skip

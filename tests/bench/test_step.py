@@ -85,15 +85,14 @@ def test_every_cell_against_the_floor_and_one_node(
 
 def test_rows_are_medians_and_ratios_of_the_same_round() -> None:
     blocks = [
-        Block(2, 8, 6.0, 4.0, 3.0),
-        Block(2, 8, 9.0, 5.0, 9.0),
-        Block(2, 8, 8.0, 1.0, 1.0),
+        Block(2, 8, 6.0, 4.0, 3.0, 9.0),
+        Block(2, 8, 9.0, 5.0, 9.0, 9.0),
+        Block(2, 8, 8.0, 1.0, 1.0, 10.0),
         Block(1, 1, 5, None, 5),
     ]
-    assert rows_of(blocks, 2.0) == [
-        {"batch": 1, "nodes": 1, "ms": 5, "device_ms": None, "to_floor": 2.5, "to_plain": 1.0},
-        {"batch": 2, "nodes": 8, "ms": 8.0, "device_ms": 4.0, "to_floor": 4.0, "to_plain": 2.0},
-    ]
+    one = {"batch": 1, "nodes": 1, "ms": 5, "device_ms": None, "to_floor": 2.5, "to_plain": 1.0}
+    two = {"batch": 2, "nodes": 8, "ms": 8.0, "device_ms": 4.0, "to_floor": 4.0, "to_plain": 2.0}
+    assert rows_of(blocks, 2.0) == [one | {"sampled_to_greedy": None}, two | {"sampled_to_greedy": 1.25}]
 
 
 def test_steps_begin_with_the_asked_history_and_are_whole() -> None:
