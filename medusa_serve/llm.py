@@ -76,7 +76,7 @@ class LLM:
         """Completions in input order; all prompts share passes. A prompt is a string (raw text) or a list of messages
         (chat template). params: for all of them, or one for each. Raises InvalidRequest for a prompt that cannot be
         served; the others are then cancelled."""
-        return self.generate_ids([self._encode(prompt) for prompt in _as_list(prompts)], params)
+        return self.generate_ids([self.encode(prompt) for prompt in _as_list(prompts)], params)
 
     def generate_ids(
         self, encoded: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -130,9 +130,10 @@ class LLM:
 
     def submit(self, prompt: Prompt, params: SamplingParams | None, sink: Sink) -> str:
         """Start one prompt; its Deltas go to `sink`, on the engine thread. → its id, for `manager.cancel`."""
-        return self.manager.submit(self._encode(prompt), _checked(params), sink)
+        return self.manager.submit(self.encode(prompt), _checked(params), sink)
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids: of raw text, or of messages through the chat template. Raises InvalidRequest."""
         if isinstance(prompt, str):
             return self.codec.encode(prompt)
         if isinstance(prompt, Sequence) and all(isinstance(message, dict) for message in prompt):

@@ -36,7 +36,7 @@ def llm(folder):
 def test_completions_come_in_input_order_with_the_fields_of_generate(llm):
     prompts = ["the one", CHAT, "a", "then", "in the other", "on and on"]  # more than slots and queue together
     done = llm.generate(prompts, SamplingParams(max_tokens=12, ignore_eos=True))
-    assert [c.prompt_tokens for c in done] == [len(llm._encode(prompt)) for prompt in prompts]
+    assert [c.prompt_tokens for c in done] == [len(llm.encode(prompt)) for prompt in prompts]
     assert all(c.completion_tokens == 12 and c.finish_reason == "length" for c in done)
     keys = ["id", "model", "text", "finish_reason", "seed", "token_ids", "usage", "medusa", "timings"]
     assert list(done[0].to_dict(token_ids=True)) == keys
@@ -49,7 +49,7 @@ def test_text_is_what_generate_gives(llm, folder):
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for prompt in ("the one", CHAT):
-        ids = llm._encode(prompt)
+        ids = llm.encode(prompt)
         (done,) = llm.generate([prompt], SamplingParams(max_tokens=40))
         want = greedy(model, ids, 40)
         assert list(done.token_ids) == want

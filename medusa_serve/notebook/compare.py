@@ -6,16 +6,20 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..types import Completion, SamplingParams
+from ..types import MAX_LOGPROBS, Completion, SamplingParams
+
+NEAR = 0.1  # rounding in half precision moves log-probabilities by some hundredths
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """same: leading tokens that are equal. seed: of both."""
+    """same: leading tokens that are equal · gap: between the log-probabilities of the two tokens behind them, at
+    temperature 0; None where nothing parts, or it cannot be said."""
 
     speculative: Completion
     plain: Completion
     same: int
+    gap: float | None = None
 
     @property
     def identical(self) -> bool:
@@ -30,7 +34,11 @@ class Comparison:
     def __str__(self) -> str:
         what = f"identical ({self.same} tokens)"
         if not self.identical:
-            what = f"identical up to token {self.same}, then the two take different tokens"
+            how = "two different tokens"
+            if self.gap is not None:
+                kind = "a near-tie" if self.gap < NEAR else "no tie"
+                how = f"{kind} (log-probabilities {self.gap:.3f} apart)"
+            what = f"identical up to token {self.same}, then {how}"
         if self.speedup is None:
             return what
         rates = f"{self.speculative.tokens_per_second:.1f} against {self.plain.tokens_per_second:.1f} tokens/s"
@@ -44,4 +52,15 @@ def compare(llm: Any, prompt: Any, params: SamplingParams) -> Comparison:
     [speculative] = llm.generate([prompt], replace(params, speculation=True, seed=plain.seed))
     pairs = zip(speculative.token_ids, plain.token_ids, strict=False)
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return Comparison(speculative, plain, same)
+    found = Comparison(speculative, plain, same)
+    return found if found.identical or params.temperature else replace(found, gap=_gap(llm, prompt, found))
+
+
+def _gap(llm: Any, prompt: Any, found: Comparison) -> float | None:
+    """How far apart the model holds the two tokens at which the texts part."""
+    at, wanted = found.same, {text.token_ids[found.same : found.same + 1] for text in (found.plain, found.speculative)}
+    ids = [*llm.encode(prompt), *found.plain.token_ids[:at]]
+    [told] = llm.generate_ids([ids], SamplingParams(max_tokens=1, logprobs=MAX_LOGPROBS, speculation=False))
+    known = {(token,): logprob for token, logprob in told.logprobs[0].top}
+    logprobs = [known[token] for token in wanted if token in known]
+    return abs(logprobs[0] - logprobs[1]) if len(logprobs) == 2 else None

@@ -218,6 +218,24 @@ def test_where_two_texts_part() -> None:
         def __init__(self, *ids: int) -> None:
             self.token_ids, self.acceptance, self.tokens_per_second = ids, 2.0, 10.0
 
-    found = Comparison(Answer(1, 2, 3), Answer(1, 2, 4), 2)  # type: ignore[arg-type]
-    assert str(found).startswith("identical up to token 2, then")
-    assert not found.identical
+    one, two = Answer(1, 2, 3), Answer(1, 2, 4)
+    for gap, words in ((None, "two different tokens;"), (0.02, "a near-tie (log-prob"), (0.7, "no tie (log-prob")):
+        found = Comparison(one, two, 2, gap)  # type: ignore[arg-type]
+        assert str(found).startswith(f"identical up to token 2, then {words}")
+        assert not found.identical
+
+
+def test_how_far_apart_two_tokens_are(server: Any) -> None:
+    from dataclasses import replace
+
+    from medusa_serve.notebook.compare import _gap
+
+    chat = [{"role": "user", "content": "a"}]
+    plain = server.generate(chat, max_tokens=4, logprobs=5)
+    (first, likeliest), (second, other) = plain.logprobs[2].top[:2]
+    assert first == plain.token_ids[2]
+    changed = replace(plain, token_ids=(*plain.token_ids[:2], second, 0))
+    gap = _gap(server._llm(), chat, Comparison(changed, plain, 2))
+    assert gap == pytest.approx(likeliest - other, abs=1e-3)
+    nowhere = replace(plain, token_ids=plain.token_ids[:2])  # one text ended there
+    assert _gap(server._llm(), chat, Comparison(nowhere, plain, 2)) is None
