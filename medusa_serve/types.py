@@ -196,6 +196,11 @@ class Completion:
         }
         if token_ids:
             out["token_ids"] = list(self.token_ids)
+        if self.logprobs:
+            out["logprobs"] = [
+                {"id": token, "logprob": told.logprob, "top": [{"id": i, "logprob": value} for i, value in told.top]}
+                for token, told in zip(self.token_ids, self.logprobs, strict=True)
+            ]
         out["usage"] = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
         out["medusa"] = {
             "steps": self.steps,
@@ -229,9 +234,9 @@ class Delta:
     tokens: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
     token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
     completion: Completion | None = None
     error: MedusaServeError | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     @property
     def is_last(self) -> bool:
@@ -244,9 +249,9 @@ class Delta:
             self.tokens + later.tokens,
             self.accepted + later.accepted,
             self.token_ids + later.token_ids,
-            self.logprobs + later.logprobs,
             later.completion,
             later.error,
+            self.logprobs + later.logprobs,
         )
 
 
@@ -323,6 +328,7 @@ class TextCodec(Protocol):
     """The tokenizer as the engine and the server see it."""
 
     has_chat_template: bool
+    special_ids: frozenset[int]  # tokens that are no text: EOS and its like
 
     def encode(self, text: str) -> list[int]:
         """Raw text to ids, with the model's own special tokens (BOS)."""
@@ -335,3 +341,6 @@ class TextCodec(Protocol):
 
     def decode(self, ids: Seq[int]) -> str:
         """Ids to text without special tokens and without clean-up of spaces."""
+
+    def token_text(self, id: int) -> str:
+        """The text of one token within a sentence, special ones by name; a part of a character is U+FFFD."""

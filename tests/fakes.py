@@ -40,6 +40,7 @@ class FakeCodec:
     """
 
     vocab_size = FIRST_WORD + len(WORDS)
+    special_ids = frozenset({BOS, EOS})
 
     def __init__(self, *, has_chat_template: bool = True, strip_space: bool = False) -> None:
         self.has_chat_template = has_chat_template
@@ -57,6 +58,11 @@ class FakeCodec:
         if not self.has_chat_template:
             return [self.encode(prompt) for prompt in prompts]
         return [self.encode_chat([{"role": "user", "content": prompt}]) for prompt in prompts]
+
+    def token_text(self, id: int) -> str:
+        if id in self.special_ids:
+            return "<bos>" if id == BOS else "<eos>"
+        return (bytes([id]) if id < 256 else WORDS[id - FIRST_WORD]).decode(errors="replace")
 
     def decode(self, ids: Seq[int]) -> str:
         data = b"".join(bytes([i]) if i < 256 else WORDS[i - FIRST_WORD] for i in ids if i not in (BOS, EOS))

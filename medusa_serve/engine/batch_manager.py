@@ -211,6 +211,8 @@ class BatchManager:
             before = len(self._flights)
             self._flights.prefill(plan.prefill)
             self._flights.decode(plan.decode, plan.nodes)
+            if plan.decode:
+                self.metrics.planned(plan.nodes)
             landed = self._flights.land(before)  # the turn before this one, while the device is busy
             self._outbox.deliver()
             turned = bool(plan.prefill or plan.decode or landed)
@@ -293,8 +295,9 @@ class BatchManager:
         self.metrics.emitted(len(took.ids), drafted=out.num_drafted, accepted=took.accepted if decoding else None)
         if took.reason is not None:
             seq.finished = self._clock()
-            last = replace(took.delta(), completion=seq.completion(self._model_name, took.reason))
-            self._end(seq, took.reason, last)
+            completion = seq.completion(self._model_name, took.reason)
+            self.metrics.finished(completion)
+            self._end(seq, took.reason, replace(took.delta(), completion=completion))
         elif self._codec is not None:
             self._outbox.put(seq, took.delta())
 

@@ -5,9 +5,16 @@ from __future__ import annotations
 import statistics
 import threading
 from collections import Counter, deque
+from collections.abc import Iterator
 from typing import Any, Literal
 
+from prometheus_client import Histogram
+from prometheus_client.metrics_core import Metric
+
+from ..types import Completion
+
 Outcome = Literal["stop", "length", "error", "cancelled", "timeout", "shutdown"]
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 OUTCOMES: tuple[Outcome, ...] = ("stop", "length", "error", "cancelled", "timeout", "shutdown")
 
 
@@ -29,6 +36,17 @@ class Metrics:
         self._turns: deque[float] = deque(maxlen=recent)
         self._first_tokens: deque[float] = deque(maxlen=recent)
         self._largest_gap = 0.0
+        self._nodes = 1
+        # of no registry: they are collected from here
+        self._first_token_s = Histogram(
+            "medusa_serve_first_token_seconds", "From submission to the first token.", buckets=SECONDS, registry=None
+        )
+        self._token_s = Histogram(
+            "medusa_serve_token_seconds",
+            "Decode time of an answer over its tokens after the first.",
+            buckets=SECONDS,
+            registry=None,
+        )
 
     def submitted(self) -> None:
         with self._lock:
@@ -46,6 +64,16 @@ class Metrics:
         """One turn of the loop that ran something on the device."""
         with self._lock:
             self._turns.append(seconds)
+
+    def planned(self, nodes: int) -> None:
+        """A decode step with trees of `nodes`."""
+        with self._lock:
+            self._nodes = nodes
+
+    def finished(self, completion: Completion) -> None:
+        """An answer is whole."""
+        if completion.tokens_per_second:
+            self._token_s.observe(1 / completion.tokens_per_second)
 
     def retried(self) -> None:
         """A call of the runner failed and its rows were run alone."""
@@ -75,6 +103,7 @@ class Metrics:
 
     def first_token(self, seconds: float) -> None:
         """From submission to the delivery of the first token."""
+        self._first_token_s.observe(seconds)
         with self._lock:
             self._first_tokens.append(seconds)
 
@@ -89,6 +118,11 @@ class Metrics:
         with self._lock:
             return _median(self._turns)
 
+    def histograms(self) -> Iterator[Metric]:
+        """First-token time and time per token, for Prometheus."""
+        for histogram in (self._first_token_s, self._token_s):
+            yield from histogram.collect()
+
     def snapshot(self) -> dict[str, Any]:
         """All figures, as plain data; the caller owns the dict."""
         with self._lock:
@@ -99,6 +133,7 @@ class Metrics:
                 "running": self._running,
                 "waiting": self._waiting,
                 "slots": self._slots,
+                "nodes": self._nodes,
                 "prefilled": self._prefilled,
                 "reused": self._reused,
                 "emitted": self._emitted,

@@ -33,7 +33,7 @@ class Took(NamedTuple):
     logprobs: tuple[TokenLogprob, ...]
 
     def delta(self) -> Delta:
-        return Delta(self.text, (len(self.ids),), (self.accepted,), self.ids, self.logprobs)
+        return Delta(self.text, (len(self.ids),), (self.accepted,), self.ids, logprobs=self.logprobs)
 
 
 @dataclass(slots=True, eq=False)

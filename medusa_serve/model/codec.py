@@ -24,6 +24,8 @@ class Codec:
             tokenizer.backend_tokenizer.no_padding()
         self._lock: Any = contextlib.nullcontext() if tokenizer.is_fast else threading.Lock()
         self.has_chat_template = bool(tokenizer.chat_template) and self._template_works()
+        self.special_ids = frozenset(tokenizer.all_special_ids)
+        self._before = self._ids("a", special=False, param="prompt")[-1:]  # a first token may lose its leading space
 
     def encode(self, text: str) -> list[int]:
         return self._ids(text, special=True, param="prompt")
@@ -60,6 +62,14 @@ class Codec:
     def decode(self, ids: Sequence[int]) -> str:
         with self._lock:
             return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def token_text(self, id: int) -> str:
+        with self._lock:
+            both, before = (
+                self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+                for ids in ([*self._before, id], self._before)
+            )
+        return str(both.removeprefix(before))
 
     def _ids(self, text: str, *, special: bool, param: str) -> list[int]:
         try:

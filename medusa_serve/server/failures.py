@@ -20,6 +20,7 @@ from ..errors import InvalidRequest, MedusaServeError
 
 log = logging.getLogger(__name__)
 
+FORMS = frozenset({"GenerateRequest", "TgiRequest"})  # of one endpoint's body, which pydantic puts into its paths
 _MUST_BE = {
     "string_type": "a string",
     "int_type": "an integer",
@@ -111,6 +112,7 @@ def explain(errors: Seq[Any]) -> MedusaServeError:
     # of the branches of a union the one that got further tells more
     error = next((e for e in errors if e["type"] == "string_unicode"), errors[0])
     kind, loc, ctx = error["type"], error["loc"][1:], error.get("ctx", {})
+    loc = loc[1:] if loc and loc[0] in FORMS else loc
     if isinstance(ctx.get("error"), InvalidRequest):
         return ctx["error"]
     if kind == "json_invalid":
@@ -140,10 +142,10 @@ def _sentence(name: str, kind: str, ctx: Mapping[str, Any]) -> str:
 
 
 def _path(loc: Seq[Any]) -> str | None:
-    """("messages", 0, "role") → "messages[0].role"; the names pydantic gives the branches of stop are left out."""
+    """("messages", 0, "role") → "messages[0].role"; the names pydantic gives the branches of a union are left out."""
     if not loc or not isinstance(loc[0], str):
         return None
-    parts = [part for part in loc[1:] if isinstance(part, int) or loc[0] != "stop"]
+    parts = [part for part in loc[1:] if isinstance(part, int) or loc[0] not in ("stop", "prompt")]
     return loc[0] + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
 
 

@@ -6,15 +6,17 @@ for the reader of the OpenAPI page.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..errors import InvalidRequest
-from ..types import MAX_SEED, MAX_STOP_CHARS, MAX_STOPS, SamplingParams
+from ..types import MAX_BIAS, MAX_BIASES, MAX_LOGPROBS, MAX_SEED, MAX_STOP_CHARS, MAX_STOPS, SamplingParams
 
 MAX_MESSAGES = 128
+TOKEN_ID = re.compile("(0|[1-9][0-9]{0,8})")
 
 
 def _unicode(text: str) -> str:
@@ -29,7 +31,7 @@ def _unicode(text: str) -> str:
 Text = Annotated[str, AfterValidator(_unicode)]
 
 
-def _shown(default: Any = None, /, **bounds: Any) -> Any:
+def shown_as(default: Any, /, **bounds: Any) -> Any:
     """A field whose bounds the OpenAPI page shows and SamplingParams enforces."""
 
     def add(schema: dict[str, Any]) -> None:
@@ -40,16 +42,33 @@ def _shown(default: Any = None, /, **bounds: Any) -> Any:
     return Field(default, json_schema_extra=add)
 
 
-def _stop_shown(schema: dict[str, Any]) -> None:
-    text = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
-    schema["anyOf"] = [text, {"type": "array", "items": text, "maxItems": MAX_STOPS}, {"type": "null"}]
+_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+_STOPS = {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}
 
 
-class _Strict(BaseModel):
+def stop_shown(schema: dict[str, Any]) -> None:
+    schema["anyOf"] = [_STOP, _STOPS, {"type": "null"}]
+
+
+def stops_shown(schema: dict[str, Any]) -> None:
+    schema["anyOf"] = [_STOPS, {"type": "null"}]
+
+
+def _biases_shown(schema: dict[str, Any]) -> None:
+    biases = {
+        "type": "object",
+        "propertyNames": {"pattern": f"^{TOKEN_ID.pattern}$"},
+        "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
+        "maxProperties": MAX_BIASES,
+    }
+    schema["anyOf"] = [biases, {"type": "null"}]
+
+
+class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
 
 
-class ChatMessage(_Strict):
+class ChatMessage(Strict):
     role: Literal["system", "user", "assistant"]
     content: Text
 
@@ -60,22 +79,48 @@ _ONE_OF: list[Any] = [
 ]
 
 
-class GenerateRequest(_Strict):
+class Sampled(Strict):
+    """The sampling parameters, as our own form and the OpenAI API have them. null means absent."""
+
+    max_tokens: int | None = shown_as(None, minimum=1, maximum=2**31 - 1)
+    temperature: float | None = shown_as(0.0, minimum=0, maximum=100)
+    top_p: float | None = shown_as(1.0, exclusiveMinimum=0, maximum=1)
+    top_k: int | None = shown_as(0, minimum=0, maximum=2**31 - 1)
+    min_p: float | None = shown_as(0.0, minimum=0, maximum=1)
+    seed: int | None = shown_as(None, minimum=0, maximum=MAX_SEED)
+    stop: Text | list[Text] | None = Field(None, json_schema_extra=stop_shown)
+    repetition_penalty: float | None = shown_as(1.0, exclusiveMinimum=0, maximum=100)
+    presence_penalty: float | None = shown_as(0.0, minimum=-2, maximum=2)
+    frequency_penalty: float | None = shown_as(0.0, minimum=-2, maximum=2)
+    logit_bias: dict[str, Any] | None = Field(None, json_schema_extra=_biases_shown)
+    speculation: bool | None = True
+
+    def sampling_params(self, **more: Any) -> SamplingParams:
+        """With `more` fields, in the place of these. Raises InvalidRequest that names the field."""
+        given = {name: getattr(self, name) for name in Sampled.model_fields} | more
+        given = {name: value for name, value in given.items() if value is not None}
+        if isinstance(given.get("stop"), list):
+            given["stop"] = tuple(given["stop"])
+        if "logit_bias" in given:
+            given["logit_bias"] = {_token_id(key): value for key, value in given["logit_bias"].items()}
+        return SamplingParams(**given)
+
+
+def _token_id(key: str) -> int:
+    if not TOKEN_ID.fullmatch(key):
+        raise InvalidRequest("The keys of logit_bias must be token ids in decimal.", param="logit_bias")
+    return int(key)
+
+
+class GenerateRequest(Sampled):
     """Exactly one of `prompt` (raw text) and `messages` (chat template). null means absent."""
 
     model_config = ConfigDict(json_schema_extra={"oneOf": _ONE_OF})
 
-    prompt: Text | None = _shown(minLength=1)
+    prompt: Text | None = shown_as(None, minLength=1)
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    max_tokens: int | None = _shown(minimum=1, maximum=2**31 - 1)
-    temperature: float | None = _shown(0.0, minimum=0, maximum=100)
-    top_p: float | None = _shown(1.0, exclusiveMinimum=0, maximum=1)
-    top_k: int | None = _shown(0, minimum=0, maximum=2**31 - 1)
-    min_p: float | None = _shown(0.0, minimum=0, maximum=1)
-    seed: int | None = _shown(minimum=0, maximum=MAX_SEED)
-    stop: Text | list[Text] | None = Field(None, json_schema_extra=_stop_shown)
+    logprobs: int | None = shown_as(None, minimum=0, maximum=MAX_LOGPROBS)
     stream: bool | None = False
-    speculation: bool | None = True
     return_token_ids: bool | None = False
 
     @model_validator(mode="after")
@@ -85,14 +130,6 @@ class GenerateRequest(_Strict):
         if self.prompt == "":
             raise InvalidRequest("prompt must not be empty.", param="prompt")
         return self
-
-    def sampling_params(self) -> SamplingParams:
-        """Raises InvalidRequest that names the field."""
-        names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "speculation")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if isinstance(given.get("stop"), list):
-            given["stop"] = tuple(given["stop"])
-        return SamplingParams(**given)
 
     def source(self) -> str | list[dict[str, str]]:
         """The prompt, or the messages as plain data."""
@@ -118,6 +155,17 @@ class Timings(BaseModel):
     tokens_per_second: float | None
 
 
+class TopToken(BaseModel):
+    id: int
+    logprob: float
+
+
+class TokenLogprobs(TopToken):
+    """The model's own log-probabilities, before bias, penalties and temperature."""
+
+    top: list[TopToken]
+
+
 class GenerateResponse(BaseModel):
     id: str
     model: str
@@ -125,6 +173,7 @@ class GenerateResponse(BaseModel):
     finish_reason: Literal["stop", "length"]
     seed: int
     token_ids: list[int] | None = Field(None, description="Only with return_token_ids.")
+    logprobs: list[TokenLogprobs] | None = Field(None, description="Only with logprobs: one for each token.")
     usage: Usage
     medusa: Speculation
     timings: Timings
@@ -156,6 +205,7 @@ _STREAM = (
     'With `stream`: server-sent events, at most one per step: `{"text","tokens","accepted"}`; the last is the full'
     " object with the remaining text, then `[DONE]`. A late error is an event like any error, then `[DONE]`."
 )
+GENERATION = (400, 401, 404, 405, 408, 413, 415, 429, 431, 500, 503, 504)  # what a request for text may meet
 _REFUSALS = {
     400: "The request is wrong; `param` names the field.",
     401: "The key is missing or wrong.",

@@ -10,7 +10,7 @@ import contextlib
 import json
 from collections.abc import Callable, Coroutine
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -44,15 +44,19 @@ class Switchboard:
     def num_open(self) -> int:
         return len(self._tickets)
 
-    def submit(self, manager: BatchManager, ids: Seq[int], params: SamplingParams, *, key: str) -> Ticket:
-        """Raises what the manager raises. The ticket must be closed.
+    def submit(
+        self, manager: BatchManager, ids: Seq[int], params: SamplingParams, *, key: str, tickets: Tickets
+    ) -> Ticket:
+        """Submit one more sequence of a request: its ticket joins `tickets`, which must be closed. Raises what the
+        manager raises.
 
         The engine may answer before this returns, but its deltas pass through the loop, and we hold the loop until
         the ticket is in the table.
         """
         self._loop = asyncio.get_running_loop()
         sequence_id = manager.submit(ids, params, self.sink, key=key)
-        ticket = self._tickets[sequence_id] = Ticket(self, manager, sequence_id, key)
+        ticket = self._tickets[sequence_id] = Ticket(self, manager, sequence_id, key, tickets.ready)
+        tickets.all.append(ticket)
         if self._watch is not None:
             self._watch.begin(self._all, manager)
         return ticket
@@ -82,13 +86,16 @@ class Switchboard:
 
 
 class Ticket:
-    """One submitted sequence as its request sees it: at most one delta waits, later ones are merged into it."""
+    """One submitted sequence as its request sees it: at most one delta waits, later ones are merged into it.
+    ready: set when there is one"""
 
-    def __init__(self, board: Switchboard, manager: BatchManager, sequence_id: str, key: str) -> None:
+    def __init__(
+        self, board: Switchboard, manager: BatchManager, sequence_id: str, key: str, ready: asyncio.Event
+    ) -> None:
         self._board, self._manager, self.id, self.key = board, manager, sequence_id, key
         self.began, self.num_tokens = asyncio.get_running_loop().time(), 0
         self._waiting: Delta | None = None
-        self._ready = asyncio.Event()
+        self._ready = ready
         self._finished = False
 
     @property
@@ -109,12 +116,9 @@ class Ticket:
             self._manager.cancel(self.id, "shutdown" if isinstance(error, ShuttingDown) else "timeout")
             self.put(Delta("", error=error))
 
-    async def take(self) -> Delta:
-        """What has come since the last call, as one delta; waits for the first."""
-        await self._ready.wait()
-        self._ready.clear()
+    def pop(self) -> Delta | None:
+        """What has come since the last call, as one delta."""
         delta, self._waiting = self._waiting, None
-        assert delta is not None  # _ready is set only with a delta
         return delta
 
     def close(self) -> None:
@@ -125,21 +129,58 @@ class Ticket:
             self._manager.cancel(self.id)
 
 
-async def answer(ticket: Ticket, receive: Receive) -> Completion | None:
-    """The completion; None when the client left first. Raises the sequence's error. Closes the ticket."""
+class Tickets:
+    """The sequences of one request, in order."""
 
-    async def last() -> Delta:
-        while not (delta := await ticket.take()).is_last:
-            pass
-        return delta
+    def __init__(self) -> None:
+        self.all: list[Ticket] = []
+        self.ready = asyncio.Event()
+
+    async def take(self) -> list[tuple[int, Delta]]:
+        """What has come since the last call, at most one delta of each sequence by its index; waits for the first."""
+        await self.ready.wait()
+        self.ready.clear()
+        return [(index, delta) for index, ticket in enumerate(self.all) if (delta := ticket.pop()) is not None]
+
+    def close(self) -> None:
+        """The request is over; sequences that are not are cancelled."""
+        for ticket in self.all:
+            ticket.close()
+
+
+class Voice(Protocol):
+    """How one API says what its sequences do, as data of events (or of the one answer). An error has its own shape."""
+
+    def begin(self, num_choices: int) -> list[dict[str, Any]]:
+        """Before anything has come."""
+
+    def say(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        """The text and the completion of a (merged) delta; nothing of its error."""
+
+    def end(self) -> list[dict[str, Any]]:
+        """After the last completion."""
+
+    def whole(self, done: Seq[Completion]) -> Any:
+        """The answer without a stream."""
+
+
+async def answer(tickets: Tickets, receive: Receive) -> list[Completion] | None:
+    """The completions; None when the client left first. Raises the first error of a sequence. Closes the tickets."""
+
+    async def all_of_them() -> list[Completion]:
+        done: dict[int, Completion] = {}
+        while len(done) < len(tickets.all):
+            for index, delta in await tickets.take():
+                if delta.error is not None:
+                    raise delta.error
+                if delta.completion is not None:
+                    done[index] = delta.completion
+        return [done[index] for index in range(len(done))]
 
     try:
-        delta = await unless_gone(receive, last())
+        return await unless_gone(receive, all_of_them())
     finally:
-        ticket.close()
-    if delta is not None and delta.error is not None:
-        raise delta.error
-    return None if delta is None else delta.completion
+        tickets.close()
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
@@ -163,13 +204,14 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """The server-sent events of one ticket, which it closes. It always ends with one terminal event and [DONE]."""
+    """The server-sent events of one request's tickets, which it closes. It always ends with one completion of each, or
+    with one error, and then [DONE]."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, ticket: Ticket, *, token_ids: bool, merge_s: float) -> None:
+    def __init__(self, tickets: Tickets, voice: Voice, *, merge_s: float) -> None:
         self.status_code, self.background = 200, None
-        self._ticket, self._token_ids, self._merge_s = ticket, token_ids, merge_s
+        self._tickets, self._voice, self._merge_s = tickets, voice, merge_s
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -177,7 +219,7 @@ class EventStream(Response):
             with contextlib.suppress(OSError):  # newer ASGI servers: the client has left
                 await unless_gone(receive, self._send_all(send))
         finally:
-            self._ticket.close()
+            self._tickets.close()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -191,27 +233,32 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": event(failure.to_dict()) + DONE})
 
     async def _send_events(self, send: Send) -> None:
-        loop, last = asyncio.get_running_loop(), False
-        while not last:
-            delta = await self._ticket.take()
-            last = delta.is_last
-            payload = b"".join(event(data) for data in events_of(delta, token_ids=self._token_ids))
+        loop, running = asyncio.get_running_loop(), set(range(len(self._tickets.all)))
+        said = self._voice.begin(len(running))
+        while True:
+            payload = b"".join(event(data) for data in said)
             began = loop.time()
-            if payload:
-                await send({"type": "http.response.body", "body": payload + DONE * last, "more_body": not last})
-            if not last and loop.time() - began > LAG_S:
+            if payload or not running:
+                await send(
+                    {"type": "http.response.body", "body": payload + DONE * (not running), "more_body": bool(running)}
+                )
+            if not running:
+                return
+            if loop.time() - began > LAG_S:
                 await asyncio.sleep(self._merge_s)  # fewer, larger events for a socket that cannot keep up
+            said = self._hear(await self._tickets.take(), running)
 
-
-def events_of(delta: Delta, *, token_ids: bool = False) -> list[dict[str, Any]]:
-    """The events one (merged) delta makes: one, or none when it is empty; text before an error goes out first."""
-    step = {"text": delta.text, "tokens": list(delta.tokens), "accepted": list(delta.accepted)}
-    if delta.completion is not None:
-        return [delta.completion.to_dict(token_ids=token_ids) | step]
-    out: list[dict[str, Any]] = [step] if delta.text or delta.tokens else []
-    if delta.error is not None:
-        out.append(delta.error.to_dict())
-    return out
+    def _hear(self, news: Seq[tuple[int, Delta]], running: set[int]) -> list[dict[str, Any]]:
+        """The data of the next events; sequences that have ended leave `running`. An error ends the whole answer."""
+        said = []
+        for index, delta in news:
+            said += self._voice.say(index, delta)
+            if delta.error is not None:
+                running.clear()
+                return [*said, delta.error.to_dict()]
+            if delta.completion is not None:
+                running.discard(index)
+        return said if running else [*said, *self._voice.end()]
 
 
 def event(data: dict[str, Any]) -> bytes:

@@ -28,6 +28,7 @@ class WordCodec:
     """One id a character; a chat is its contents joined."""
 
     has_chat_template = True
+    special_ids = frozenset({0})
 
     def encode(self, text: str) -> list[int]:
         return [ord(c) for c in text]
@@ -39,6 +40,9 @@ class WordCodec:
 
     def decode(self, ids: list[int]) -> str:
         return "".join(map(chr, ids))
+
+    def token_text(self, id: int) -> str:
+        return chr(id)
 
 
 def completion(name: str, text: str, **changes: Any) -> Completion:

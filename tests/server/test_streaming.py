@@ -12,7 +12,8 @@ import pytest
 from medusa_serve.errors import ShuttingDown
 from medusa_serve.server.app import create_app
 from medusa_serve.server.config import ServerConfig
-from medusa_serve.server.streaming import EventStream, Switchboard, events_of
+from medusa_serve.server.generate import OwnVoice
+from medusa_serve.server.streaming import EventStream, Switchboard, Tickets
 from medusa_serve.types import Delta, SamplingParams
 
 from .standins import HandLLM, HandManager, completion, events, open_post, serving, unchunk, wait_for
@@ -37,8 +38,9 @@ def stream_by_hand(play: Callable[[HandManager], Any], send: Send, *, merge_s: f
 
     async def go() -> None:
         manager, board = HandManager(None), Switchboard()
-        ticket = board.submit(manager, [1], SamplingParams(), key="")
-        stream = EventStream(ticket, token_ids=False, merge_s=merge_s)
+        tickets = Tickets()
+        board.submit(manager, [1], SamplingParams(), key="", tickets=tickets)
+        stream = EventStream(tickets, OwnVoice(token_ids=False), merge_s=merge_s)
         await asyncio.gather(stream({}, never, collect), play(manager))
         assert board.num_open == 0
 
@@ -117,22 +119,23 @@ def test_after_a_lag_a_delta_is_held_no_longer_than_merge_ms() -> None:
 
 
 def test_held_back_text_still_tells_its_tokens() -> None:
-    assert events_of(Delta("", (3,), (2,))) == [{"text": "", "tokens": [3], "accepted": [2]}]
-    assert events_of(Delta("")) == []
-    error = ShuttingDown("Stopping.")
-    assert events_of(Delta("", error=error)) == [error.to_dict()]
-    assert events_of(Delta("a", (1,), (0,), error=error))[0]["text"] == "a"
+    voice = OwnVoice(token_ids=False)
+    assert voice.say(0, Delta("", (3,), (2,))) == [{"text": "", "tokens": [3], "accepted": [2]}]
+    assert voice.say(0, Delta("")) == []
+    assert voice.say(0, Delta("", error=ShuttingDown("Stopping."))) == []
+    assert voice.say(0, Delta("a", (1,), (0,), error=ShuttingDown("Stopping.")))[0]["text"] == "a"
 
 
 def test_steps_of_one_call_reach_their_own_requests() -> None:
     async def go() -> None:
         manager, board = HandManager(None), Switchboard()
-        one, two = (board.submit(manager, [1], SamplingParams(), key="") for _ in range(2))
+        first, second = Tickets(), Tickets()
+        one, two = (board.submit(manager, [1], SamplingParams(), key="", tickets=own) for own in (first, second))
         assert manager.sinks["seq-0"] is manager.sinks["seq-1"]
         board.sink([("seq-1", step(1)), ("seq-0", step(0)), ("unknown", step(5))])
-        assert ((await one.take()).text, (await two.take()).text) == ("0;", "1;")
+        assert [(await own.take())[0][1].text for own in (first, second)] == ["0;", "1;"]
         board.sink([("seq-0", last("", 3))])
-        await one.take()
+        await first.take()
         one.close()
         two.close()
         two.close()
@@ -147,14 +150,15 @@ def test_steps_of_one_call_reach_their_own_requests() -> None:
 def test_a_dismissed_sequence_has_had_its_last_word() -> None:
     async def go() -> None:
         manager, board = HandManager(None), Switchboard()
-        ticket = board.submit(manager, [1], SamplingParams(), key="")
+        tickets = Tickets()
+        board.submit(manager, [1], SamplingParams(), key="", tickets=tickets)
         manager.push("seq-0", step(0))  # under way to the loop
         board.dismiss(ShuttingDown("Stopping."))
         await asyncio.sleep(0.01)
-        delta = await ticket.take()
+        [(_, delta)] = await tickets.take()
         assert delta.error is not None
         board.dismiss(ShuttingDown("Stopping."))
-        ticket.close()
+        tickets.close()
         assert manager.cancelled == ["seq-0"]
 
     asyncio.run(go())
@@ -164,7 +168,7 @@ def test_a_sink_without_a_loop_is_silent() -> None:
     board, manager = Switchboard(), HandManager(None)
 
     async def go() -> None:
-        board.submit(manager, [1], SamplingParams(), key="")
+        board.submit(manager, [1], SamplingParams(), key="", tickets=Tickets())
 
     asyncio.run(go())
     board.sink([("seq-0", step(0))])

@@ -1,0 +1,83 @@
+"""What every API does behind its own shapes: tokenise, submit, answer as events or in one piece."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from ..errors import ContextTooLong, EngineDead, MedusaServeError, Unavailable
+from ..types import SamplingParams
+from .auth import Keys
+from .config import ServerConfig
+from .hosts import Hosts
+from .limits import CHARS_PER_TOKEN
+from .loading import ServedLLM
+from .streaming import EventStream, Switchboard, Tickets, Voice, answer
+
+LEFT = 499  # nobody reads it: the client is gone
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What the requests of one app share. `llm` raises while there is none."""
+
+    llm: Callable[[], ServedLLM]
+    config: ServerConfig
+    keys: Keys
+    hosts: Hosts
+    switchboard: Switchboard
+    tokenizers: ThreadPoolExecutor  # two threads: tokenising may take long, the event loop must not, nor all the cores
+
+
+class Order(NamedTuple):
+    """A prompt, what to sample for it (a sequence each), and what the request calls it."""
+
+    source: str | list[dict[str, str]]
+    params: tuple[SamplingParams, ...]
+    field: str
+
+
+def ready(desk: Desk) -> ServedLLM:
+    """The model, or an error that HTTP calls 503: that loading failed is no fault of this request."""
+    try:
+        return desk.llm()
+    except Unavailable:
+        raise
+    except MedusaServeError as error:
+        raise EngineDead(error.message) from None
+
+
+async def admit(desk: Desk, llm: ServedLLM, orders: Seq[Order], request: Request) -> Tickets:
+    """Tokenise off the event loop and submit all, in order. Raises what either refuses; the tickets must be closed."""
+    context, loop = llm.describe()["max_context"], asyncio.get_running_loop()
+    encoded = []
+    for source, _, field in orders:
+        num_chars = len(source) if isinstance(source, str) else sum(len(message["content"]) for message in source)
+        if num_chars > CHARS_PER_TOKEN * context:
+            raise ContextTooLong(f"{field} has {num_chars} characters, which cannot fit {context} tokens.", param=field)
+        encode: Any = llm.codec.encode if isinstance(source, str) else llm.codec.encode_chat
+        encoded.append(await loop.run_in_executor(desk.tokenizers, encode, source))
+    tickets = Tickets()
+    try:
+        for ids, order in zip(encoded, orders, strict=True):
+            for params in order.params:
+                desk.switchboard.submit(llm.manager, ids, params, key=request.state.tenant.name, tickets=tickets)
+    except BaseException:
+        tickets.close()
+        raise
+    return tickets
+
+
+async def reply(desk: Desk, tickets: Tickets, voice: Voice, request: Request, *, stream: bool) -> Response:
+    """The answer of a request's sequences, as events or in one piece. Closes the tickets."""
+    if stream:
+        return EventStream(tickets, voice, merge_s=desk.config.merge_ms / 1000)
+    done = await answer(tickets, request.receive)
+    return Response(status_code=LEFT) if done is None else JSONResponse(voice.whole(done))
