@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from medusa_serve.errors import GenerationFailed
+from medusa_serve.server.schemas import GENERATION
 from medusa_serve.types import Delta, SamplingParams, TokenLogprob
 
 from .standins import HandLLM, HandManager, ask, completion, error_of, events
@@ -72,9 +73,7 @@ def test_every_parameter_arrives() -> None:
     chat = {"messages": USER, "max_tokens": 5, "max_completion_tokens": 6, "logprobs": True, "top_logprobs": 4}
     assert post(CHAT, common | chat, llm).status_code == 200
     assert post(TEXT, common | {"prompt": "a", "max_tokens": 6, "logprobs": 4}, llm).status_code == 200
-    want = SamplingParams(
-        **common | {"stop": ("x", "y"), "logit_bias": {5: -100, 60: 3.5}}, max_tokens=6, logprobs=4
-    )
+    want = SamplingParams(**common | {"stop": ("x", "y"), "logit_bias": {5: -100, 60: 3.5}}, max_tokens=6, logprobs=4)
     assert [params for _, params, _ in llm.manager.calls] == [want, want]
 
 
@@ -327,7 +326,9 @@ def test_the_openapi_page_tells_of_statuses_and_events() -> None:
     page = response.json()
     for path in (CHAT, TEXT, "/generate", "/generate_stream", "/"):
         answers = page["paths"][path]["post"]["responses"]
-        assert {"200", "400", "401", "404", "405", "408", "413", "415", "429", "431", "500", "503", "504"} <= set(answers)
+        assert {"200", "400", "401", "404", "405", "408", "413", "415", "429", "431", "500", "503", "504"} <= set(
+            answers
+        )
         assert "text/event-stream" in answers["200"]["content"]
     for path in ("/info", "/metrics", "/v1/models"):
         assert {"200", "401", "405"} <= set(page["paths"][path]["get"]["responses"])
