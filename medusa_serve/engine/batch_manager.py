@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 import threading
 import time
@@ -29,12 +28,13 @@ from .isolate import RowFailed
 from .metrics import Metrics, Outcome
 from .outbox import Outbox, tell_all
 from .pulse import Pulse, refuse_unless_ok
+from .quiet_log import QuietLogger
 from .restarts import Restarts
 from .scheduler import Scheduler
 from .sequence import Sequence, token_limit
 from .text import Detokenizer, Silent
 
-log = logging.getLogger(__name__)
+log = QuietLogger(__name__)
 
 IDLE_WAIT_S = 0.5  # the loop shows a heartbeat at least this often
 
@@ -152,6 +152,8 @@ class BatchManager:
         running, waiting = self._load()
         if self._closing:
             return EngineStatus("closed", running, waiting, heartbeat_age, self._death)
+        if self._thread is not None and self._thread.ident is not None and not self._thread.is_alive():
+            return EngineStatus("failed", running, waiting, heartbeat_age, self._death or "The engine thread is gone.")
         if self._death is not None:
             return EngineStatus("failed", running, waiting, heartbeat_age, self._death)
         if self._restarting:

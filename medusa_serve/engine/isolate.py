@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -10,9 +9,10 @@ from typing import TypeVar
 
 from ..errors import GenerationFailed, MedusaServeError, OutOfMemory
 from ..types import Started
+from .quiet_log import QuietLogger
 from .restarts import is_out_of_memory, is_sticky
 
-log = logging.getLogger(__name__)
+log = QuietLogger(__name__)
 
 Row = TypeVar("Row")
 Result = TypeVar("Result")

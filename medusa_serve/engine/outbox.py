@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 
 from ..types import Delta, Sink
 from .metrics import Metrics
+from .quiet_log import QuietLogger
 from .sequence import Sequence
 
-log = logging.getLogger(__name__)
+log = QuietLogger(__name__)
 
 
 class Outbox:

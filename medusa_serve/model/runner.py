@@ -368,6 +368,11 @@ class ModelRunner:
         self._host_length[slot] = 0
         self._prompts[slot] = []
 
+    def reset(self) -> None:
+        for slot in range(self.num_slots):
+            self._poisoned.add(slot)
+            self.free(slot)
+
     def close(self) -> None:
         if self._graphs is not None:
             torch.cuda.synchronize(self.device)  # a step may be under way

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-log = logging.getLogger("medusa_serve.access")
+from ..engine.quiet_log import QuietLogger
+
+log = QuietLogger("medusa_serve.access")
 
 
 class AccessLog:

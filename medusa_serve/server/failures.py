@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import traceback
 from collections.abc import Mapping
@@ -16,9 +15,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..engine.quiet_log import QuietLogger
 from ..errors import InvalidRequest, MedusaServeError
 
-log = logging.getLogger(__name__)
+log = QuietLogger(__name__)
 
 FORMS = frozenset({"GenerateRequest", "TgiRequest"})  # of one endpoint's body, which pydantic puts into its paths
 _MUST_BE = {

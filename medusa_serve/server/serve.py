@@ -64,6 +64,7 @@ class Server(uvicorn.Server):
         app = create_app(source, config)
         desk: Desk = app.state.desk
         self._switchboard, self._keys, self._hosts = desk.switchboard, desk.keys, desk.hosts
+        self._tokenizers = desk.tokenizers
         super().__init__(
             uvicorn.Config(
                 app,
@@ -118,6 +119,7 @@ class Server(uvicorn.Server):
         # while it drains the server still answers: /health says draining, /generate 503
         await self._drain()
         await super().shutdown(sockets=sockets)
+        self._tokenizers.shutdown(wait=False, cancel_futures=True)
         for connection in list(self.server_state.connections):
             connection.transport.abort()  # its client reads nothing: a loop that ends would leave the socket open
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import secrets
 import shlex
@@ -35,6 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     about = "a further key to hand out, under limits per key; may be given several times; made without KEY"
     group.add_argument("--guest-key", metavar="KEY", action="append", nargs="?", const="", default=[], help=about)
     about = "a name of this server in Host headers; may be given several times (default: this machine's)"
+    group.add_argument("--access-log", action="store_true", help="one line a request on stderr, without text or keys")
     group.add_argument("--allow-host", metavar="NAME", action="append", default=[], help=about)
 
 
@@ -47,6 +49,7 @@ def server_config(options: argparse.Namespace) -> tuple[ServerConfig, bool]:
         api_key=given,
         guest_keys=tuple(key or secrets.token_urlsafe(32) for key in options.guest_key),
         allowed_hosts=tuple(options.allow_host),
+        access_log=options.access_log,
     )
     if config.api_key is None and (config.guest_keys or not config.is_loopback):
         config = replace(config, api_key=secrets.token_urlsafe(32))
@@ -60,6 +63,9 @@ def serve_until_stopped(engine: EngineConfig, config: ServerConfig, *, as_json: 
     """Listen, load, tell, serve until Ctrl-C or SIGTERM. Raises what loading raises; the port is bound before it."""
     from .loading import BackgroundLoad
     from .serve import bind, serve, url_of
+
+    if config.access_log:
+        logging.getLogger("medusa_serve.access").setLevel(logging.INFO)
 
     def load() -> Any:
         from ..llm import LLM

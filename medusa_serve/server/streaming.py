@@ -81,8 +81,13 @@ class Switchboard:
     def _deliver(self, deltas: list[tuple[str, Delta]]) -> None:
         for sequence_id, delta in deltas:
             ticket = self._tickets.get(sequence_id)
-            if ticket is not None:  # else its client has left
+            if ticket is None:  # its client has left
+                continue
+            try:
                 ticket.put(delta)
+            except Exception as error:  # nobody may wait for ever, whatever went wrong here
+                log_crash(error)
+                ticket.fail(MedusaServeError("The server failed at this answer."))
 
 
 class Ticket:
@@ -115,6 +120,12 @@ class Ticket:
         if not self._finished:
             self._manager.cancel(self.id, "shutdown" if isinstance(error, ShuttingDown) else "timeout")
             self.put(Delta("", error=error))
+
+    def fail(self, error: MedusaServeError) -> None:
+        """As dismiss, and what waits is lost: it may be what went wrong."""
+        self._manager.cancel(self.id)
+        self._waiting, self._finished = Delta("", error=error), True
+        self._ready.set()
 
     def pop(self) -> Delta | None:
         """What has come since the last call, as one delta."""

@@ -184,7 +184,7 @@ def serving(source: Any, config: ServerConfig | None = None) -> Iterator[str]:
     """A real server on a free port of this machine; yields its URL."""
     config = config or ServerConfig(port=0)
     with bind(config) as sock:
-        server, failures = Server(source, config), []
+        server, failures, url = Server(source, config), [], url_of(sock)
 
         def work() -> None:
             try:
@@ -196,10 +196,10 @@ def serving(source: Any, config: ServerConfig | None = None) -> Iterator[str]:
         thread.start()
         try:
             wait_for(lambda: server.started or failures)
-            _RUNNING[url_of(sock)] = server
-            yield url_of(sock)
+            _RUNNING[url] = server
+            yield url
         finally:
-            _RUNNING.pop(url_of(sock), None)
+            _RUNNING.pop(url, None)
             server.should_exit = True
             thread.join(15)
         assert not thread.is_alive()
