@@ -89,6 +89,7 @@ class Baseline:
         """Wait until nothing runs and nothing waits."""
         wait_for(lambda: self.llm.manager.metrics.snapshot()["in_flight"] == 0, 10)
         wait_for(lambda: not self.llm.runner.slots, 10)
+        wait_for(lambda: self.llm.manager.metrics.snapshot()["running"] == 0, 10)  # told at the end of a turn
 
     def check(self) -> None:
         self.rest()
