@@ -322,13 +322,13 @@ def test_no_cors() -> None:
 
 
 def test_a_watch_ends_with_the_last_request() -> None:
-    from medusa_serve.server.streaming import Switchboard
+    from medusa_serve.server.streaming import Switchboard, Tickets
     from medusa_serve.server.watch import Watch
     from medusa_serve.types import SamplingParams
 
     async def go() -> list[str]:
         board = Switchboard(Watch(ServerConfig()))
-        ticket = board.submit(HandManager(None), [1], SamplingParams(), key="")
+        ticket = board.submit(HandManager(None), [1], SamplingParams(), key="", tickets=Tickets())
         during = [task.get_name() for task in asyncio.all_tasks()]
         ticket.close()
         await asyncio.sleep(0.3)
