@@ -48,12 +48,12 @@ def decode(model: str, heads: str, *, tokens: int, rounds: int, most: int) -> Sh
     return _kept(result, decode_table(result), "decode.json")
 
 
-def peers(model: str, heads: str, *, tokens: int, rounds: int) -> Shown:
-    """Tokens per second beside transformers."""
+def peers(model: str, heads: str, *, tokens: int, rounds: int, prompts: int) -> Shown:
+    """Tokens per second beside transformers, one prompt at a time, so many of them a round."""
     from ..bench.peers import PeersConfig, bench_peers, table
 
     _make_room()
-    config = PeersConfig(contestants=CONTESTANTS, tokens=tokens, rounds=rounds)
+    config = PeersConfig(contestants=CONTESTANTS, prompts=prompts, tokens=tokens, rounds=rounds)
     result = bench_peers(EngineConfig(model=model, heads=heads), config)
     return _kept(result, table(result), "peers.json")
 

@@ -5,7 +5,6 @@ assert names.count("medusa-server") == names.count("medusa-engine") == 1
 assert (Path(heads) / "config.json").is_file()
 assert by_lookup >= 1
 assert by_heads > by_lookup
-assert by_heads > 1.15
 assert server.describe()["heads"] == "sequential"
 if PASS == 1:
     first_made = (Path(heads) / "config.json").stat().st_mtime
