@@ -86,10 +86,15 @@ def bench_replicas(engine: EngineConfig, config: ReplicasBenchConfig) -> Row:
     # a closed loop is never refused
     engine = replace(engine, max_queue=max((engine.max_queue, *config.clients)))
     found: Row = {}
-    if set(config.parts) - {"split"}:
-        found = _under_ray(engine, config)
-    if "split" in config.parts:
-        found["split"] = split_text(engine, config.random)
+    try:
+        if set(config.parts) - {"split"}:
+            _under_ray(engine, config, found)
+        if "split" in config.parts:
+            found["split"] = split_text(engine, config.random)
+    except KeyboardInterrupt:  # minutes of a machine's time are not thrown away
+        if not found:
+            raise
+        found["interrupted"] = True
     names = ("replicas", "clients", "seconds", "tokens", "random", "parts")
     return {
         "kind": "replicas",
@@ -101,13 +106,12 @@ def bench_replicas(engine: EngineConfig, config: ReplicasBenchConfig) -> Row:
     }
 
 
-def _under_ray(engine: EngineConfig, config: ReplicasBenchConfig) -> Row:
+def _under_ray(engine: EngineConfig, config: ReplicasBenchConfig, found: Row) -> None:
     from ..server.replicas import cluster
     from ..training.pipeline import ProgressLine
     from .engine import read_prompts
 
     load = partial(random_llm, shape=config.random) if config.random else None
-    found: Row = {}
     line, start = ProgressLine(every_elsewhere=0.0), 0
     patient = ServerConfig(port=0, queue_s=3600, first_token_s=3600, total_s=3600)
     with cluster(patient) as running, http_load.clients() as run:
@@ -124,14 +128,16 @@ def _under_ray(engine: EngineConfig, config: ReplicasBenchConfig) -> Row:
             run(http_load.closed_loop, target, 2 * count, start, 4 * count, 0.0)  # warms up
             start += 4 * count
             loads[count] = []
+            found["engine"] = running.facts()["facts"]
             for clients in config.clients:
                 line.show(f"{count} replicas, clients: {clients}")
                 samples = run(http_load.closed_loop, target, clients, start, None, config.seconds)
                 start += len(samples)
                 loads[count].append({"replicas": count, "clients": clients} | summary(samples))
-        found["engine"] = running.facts()["facts"]
+                found["loads"] = [row for rows in loads.values() for row in rows]
         if loads:
-            found["loads"], found["ratios"] = [row for rows in loads.values() for row in rows], ratios(loads)
+            found["ratios"] = ratios(loads)
+        found["engine"] = running.facts()["facts"]
 
         def update() -> None:  # another chunk of prefill: a replica with another config is another replica
             changed = replace(engine, prefill_chunk=engine.prefill_chunk // 2)
@@ -143,7 +149,6 @@ def _under_ray(engine: EngineConfig, config: ReplicasBenchConfig) -> Row:
                 trouble = Trouble(running, run, target, config, start)
                 found[part], start = trouble.during(act), trouble.start
     line.leave()
-    return found
 
 
 def ratios(loads: dict[int, list[Row]]) -> list[Row]:

@@ -92,7 +92,7 @@ class ReplicasConfig:
     max_replicas    None: no scaling; else as many as the requests in progress ask for, up to this
     target_ongoing  requests in progress per replica that scaling aims at; None: its slots
     gpus, cpus      of each replica; fractions share one
-    doors           processes that pass requests on
+    doors           processes that pass requests on; None: one a replica
     drain_s         a replica that is to go may finish its answers so long
     """
 
@@ -101,13 +101,13 @@ class ReplicasConfig:
     target_ongoing: float | None = None
     gpus: float = 0.0
     cpus: float = 1.0
-    doors: int = 1
+    doors: int | None = None
     drain_s: float = 120.0
 
     def __post_init__(self) -> None:
         check_int(self, "replicas", 1, 1024)
         check_int(self, "max_replicas", self.replicas, 1024, optional=True)
-        check_int(self, "doors", 1, 64)
+        check_int(self, "doors", 1, 1024, optional=True)
         for name in ("gpus", "cpus", "target_ongoing", "drain_s"):
             value = getattr(self, name)
             if value is None and name == "target_ongoing":

@@ -39,7 +39,8 @@ REPLICA, DOOR = "Replica", "Door"  # as `serve status` names them
 SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers")
 DEFAULT_SLOTS = 64  # where the replica chooses them from its memory
 TRIES = 3  # replicas that are asked for one answer, while nothing of it was sent
-MESSAGE_S = 0.0002  # what one message costs on its way: with many streams each waits, so that it takes more in one
+MESSAGE_S = 0.0005  # between two messages of a replica, about twice what one costs a Door: with many streams each
+# waits longer, and takes more tokens in one message; Ray would queue without bounds what a Door cannot keep up with
 
 
 # ---- the model's side ------------------------------------------------------------------------------------------------
@@ -55,7 +56,7 @@ class Replica:
             load = LLM
         self._llm = load(engine)
         self._app = create_app(self._llm, server)
-        self._open = 0
+        self._streams = 0  # answers that have begun
 
     def check_health(self) -> None:
         status = self._llm.manager.status()
@@ -84,16 +85,17 @@ class Replica:
             await self._app({**scope, "state": {}, "extensions": {}}, receive, box.put)  # LastResort: it never raises
             await box.put(None)
 
-        task = asyncio.ensure_future(answer())
-        self._open += 1
+        task, started = asyncio.ensure_future(answer()), False
         try:
             while (message := await box.get()) is not None:
+                self._streams += not started
+                started = True
                 yield message
                 if _is_last(message):
                     return
-                await asyncio.sleep(MESSAGE_S * (self._open - 1))
+                await asyncio.sleep(MESSAGE_S * (self._streams - 1))
         finally:
-            self._open -= 1
+            self._streams -= started
             gone.set()
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -269,7 +271,7 @@ def application(
     door = deployment(
         serve.ingress(None)(Door),
         name=DOOR,
-        num_replicas=config.doors,
+        num_replicas=config.doors or max(config.replicas, config.max_replicas or 0),
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=100_000,  # the replicas limit
         graceful_shutdown_timeout_s=config.drain_s,
