@@ -47,6 +47,7 @@ setup(
             "scipy>=1.13",
             "psutil>=5.9",
             "openai>=2",
+            "langchain-openai>=1.0",
             "pytest-xdist>=3.5",
             "matplotlib>=3.8",
         ],

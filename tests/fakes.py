@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from medusa_serve.errors import InvalidRequest
-from medusa_serve.types import Delta, PrefillChunk, SamplingParams, StepOutput
+from medusa_serve.types import Delta, PrefillChunk, SamplingParams, StepOutput, TokenLogprob
 
 BOS, EOS, FIRST_WORD = 256, 257, 258
 TEXTS = (
@@ -173,7 +173,8 @@ class FakeRunner:
         if self.nan in slot.prompt:
             return StepOutput(chunk.slot, (), failed=True)
         self._emit(slot, kv)
-        return StepOutput(chunk.slot, (slot.pending,), finished=slot.done, draft_ready=self._ready(slot))
+        told = self._logprobs(slot, 1)
+        return StepOutput(chunk.slot, (slot.pending,), finished=slot.done, draft_ready=self._ready(slot), logprobs=told)
 
     def decode(self, slots: Seq[int], nodes: int) -> Done:
         self.calls.append(("decode", tuple(slots), nodes))
@@ -198,7 +199,8 @@ class FakeRunner:
             self._emit(slot, kv)
             emitted.append(slot.pending)
         held = tuple(next(n for n in self.node_choices if n > place) for place in range(1, len(emitted)))
-        return StepOutput(number, tuple(emitted), drafted, slot.done, False, self._ready(slot), held)
+        told = self._logprobs(slot, len(emitted))
+        return StepOutput(number, tuple(emitted), drafted, slot.done, False, self._ready(slot), held, told)
 
     def free(self, slot: int) -> None:
         del self.slots[slot]
@@ -231,6 +233,11 @@ class FakeRunner:
 
     def _ready(self, slot: _Slot) -> int:
         return max(self.accept) if slot.params.speculation else 0
+
+    @staticmethod
+    def _logprobs(slot: _Slot, count: int) -> tuple[TokenLogprob, ...]:
+        wanted = slot.params.logprobs
+        return () if wanted is None else (TokenLogprob(-1.0, ((FIRST_WORD, -2.0),) * wanted),) * count
 
     def _next(self, ids: tuple[int, ...], num_prompt: int, params: SamplingParams) -> int:
         if self.reply is None:

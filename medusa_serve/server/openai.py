@@ -204,10 +204,11 @@ class TextVoice(Voice):
         for text in tokens:
             offsets.append(offset)
             offset += len(text)
-        tops = [
-            {self._codec.token_text(token): value for token, value in ((chosen, one.logprob), *one.top)}
-            for chosen, one in zip(ids, told, strict=True)
-        ]
+        tops: list[dict[str, float]] = []
+        for chosen, one in zip(ids, told, strict=True):
+            tops.append({self._codec.token_text(chosen): one.logprob})
+            for token, value in one.top:  # best first; parts of characters all read U+FFFD
+                tops[-1].setdefault(self._codec.token_text(token), value)
         return {
             "tokens": tokens,
             "token_logprobs": [one.logprob for one in told],

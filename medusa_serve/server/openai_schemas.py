@@ -3,6 +3,7 @@ send many; those that would change the answer are refused by name."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -93,9 +94,9 @@ class OpenAIRequest(Sampled):
     def include_usage(self) -> bool:
         return bool(self.stream and self.stream_options and self.stream_options.include_usage)
 
-    def choices(self, **more: Any) -> tuple[SamplingParams, ...]:
+    def choices(self, names: Mapping[str, str], **more: Any) -> tuple[SamplingParams, ...]:
         """One for each of n, with `more` fields. A seed is that of the first choice; the next ones count on from it."""
-        params = self.sampling_params(temperature=1.0 if self.temperature is None else self.temperature, **more)
+        params = self.sampling_params(names, temperature=1.0 if self.temperature is None else self.temperature, **more)
         seeds = [None if params.seed is None else (params.seed + i) % (MAX_SEED + 1) for i in range(self.n or 1)]
         return tuple(replace(params, seed=seed) for seed in seeds)
 
@@ -132,7 +133,7 @@ class CompletionRequest(OpenAIRequest):
         return self
 
     def params(self) -> tuple[SamplingParams, ...]:
-        return self.choices(logprobs=self.logprobs)
+        return self.choices({}, logprobs=self.logprobs)
 
     def prompts(self) -> list[str]:
         return [self.prompt] if isinstance(self.prompt, str) else self.prompt
@@ -164,8 +165,10 @@ class ChatRequest(OpenAIRequest):
         return self
 
     def params(self) -> tuple[SamplingParams, ...]:
-        limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self.choices(max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+        names, limit = {"logprobs": "top_logprobs"}, self.max_tokens
+        if self.max_completion_tokens is not None:
+            names["max_tokens"], limit = "max_completion_tokens", self.max_completion_tokens
+        return self.choices(names, max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
     def chat(self) -> list[dict[str, str]]:
         return [message.plain() for message in self.messages]

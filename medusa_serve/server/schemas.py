@@ -7,6 +7,8 @@ for the reader of the OpenAPI page.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -79,6 +81,17 @@ _ONE_OF: list[Any] = [
 ]
 
 
+def params_of(fields: Mapping[str, Any], names: Mapping[str, str]) -> SamplingParams:
+    """SamplingParams of the fields that are not None. Raises InvalidRequest that names the field as the client did.
+    names: a field of ours → the client's"""
+    try:
+        return SamplingParams(**{name: value for name, value in fields.items() if value is not None})
+    except InvalidRequest as error:
+        theirs = names.get(error.param or "", error.param)
+        message = error.message.replace(error.param, theirs, 1) if error.param and theirs else error.message
+        raise InvalidRequest(message, param=theirs) from None
+
+
 class Sampled(Strict):
     """The sampling parameters, as our own form and the OpenAI API have them. null means absent."""
 
@@ -95,15 +108,12 @@ class Sampled(Strict):
     logit_bias: dict[str, Any] | None = Field(None, json_schema_extra=_biases_shown)
     speculation: bool | None = True
 
-    def sampling_params(self, **more: Any) -> SamplingParams:
-        """With `more` fields, in the place of these. Raises InvalidRequest that names the field."""
+    def sampling_params(self, names: Mapping[str, str] = MappingProxyType({}), **more: Any) -> SamplingParams:
+        """With `more` fields, in the place of these. Raises as `params_of`."""
         given = {name: getattr(self, name) for name in Sampled.model_fields} | more
-        given = {name: value for name, value in given.items() if value is not None}
-        if isinstance(given.get("stop"), list):
-            given["stop"] = tuple(given["stop"])
-        if "logit_bias" in given:
+        if given["logit_bias"] is not None:
             given["logit_bias"] = {_token_id(key): value for key, value in given["logit_bias"].items()}
-        return SamplingParams(**given)
+        return params_of(given, names)
 
 
 def _token_id(key: str) -> int:

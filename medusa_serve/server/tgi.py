@@ -15,7 +15,7 @@ from ..errors import InvalidRequest
 from ..types import MAX_LOGPROBS, MAX_SEED, Completion, Delta, SamplingParams, TextCodec, TokenLogprob
 from .body import json_only
 from .desk import Desk, Order, admit, ready, reply
-from .schemas import GENERATION, GenerateRequest, Strict, Text, documented, shown_as, stops_shown
+from .schemas import GENERATION, GenerateRequest, Strict, Text, documented, params_of, shown_as, stops_shown
 from .unsupported import refuse, shown
 
 TGI_NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -55,18 +55,18 @@ class TgiParameters(Strict):
         """As TGI reads them: greedy, unless something asks for sampling. Raises InvalidRequest."""
         warps = self.temperature not in (None, 1) or self.top_k or self.top_p not in (None, 1)
         hot = bool(self.do_sample or warps)
-        given: dict[str, Any] = {
+        given = {
             "max_tokens": self.max_new_tokens,
             "temperature": (1.0 if self.temperature is None else self.temperature) if hot else 0.0,
             "top_p": self.top_p,
             "top_k": self.top_k,
             "seed": self.seed,
-            "stop": tuple(self.stop or ()),
+            "stop": self.stop,
             "repetition_penalty": self.repetition_penalty,
             "frequency_penalty": self.frequency_penalty,
             "logprobs": self.top_n_tokens or 0,
         }
-        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+        return params_of(given, {"max_tokens": "max_new_tokens", "logprobs": "top_n_tokens"})
 
 
 class TgiRequest(Strict):

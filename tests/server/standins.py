@@ -17,7 +17,7 @@ from medusa_serve.errors import InvalidRequest
 from medusa_serve.server.app import create_app
 from medusa_serve.server.config import ServerConfig
 from medusa_serve.server.serve import Server, bind, url_of
-from medusa_serve.types import Completion, Delta, EngineStatus, SamplingParams
+from medusa_serve.types import Completion, Delta, EngineStatus, SamplingParams, TokenLogprob
 
 httpx = pytest.importorskip("httpx", reason="the server's tests need httpx: pip install -e '.[test]'")
 
@@ -67,11 +67,12 @@ def completion(name: str, text: str, **changes: Any) -> Completion:
 
 def hello(name: str, ids: list[int], params: SamplingParams) -> list[Delta]:
     """Three steps that say Hello!, the last with its remaining text."""
-    del ids, params
+    del ids
+    told = () if params.logprobs is None else (TokenLogprob(-1.0, ((33, -2.0),) * params.logprobs),) * 6
     return [
-        Delta("H", (1,), (0,), (72,)),
-        Delta("ell", (3,), (2,), (101, 108, 108)),
-        Delta("o!", (2,), (1,), (111, 33), completion=completion(name, "Hello!")),
+        Delta("H", (1,), (0,), (72,), logprobs=told[:1]),
+        Delta("ell", (3,), (2,), (101, 108, 108), logprobs=told[1:4]),
+        Delta("o!", (2,), (1,), (111, 33), completion=completion(name, "Hello!", logprobs=told), logprobs=told[4:]),
     ]
 
 

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 
 from medusa_serve.errors import GenerationFailed
-from medusa_serve.server.schemas import GENERATION
 from medusa_serve.types import Delta, SamplingParams, TokenLogprob
 
 from .standins import HandLLM, HandManager, ask, completion, error_of, events
@@ -128,7 +127,7 @@ def test_a_text_stream_of_two_choices_without_usage() -> None:
 
 def told(name: str, ids: list[int], params: SamplingParams) -> list[Delta]:
     """Two tokens with log-probabilities, in two steps."""
-    one, two = TokenLogprob(-0.5, ((72, -0.5), (0xFFFD, -2.0))), TokenLogprob(-9999.0, ((33, -0.1), (34, -3.0)))
+    one, two = TokenLogprob(-0.5, ((72, -0.5), (0xFFFD, -2.0))), TokenLogprob(-9999.0, ((34, -0.1), (35, -3.0)))
     done = completion(name, "H!", logprobs=(one, two))
     return [Delta("H", (1,), (0,), (72,), logprobs=(one,)), Delta("!", (1,), (0,), (33,), done, logprobs=(two,))]
 
@@ -148,8 +147,8 @@ CONTENT = [
         "logprob": -9999.0,
         "bytes": [33],
         "top_logprobs": [
-            {"token": "!", "logprob": -0.1, "bytes": [33]},
-            {"token": '"', "logprob": -3.0, "bytes": [34]},
+            {"token": '"', "logprob": -0.1, "bytes": [34]},
+            {"token": "#", "logprob": -3.0, "bytes": [35]},
         ],
     },
 ]
@@ -167,7 +166,7 @@ def test_logprobs_in_both_shapes() -> None:
     assert text == {
         "tokens": ["H", "!"],
         "token_logprobs": [-0.5, -9999.0],
-        "top_logprobs": [{"H": -0.5, "\ufffd": -2.0}, {"!": -0.1, '"': -3.0}],
+        "top_logprobs": [{"H": -0.5, "\ufffd": -2.0}, {"!": -9999.0, '"': -0.1, "#": -3.0}],
         "text_offset": [0, 1],
     }
     parts = events(post(TEXT, {"prompt": "a", "logprobs": 0, "stream": True}, llm()).text)
@@ -268,12 +267,12 @@ WRONG_CHAT = [
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages"),
     ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"id": "zqxj"}]}, *USER]}, "tool_calls"),
     ({"messages": USER, "top_logprobs": 2}, "top_logprobs"),
-    ({"messages": USER, "logprobs": True, "top_logprobs": 6}, "logprobs"),
+    ({"messages": USER, "logprobs": True, "top_logprobs": 6}, "top_logprobs"),
     ({"messages": USER, "logprobs": 1}, "logprobs"),
     ({"messages": USER, "n": 0}, "n"),
     ({"messages": USER, "n": 5}, "n"),
     ({"messages": USER, "n": True}, "n"),
-    ({"messages": USER, "max_completion_tokens": 0}, "max_tokens"),
+    ({"messages": USER, "max_completion_tokens": 0}, "max_completion_tokens"),
     ({"messages": USER, "logit_bias": {"zqxj": 1}}, "logit_bias"),
     ({"messages": USER, "logit_bias": {"05": 1}}, "logit_bias"),
     ({"messages": USER, "logit_bias": {"5": "zqxj"}}, "logit_bias"),
