@@ -142,7 +142,10 @@ def _fit(heads: Heads, trained: int, path: str | Path, hidden_size: int, vocab_s
     trained: the vocabulary of the heads' own base, by their output layer or else by the config; 0 where neither says it
     """
     if heads.hidden_size != hidden_size:
-        raise LoadError(f"The heads in {path} have hidden size {heads.hidden_size}, the base model {hidden_size}.")
+        raise LoadError(
+            f"The heads in {path} have hidden size {heads.hidden_size}, the base model {hidden_size}: they are another "
+            "model's; take heads that were trained for this one, or none."
+        )
     if trained and abs(trained - vocab_size) > PADDING:
         raise LoadError(f"The heads in {path} have a vocabulary of {trained}, the base vocabulary has {vocab_size}.")
     output, rows = heads.output, heads.output.vocab_size

@@ -20,7 +20,7 @@ import pytest
 
 import medusa_serve
 from medusa_serve.errors import InvalidConfig, InvalidRequest, LoadError, ShuttingDown
-from medusa_serve.model import gpu
+from medusa_serve.model import gpu, loader
 from medusa_serve.notebook import background
 from medusa_serve.notebook.background import running
 from medusa_serve.types import EngineStatus
@@ -190,11 +190,12 @@ def test_nonsense_is_refused_before_anything_stops(folder: str) -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_a_failed_load_leaves_nothing_and_the_cell_runs_again(folder: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "heads.safetensors").write_bytes(b"")
+    (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
+    shipped = ROOT / "medusa_serve/heads/smollm2-135m/sequential"
     for model, heads, message in (
         ("./no-such-folder", "none", "There is no folder"),
-        (folder, str(tmp_path), "."),
+        (str(tmp_path), "none", "not know as a causal language model"),
+        (folder, str(shipped), "hidden size 576, the base model 32: they are another model's"),
         (folder, "sequential", "no sequential heads ship for"),
     ):
         with pytest.raises(LoadError, match=message) as caught:
@@ -283,6 +284,13 @@ def test_a_gpu_without_code_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
         reason = gpu.why_unusable(torch.device("cuda", 0))
         assert (reason is None) == usable, archs
         assert usable or "in Kaggle: GPU T4 x2" in str(reason)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for device in ("auto", "cuda", "cuda:0"):
+        with pytest.raises(LoadError, match="no code for the GPU here"):
+            loader._choose_device(device, [])
+    assert loader._choose_device("cpu", []).type == "cpu"
 
 
 # ---- the end of the process ----------------------------------------------------------------------------------------
