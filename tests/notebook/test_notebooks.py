@@ -108,16 +108,17 @@ def test_the_first_cells_are_one() -> None:
     assert len({code(path)[0] for path in NOTEBOOKS}) == 1
 
 
-def package(into: Path) -> Path:
-    """A repository of ours, but small: the cell looks for a file and reads the requirements."""
+def package(into: Path, *, requirements: bool = False) -> Path:
+    """A repository of ours, but small: the cell looks for a file and has the requirements installed."""
     (into / "medusa_serve").mkdir(parents=True)
     (into / "medusa_serve/__init__.py").write_text('__version__ = "found"\n')
-    (into / "requirements.txt").write_text("pytest>=8\n")
+    if requirements:
+        (into / "requirements.txt").write_text("pytest>=8\n")
     return into
 
 
 def first_cell(folder: Path, *, repository: str = "") -> subprocess.CompletedProcess[str]:
-    """Run it in IPython in `folder`, twice, and import the package."""
+    """Run it in IPython in `folder`, twice, and import the package. pip finds all there, and has no index."""
     cell = code(NOTEBOOKS[0])[0].replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}")
     (folder / "cell.ipy").write_text(f"{cell}\n")
     program = (
@@ -141,12 +142,11 @@ def test_the_package_is_found(how: str, tmp_path: Path) -> None:
     home, repository = tmp_path / "work/notebooks", ""
     home.mkdir(parents=True)
     if how == "checkout":
-        package(home.parent)
+        package(home.parent, requirements=True)
     elif how == "folder":
         package(home / "my-medusa")
     elif how == "package":
         package(home)
-        (home / "requirements.txt").unlink()
     elif how == "kaggle":
         package(home.parent / "input/medusa")
     else:
