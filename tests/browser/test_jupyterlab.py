@@ -69,10 +69,9 @@ def _address(process: subprocess.Popen[bytes], runtime: Path) -> str:
 def test_a_person_runs_all_and_uses_the_panel(lab: str, visit: Callable[..., Any]) -> None:
     page = visit(lab)
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
-    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=60_000)
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
+    page.locator("#jp-main-statusbar", has_text="| Idle").wait_for(timeout=60_000)
     cells = page.locator(".jp-Notebook .jp-CodeCell")
+    run_all(page, cells)
     cells.last.locator(".jp-OutputArea-output", has_text="tokens per step").wait_for(timeout=RUN_ALL_S * 1000)
     assert page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]').count() == 0
     assert cells.nth(1).inner_text().count("is ready after") == 1
@@ -102,6 +101,17 @@ def test_a_person_runs_all_and_uses_the_panel(lab: str, visit: Callable[..., Any
     said = panel.root.locator(".widget-html", has_text="with and without speculation").last.inner_text()
     assert "identical" in said
     assert "×" in said or "times" in said, said
+
+
+def run_all(page: Any, cells: Any) -> None:
+    """By the menu, again where it was lost: Lab drops it while it still connects to the kernel it calls idle."""
+    for _ in range(10):
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
+        page.wait_for_timeout(2000)
+        if cells.first.locator(".jp-InputPrompt").inner_text().strip() != "[ ]:":
+            return
+    raise AssertionError("Run All Cells ran nothing.")
 
 
 class Panel:
