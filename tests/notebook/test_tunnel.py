@@ -151,8 +151,6 @@ def test_the_openai_client_streams_through_it(fake: Fake, port: int) -> None:
     openai = pytest.importorskip("openai", reason="needs the openai client: pip install -e '.[test]'")
     made = opened(port)
     try:
-        if httpx.get(f"{made.url}/v1/models", headers={"X-API-Key": KEY}).status_code == 404:
-            pytest.skip("this server has no /v1 yet")
         client = openai.OpenAI(base_url=f"{made.url}/v1", api_key=KEY, max_retries=0)
         with client, client.chat.completions.create(model="stand-in", stream=True, **CHAT) as stream:
             pieces = [chunk.choices[0].delta.content for chunk in stream if chunk.choices]
