@@ -28,9 +28,9 @@ def environment(folder: Path, python: str, kernel: str) -> Path:
     """The Python of the environment of that kernel. Fails the test where it cannot be had."""
     home = folder / f"py{python}-ipykernel{kernel}"
     program = home / "bin" / "python"
+    interpreter, packages = _base(folder, python)
     if not (home / "complete").exists():
         shutil.rmtree(home, ignore_errors=True)
-        interpreter, packages = _base(folder, python)
         _run([str(interpreter), "-m", "venv", str(home)])
         [own] = home.glob("lib/python*/site-packages")
         (own / "base.pth").write_text(f"{packages}\n")  # after its own: what stands in both is taken from here
@@ -44,12 +44,13 @@ def _base(folder: Path, python: str) -> tuple[Path, Path]:
     if f"{sys.version_info.major}.{sys.version_info.minor}" == python:
         return Path(sys.executable), Path(sysconfig.get_path("purelib"))
     home = folder / f"py{python}"
-    program = home / "bin" / "python"
-    if not (home / "complete").exists():
-        shutil.rmtree(home, ignore_errors=True)
-        _run([str(_interpreter(python)), "-m", "venv", str(home)])
+    program, complete = home / "bin" / "python", home / "complete"
+    wanted = f"{TORCH}\n{(ROOT / 'requirements.txt').read_text()}"
+    if not complete.exists() or complete.read_text() != wanted:
+        if not program.exists():
+            _run([str(_interpreter(python)), "-m", "venv", str(home)])
         _run([str(program), "-m", "pip", "install", "-q", TORCH, "-r", str(ROOT / "requirements.txt")])
-        (home / "complete").touch()
+        complete.write_text(wanted)
     return program, next(home.glob("lib/python*/site-packages"))
 
 

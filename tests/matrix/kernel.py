@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,7 +48,7 @@ class Kernel:
             if message["msg_type"] == "stream":
                 printed.append(content["text"])
             elif message["msg_type"] == "error":
-                failed.append("\n".join(content["traceback"]))
+                failed.append(re.sub(r"\x1b\[[\d;]*m", "", "\n".join(content["traceback"])))  # without colours
 
         self._client.execute_interactive(cell, timeout=seconds, output_hook=hear, allow_stdin=False)
         if failed:
