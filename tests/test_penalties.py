@@ -138,3 +138,29 @@ def test_nonsense_is_refused_by_name(field, value):
     with pytest.raises(InvalidRequest) as caught:
         SamplingParams(**{field: value})
     assert caught.value.param == field
+
+
+@pytest.mark.gpu
+def test_in_captured_steps_on_a_gpu():
+    """Graphs of penalised steps and of those with log-probabilities, beside rows that ask for nothing."""
+    model = tiny_model("llama", torch.float32, hidden=64).to("cuda")
+    prompts = [prompt * 3 for prompt in tiny_prompts(len(ASKED), 5)]
+    told = [None, 2, None, 5, None, 0]
+    jobs = [
+        (prompt, SamplingParams(max_tokens=TOKENS, logprobs=num, **asked))
+        for prompt, asked, num in zip(prompts, ASKED, told, strict=True)
+    ]
+    with engine(model, EngineConfig(slots=1, max_context=160, tree="off")) as manager:
+        plain = [run(manager, [job])[0] for job in jobs]
+    with engine(model, EngineConfig(slots=6, max_context=160, tree="8")) as manager:
+        assert manager.runner.overlaps
+        done = run(manager, jobs, join_every=2)
+    assert [c.token_ids for c in done] == [c.token_ids for c in plain]
+    assert sum(c.accepted for c in done) > 0
+    for prompt, completion, num in zip(prompts, done, told, strict=True):
+        assert len(completion.logprobs) == (0 if num is None else TOKENS)
+        if num is not None:
+            ids = torch.tensor([[*prompt, *completion.token_ids]], device="cuda")
+            want = model(ids).logits[0].float().log_softmax(-1)[len(prompt) - 1 : -1]
+            chosen = [float(row[token]) for row, token in zip(want, completion.token_ids, strict=True)]
+            assert [one.logprob for one in completion.logprobs] == pytest.approx(chosen, abs=1e-3)

@@ -67,11 +67,15 @@ class SlotTables:
         self.bias_ids, self.bias = ints(slots, MAX_BIASES), torch.zeros(slots, MAX_BIASES, device=device)
         self._biased: set[int] = set()  # slots whose row of `bias` is not all zeros
         self._eos_ids = tuple(eos_ids)
-        self._params: list[SamplingParams | None] = [None] * slots
+        self._needs = [PLAIN] * slots
+        self._num_logprobs: list[int | None] = [None] * slots
 
     def note(self, slot: int, params: SamplingParams) -> None:
         """The host's part of an admission: what kind of step the slot asks for."""
-        self._params[slot] = params
+        hot = params.temperature > 0
+        filtered = hot and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0)
+        self._needs[slot] = Needs(hot, filtered, params.penalised, params.logprobs is not None)
+        self._num_logprobs[slot] = params.logprobs
 
     def admit(self, rows: Sequence[Admission]) -> None:
         """Fill the slots' rows for new sequences: three transfers, however many they are; two more with biases."""
@@ -114,16 +118,12 @@ class SlotTables:
 
     def needs(self, host_slots: Sequence[int]) -> Needs:
         """What these rows ask for between them."""
-        known = [p for slot in host_slots if (p := self._params[slot]) is not None]
-        hot = [p for p in known if p.temperature > 0]
-        filtered = any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0 for p in hot)
-        told = any(p.logprobs is not None for p in known)
-        return Needs(bool(hot), filtered, any(p.penalised for p in known), told)
+        kinds = {self._needs[slot] for slot in host_slots}
+        return kinds.pop() if len(kinds) == 1 else Needs(*(any(column) for column in zip(*kinds, strict=True)))
 
     def num_logprobs(self, slot: int) -> int | None:
         """As in the SamplingParams of the slot's sequence."""
-        params = self._params[slot]
-        return None if params is None else params.logprobs
+        return self._num_logprobs[slot]
 
     def sampling(self, slots: torch.Tensor, needs: Needs) -> Sampling:
         """The rows' sampling parameters, (B) each."""
