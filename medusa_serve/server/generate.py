@@ -13,12 +13,17 @@ from .desk import Desk, Order, admit, ready, reply
 from .schemas import GENERATION, GenerateResponse, documented
 from .tgi import GenerateBody, TgiRequest, TgiResponse, answer_tgi
 
+EVENTS = (
+    'Each is `{"text", "tokens", "accepted"}`, at most one a step; the last is the full object with the remaining text.'
+    " With `inputs` they are those of /generate_stream."
+)
+
 
 def add_generate(app: FastAPI, desk: Desk) -> None:
     @app.post(
         "/generate",
         response_model=GenerateResponse | TgiResponse,
-        responses=documented(*GENERATION, stream=True),
+        responses=documented(*GENERATION, events=EVENTS),
         dependencies=[Depends(json_only)],
     )
     async def generate(body: GenerateBody, request: Request) -> Response:

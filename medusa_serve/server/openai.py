@@ -29,6 +29,10 @@ from .openai_schemas import (
 )
 from .schemas import GENERATION, documented
 
+EVENTS = (
+    "Each is a chunk as OpenAI's, at most one a step and choice; `medusa` tells tokens and accepted draft tokens of its"
+    " steps, the last one of a choice also its seed, totals and timings."
+)
 ALIASES = frozenset({"default", "dummy", "tgi"})  # huggingface_hub's client says dummy, and said tgi
 
 
@@ -54,7 +58,7 @@ def add_openai(app: FastAPI, desk: Desk) -> None:
     @app.post(
         "/v1/completions",
         response_model=TextCompletion,
-        responses=documented(*GENERATION, stream=True),
+        responses=documented(*GENERATION, events=EVENTS),
         dependencies=[Depends(json_only)],
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -66,7 +70,7 @@ def add_openai(app: FastAPI, desk: Desk) -> None:
     @app.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
-        responses=documented(*GENERATION, stream=True),
+        responses=documented(*GENERATION, events=EVENTS),
         dependencies=[Depends(json_only)],
     )
     async def chat(body: ChatRequest, request: Request) -> Response:

@@ -211,10 +211,7 @@ class ErrorReply(BaseModel):
     error: ErrorBody
 
 
-_STREAM = (
-    'With `stream`: server-sent events, at most one per step: `{"text","tokens","accepted"}`; the last is the full'
-    " object with the remaining text, then `[DONE]`. A late error is an event like any error, then `[DONE]`."
-)
+_STREAM = "With `stream`: server-sent events, then `[DONE]`. {} A late error is an event like any error, then `[DONE]`."
 GENERATION = (400, 401, 404, 405, 408, 413, 415, 429, 431, 500, 503, 504)  # what a request for text may meet
 _REFUSALS = {
     400: "The request is wrong; `param` names the field.",
@@ -232,10 +229,12 @@ _REFUSALS = {
 }
 
 
-def documented(*statuses: int, stream: bool = False) -> dict[int | str, dict[str, Any]]:
-    """`responses=` of a route: what it may refuse with; "default" keeps FastAPI's own 422, never sent, off the page."""
+def documented(*statuses: int, events: str = "") -> dict[int | str, dict[str, Any]]:
+    """`responses=` of a route: what it may refuse with; "default" keeps FastAPI's own 422, never sent, off the page.
+    events: of a route that can stream, what they hold"""
     out: dict[int | str, dict[str, Any]] = {s: {"model": ErrorReply, "description": _REFUSALS[s]} for s in statuses}
     out["default"] = {"model": ErrorReply, "description": "Any other error, in the same shape."}
-    if stream:
-        out[200] = {"description": _STREAM, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    if events:
+        stream = {"text/event-stream": {"schema": {"type": "string"}}}
+        out[200] = {"description": _STREAM.format(events), "content": stream}
     return out

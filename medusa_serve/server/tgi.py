@@ -29,6 +29,17 @@ TGI_NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+EVENTS = (
+    'Each is a token, `{"index", "token", "generated_text", "details"}`; the text and the details come with the last.'
+)
+
+
+class Events(Response):
+    """For the OpenAPI page: what /generate_stream always answers with."""
+
+    media_type = "text/event-stream"
+
+
 class TgiParameters(Strict):
     model_config = ConfigDict(json_schema_extra=lambda schema: shown(schema, TGI_NEUTRAL))
 
@@ -123,14 +134,17 @@ class TgiResponse(BaseModel):
 
 
 def add_tgi(app: FastAPI, desk: Desk) -> None:
-    options: dict[str, Any] = {"dependencies": [Depends(json_only)]}
+    options: dict[str, Any] = {
+        "dependencies": [Depends(json_only)],
+        "responses": documented(*GENERATION, events=EVENTS),
+    }
 
-    @app.post("/", response_model=list[TgiResponse], responses=documented(*GENERATION, stream=True), **options)
+    @app.post("/", response_model=list[TgiResponse], **options)
     async def compatible(body: TgiRequest, request: Request) -> Response:
         """Complete `inputs`, in a list of one, or with `stream` as events."""
         return await answer_tgi(desk, body, request, stream=bool(body.stream), listed=True)
 
-    @app.post("/generate_stream", responses=documented(*GENERATION, stream=True), **options)
+    @app.post("/generate_stream", response_class=Events, **options)
     async def generate_stream(body: TgiRequest, request: Request) -> Response:
         """Complete `inputs` as events, one a token."""
         return await answer_tgi(desk, body, request, stream=True)
