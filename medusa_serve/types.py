@@ -314,8 +314,9 @@ class Runner(Protocol):
     def free(self, slot: int) -> None:
         """Give the slot back. Its committed KV rows stay for reuse unless it ever failed (then they are zeroed)."""
 
-    def rest(self) -> None:
-        """No sequence is left: give up what only computing needs."""
+    def rest(self) -> bool:
+        """No sequence is left: give up what only computing needs, or do a little of what can wait for such a time; →
+        whether there is more of that."""
 
     def reset(self) -> None:
         """Forget every sequence, whatever state an error left: all slots are free and as new."""

@@ -132,6 +132,7 @@ class FakeRunner:
     prefill_s: tuple[float, float] = (0.0, 0.0)
     decode_s: float = 0.0
     sleep_s: float = 0.0
+    rests_wanted: int = 0  # with less than so many rests there is more to do
     # what happened
     calls: list[tuple] = field(default_factory=list)
     admitted: list[tuple[int, int, int]] = field(default_factory=list)  # slot, prompt tokens, reused
@@ -205,9 +206,10 @@ class FakeRunner:
     def free(self, slot: int) -> None:
         del self.slots[slot]
 
-    def rest(self) -> None:
+    def rest(self) -> bool:
         assert not self.slots
         self.rests += 1
+        return self.rests < self.rests_wanted
 
     def reset(self) -> None:
         self.slots.clear()

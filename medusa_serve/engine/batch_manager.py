@@ -244,11 +244,9 @@ class BatchManager:
             if self.step():
                 resting = False
                 continue
-            if not resting:
-                self._runner.rest()
-                resting = True
+            resting = resting or not self._runner.rest()
             with self._lock:
-                if not self._inbox and not self._closing:
+                if resting and not self._inbox and not self._closing:
                     self._lock.wait(IDLE_WAIT_S)
 
     def _load(self) -> tuple[int, int]:

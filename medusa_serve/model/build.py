@@ -66,6 +66,8 @@ def build_runner(
     if plugged is not None and plugged.layers is not None and plugged.layers.compiled and drafter is not None:
         width = len(indexes) * model.config.get_text_config().hidden_size
         notes += [fuse_heads(drafter.heads, width)] if hasattr(drafter, "heads") else []
+    if plugged is not None and plugged.layers is not None:
+        what = what and f"{what}, layers {'compiled' if plugged.layers.compiled else 'merged'}"
     if config.compile and plugged is not None:
         notes.append(compile_passes(plugged, drafter, shapes, config, cache_folder()))
         what = what and f"{what}, compiled {plugged.compiled.sizes if plugged.compiled else 'nothing'}"

@@ -7,7 +7,8 @@ steps, in thread-local mode: a notebook's main thread may use CUDA meanwhile (as
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from .plan import Shape
     from .runner import ModelRunner
 
+log = logging.getLogger(__name__)
+PREPARED, MOST_GRAPHS = 2048, 96  # rows x nodes of a step, and graphs at all, up to which an idle engine captures more
 MIN_WIDTH = 256  # columns of keys read; doubled until the longest row fits
 
 
@@ -37,6 +40,7 @@ class StepGraphs:
         self._active = torch.zeros(runner.num_slots, dtype=torch.bool, device=device)
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._inputs: dict[int, torch.Tensor] = {}  # of prefill passes, by blocks
+        self._seen: set[tuple[int, int, Needs]] = set()  # rows, width and needs of steps that were asked for
         self._pool: Any = None
         cache = runner.forward.cache  # type: ignore[union-attr]
         self._device_lengths = (
@@ -62,6 +66,7 @@ class StepGraphs:
         needed = len(host_slots) if self._device_lengths else max(host_slots) + 1
         key = self._key(needed, width, shape, needs)
         rows, width = key[:2]
+        self._seen.add((rows, width, needs))
 
         def body() -> torch.Tensor:
             slots, on = self._slots[:rows], self._active[:rows]
@@ -77,6 +82,25 @@ class StepGraphs:
         graph, facts = self._graphs[key]
         graph.replay()
         return facts
+
+    def prepare(self, shapes: Iterable[Shape]) -> bool:
+        """Capture one step that may be chosen where another of as many rows was; → whether there are more of them. All
+        slots must be free: between requests there is time, in the middle of an answer a capture is a pause."""
+        missing = [
+            (rows, width, shape, needs)
+            for rows, width, needs in sorted(self._seen)
+            for shape in shapes
+            if rows * shape.num_nodes <= PREPARED and (rows, width, shape, needs) not in self._graphs
+        ]
+        if missing and len(self._graphs) < MOST_GRAPHS:
+            rows, width, shape, needs = missing[0]
+            try:
+                self.run(list(range(rows)), width, shape, needs, active=False)
+            except torch.cuda.OutOfMemoryError as error:  # then each is captured when it is needed, and may fail there
+                log.warning("A step of %d rows and %d nodes is not captured ahead: %s", rows, shape.num_nodes, error)
+                self._seen.clear()
+                return False
+        return len(missing) > 1 and len(self._graphs) < MOST_GRAPHS
 
     def time(self, rows: int, shape: Shape, repeats: int) -> float:
         """Milliseconds of a step of `rows` slots, none of which is active."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SPACE = "medusa_serve"  # of the operators
 EXAMPLE = 37  # tokens of the traced pass: a size that nothing else in a layer has
+GIVEN_BACK = 1 << 24  # bytes of a layer's merged weights from which the separate ones' memory is given back at once
 LINEAR = torch.ops.aten.linear.default
 
 
@@ -60,6 +61,8 @@ class FusedLayers:
                 }
             mine = self._kinds[kind]
             merged = _merge_weights(layer, mine[False].merged)
+            if sum(weight.nbytes for weight in merged.values()) > GIVEN_BACK and torch.cuda.is_available():
+                torch.cuda.empty_cache()  # or the separate weights' places stay taken: two thirds of the model again
             self._of.append(mine)
             self._weights.append({single: traced.weights_of(layer, merged) for single, traced in mine.items()})
         for index, layer in enumerate(self._layers):

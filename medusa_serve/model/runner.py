@@ -349,9 +349,11 @@ class ModelRunner:
             times.append((time.perf_counter() - started) * 1000)
         return min(times[1:])
 
-    def rest(self) -> None:
+    @torch.inference_mode()
+    def rest(self) -> bool:
         if self.device.type == "cpu":
             give_up_workers()
+        return self._graphs is not None and self._graphs.prepare(self._shapes.values())
 
     def _poison(self, slot: int) -> None:
         """Masked NaN rows of V would still give NaN: such a slot is zeroed before it rests or serves again."""

@@ -815,6 +815,16 @@ def test_the_runner_rests_once_when_nothing_is_left(threaded):
     assert engine.runner.rests == 2
 
 
+def test_a_runner_with_more_to_do_rests_again_until_there_is_work(threaded):
+    engine = threaded(rests_wanted=5)
+    engine.submit()
+    until(lambda: engine.runner.rests == 5)
+    time.sleep(0.2)
+    assert engine.runner.rests == 5
+    engine.submit()
+    until(lambda: engine.runner.rests == 6)
+
+
 def test_random_company_random_ends():
     """Submit, cancel, fail, stop and turn at random: one last delta each, no slot lost, survivors as alone."""
     for seed in range(60):
