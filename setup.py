@@ -44,6 +44,7 @@ setup(
             "nbmake>=1.5.5",
             "httpx>=0.27",
             "hypothesis>=6.100",
+            "schemathesis>=4.25",
             "scipy>=1.13",
             "psutil>=5.9",
             "openai>=2",

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from ..errors import InvalidRequest, Unsupported
 from ..types import MAX_LOGPROBS, MAX_SEED, SamplingParams
-from .schemas import MAX_MESSAGES, Sampled, Speculation, Text, Timings, shown_as
+from .schemas import MAX_MESSAGES, Sampled, Speculation, Text, Timings, Whole, shown_as
 from .unsupported import MESSAGE_NEUTRAL, NEUTRAL, refuse, shown
 
 MAX_CHOICES = 4  # of one prompt
@@ -74,7 +74,7 @@ class OpenAIRequest(Sampled):
 
     model: Text | None = Field(None, description="As /v1/models names it; absent: the one model that is served.")
     temperature: float | None = shown_as(1.0, minimum=0, maximum=100)
-    n: int | None = shown_as(1, minimum=1, maximum=MAX_CHOICES)
+    n: Whole | None = shown_as(1, minimum=1, maximum=MAX_CHOICES)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
 
@@ -124,7 +124,7 @@ class CompletionRequest(OpenAIRequest):
             }
         ),
     ]
-    logprobs: int | None = shown_as(None, minimum=0, maximum=MAX_LOGPROBS)
+    logprobs: Whole | None = shown_as(None, minimum=0, maximum=MAX_LOGPROBS)
 
     @model_validator(mode="after")
     def _some(self) -> CompletionRequest:
@@ -154,9 +154,9 @@ class ChatRequest(OpenAIRequest):
     model_config = ConfigDict(json_schema_extra=_chat_shown)
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: int | None = shown_as(None, minimum=1, maximum=2**31 - 1)
+    max_completion_tokens: Whole | None = shown_as(None, minimum=1, maximum=2**31 - 1)
     logprobs: bool | None = False
-    top_logprobs: int | None = shown_as(None, minimum=0, maximum=MAX_LOGPROBS)
+    top_logprobs: Whole | None = shown_as(None, minimum=0, maximum=MAX_LOGPROBS)
 
     @model_validator(mode="after")
     def _whole(self) -> ChatRequest:

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from fastapi import FastAPI, Response
+from fastapi.responses import HTMLResponse
 
 FILE = Path(__file__).with_name("page.html")
 FRAMES = (  # who may show it in a frame: Colab's output cells, notebooks of this machine
@@ -25,8 +26,9 @@ def add_page(app: FastAPI) -> None:
     """GET /, without a key: the page takes the key from its reader."""
     page, headers = content()
 
-    @app.get("/", include_in_schema=False)
+    @app.get("/", response_class=HTMLResponse)
     async def chat() -> Response:
+        """A page to chat from. Needs no key to be read."""
         return Response(page, media_type="text/html; charset=utf-8", headers=headers)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..errors import InvalidRequest
@@ -31,6 +31,14 @@ def _unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_unicode)]
+
+
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 1.0 is an integer, as the OpenAPI page's schemas understand it."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 def shown_as(default: Any, /, **bounds: Any) -> Any:
@@ -95,12 +103,12 @@ def params_of(fields: Mapping[str, Any], names: Mapping[str, str]) -> SamplingPa
 class Sampled(Strict):
     """The sampling parameters, as our own form and the OpenAI API have them. null means absent."""
 
-    max_tokens: int | None = shown_as(None, minimum=1, maximum=2**31 - 1)
+    max_tokens: Whole | None = shown_as(None, minimum=1, maximum=2**31 - 1)
     temperature: float | None = shown_as(0.0, minimum=0, maximum=100)
     top_p: float | None = shown_as(1.0, exclusiveMinimum=0, maximum=1)
-    top_k: int | None = shown_as(0, minimum=0, maximum=2**31 - 1)
+    top_k: Whole | None = shown_as(0, minimum=0, maximum=2**31 - 1)
     min_p: float | None = shown_as(0.0, minimum=0, maximum=1)
-    seed: int | None = shown_as(None, minimum=0, maximum=MAX_SEED)
+    seed: Whole | None = shown_as(None, minimum=0, maximum=MAX_SEED)
     stop: Text | list[Text] | None = Field(None, json_schema_extra=stop_shown)
     repetition_penalty: float | None = shown_as(1.0, exclusiveMinimum=0, maximum=100)
     presence_penalty: float | None = shown_as(0.0, minimum=-2, maximum=2)
@@ -129,7 +137,7 @@ class GenerateRequest(Sampled):
 
     prompt: Text | None = shown_as(None, minLength=1)
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    logprobs: int | None = shown_as(None, minimum=0, maximum=MAX_LOGPROBS)
+    logprobs: Whole | None = shown_as(None, minimum=0, maximum=MAX_LOGPROBS)
     stream: bool | None = False
     return_token_ids: bool | None = False
 
@@ -196,8 +204,8 @@ class Health(BaseModel):
 
     status: Literal["ok", "loading", "stalled", "restarting", "draining", "failed"]
     message: str | None = None
-    running: int | None = None
-    waiting: int | None = None
+    running: Whole | None = None
+    waiting: Whole | None = None
 
 
 class ErrorBody(BaseModel):
@@ -212,6 +220,7 @@ class ErrorReply(BaseModel):
 
 
 _STREAM = "With `stream`: server-sent events, then `[DONE]`. {} A late error is an event like any error, then `[DONE]`."
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 GENERATION = (400, 401, 404, 405, 408, 413, 415, 429, 431, 500, 503, 504)  # what a request for text may meet
 _REFUSALS = {
     400: "The request is wrong; `param` names the field.",
@@ -235,6 +244,6 @@ def documented(*statuses: int, events: str = "") -> dict[int | str, dict[str, An
     out: dict[int | str, dict[str, Any]] = {s: {"model": ErrorReply, "description": _REFUSALS[s]} for s in statuses}
     out["default"] = {"model": ErrorReply, "description": "Any other error, in the same shape."}
     if events:
-        stream = {"text/event-stream": {"schema": {"type": "string"}}}
+        stream = {"text/event-stream": {"itemSchema": _EVENT}}
         out[200] = {"description": _STREAM.format(events), "content": stream}
     return out

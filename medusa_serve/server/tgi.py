@@ -15,7 +15,7 @@ from ..errors import InvalidRequest
 from ..types import MAX_LOGPROBS, MAX_SEED, Completion, Delta, SamplingParams, TextCodec, TokenLogprob
 from .body import json_only
 from .desk import Desk, Order, admit, ready, reply
-from .schemas import GENERATION, GenerateRequest, Strict, Text, documented, params_of, shown_as, stops_shown
+from .schemas import GENERATION, GenerateRequest, Strict, Text, Whole, documented, params_of, shown_as, stops_shown
 from .unsupported import refuse, shown
 
 TGI_NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -43,18 +43,18 @@ class Events(Response):
 class TgiParameters(Strict):
     model_config = ConfigDict(json_schema_extra=lambda schema: shown(schema, TGI_NEUTRAL))
 
-    max_new_tokens: int | None = shown_as(None, minimum=1, maximum=2**31 - 1)
+    max_new_tokens: Whole | None = shown_as(None, minimum=1, maximum=2**31 - 1)
     do_sample: bool | None = False
     temperature: float | None = shown_as(None, minimum=0, maximum=100)
     top_p: float | None = shown_as(None, exclusiveMinimum=0, maximum=1)
-    top_k: int | None = shown_as(None, minimum=0, maximum=2**31 - 1)
-    seed: int | None = shown_as(None, minimum=0, maximum=MAX_SEED)
+    top_k: Whole | None = shown_as(None, minimum=0, maximum=2**31 - 1)
+    seed: Whole | None = shown_as(None, minimum=0, maximum=MAX_SEED)
     stop: list[Text] | None = Field(default=None, json_schema_extra=stops_shown)
     repetition_penalty: float | None = shown_as(None, exclusiveMinimum=0, maximum=100)
     frequency_penalty: float | None = shown_as(None, minimum=-2, maximum=2)
     return_full_text: bool | None = False
     details: bool | None = True
-    top_n_tokens: int | None = shown_as(None, minimum=0, maximum=MAX_LOGPROBS)
+    top_n_tokens: Whole | None = shown_as(None, minimum=0, maximum=MAX_LOGPROBS)
 
     @model_validator(mode="before")
     @classmethod

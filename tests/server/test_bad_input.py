@@ -48,9 +48,9 @@ WRONG: list[tuple[str, str | None]] = [  # body, param
     (json.dumps({"messages": [USER | {"name": MARK}]}), "messages[0].name"),
     (f'{{"messages": [{{"role": "user", "content": "{SURROGATE}"}}]}}', "messages[0].content"),
     (json.dumps({"messages": [{"role": "assistant", "content": MARK}]}), "messages"),
-    *((raw("max_tokens", v), "max_tokens") for v in (*NUMBERS, "0", "-1", "5.0", "1.5", str(2**31))),
-    *((raw("seed", v), "seed") for v in (*NUMBERS, "-1", str(2**63), "1.0")),
-    *((raw("top_k", v), "top_k") for v in (*NUMBERS, "-1", "2.0", str(2**31))),
+    *((raw("max_tokens", v), "max_tokens") for v in (*NUMBERS, "0", "-1", "1.5", str(2**31))),
+    *((raw("seed", v), "seed") for v in (*NUMBERS, "-1", str(2**63), "1.5")),
+    *((raw("top_k", v), "top_k") for v in (*NUMBERS, "-1", "2.5", str(2**31))),
     *((raw("temperature", v), "temperature") for v in (*NUMBERS, "-0.1", "100.5")),
     *((raw("top_p", v), "top_p") for v in (*NUMBERS, "0", "-1", "1.01")),
     *((raw("min_p", v), "min_p") for v in (*NUMBERS, "-0.01", "1.01")),
@@ -98,6 +98,15 @@ def test_each_gets_a_sentence_and_its_field() -> None:
     got = [error_of(reply)["param"] for reply in replies[: len(WRONG)]]
     assert [(b[:80], p) for (b, _), p in zip(WRONG, got, strict=True)] == [(b[:80], p) for b, p in WRONG]
     assert llm.manager.calls == []
+
+
+def test_a_number_without_a_fraction_is_an_integer() -> None:
+    """JSON has one kind of number, and schemas of JSON take 5.0 for an integer."""
+    llm = HandLLM()
+    (reply,) = ask(llm, {"json": {"prompt": "a", "max_tokens": 5.0, "seed": 1.0, "top_k": 2.0}})
+    assert reply.status_code == 200
+    params = llm.manager.calls[0][1]
+    assert [type(value) for value in (params.max_tokens, params.seed, params.top_k)] == [int] * 3
 
 
 @pytest.mark.parametrize("body", [b'{"prompt": "\xff\xfe"}', b'{"prompt": "\xed\xa0\x80"}', b"\x00\x01\x02", b"\xff"])
