@@ -63,7 +63,7 @@ def test_its_tints_are_the_panels() -> None:
     assert {int(run): tint for run, tint in re.findall(r"--t(\d): (#\w+)", light)} == TINTS
 
 
-def test_other_methods_and_the_openapi_page_are_untouched() -> None:
+def test_other_methods_are_untouched_and_the_openapi_page_has_it() -> None:
     put, openapi = ask(HandLLM(), {"method": "PUT", "url": "/", "json": {}}, {"method": "GET", "url": "/openapi.json"})
     assert put.status_code == 405
-    assert "get" not in openapi.json()["paths"].get("/", {})
+    assert list(openapi.json()["paths"]["/"]["get"]["responses"]["200"]["content"]) == ["text/html"]
