@@ -21,6 +21,7 @@ class ServerConfig:
     client_stall_s  a client that takes nothing for so long is cut off
     heartbeat_s     of silence, then a comment in a stream
     merge_ms        a streamed event waits at most this long for a lagging socket before it is merged with later ones
+    pace_ms         between two events of an answer at least; what comes meanwhile is merged
     drain_s         for running requests to finish when the server stops
     guest_concurrent, guest_requests_per_minute, guest_tokens_per_minute   of one guest's key; tokens are output
     guests_requests_per_minute  of all guests together · wrong_keys_per_minute  of one address
@@ -45,6 +46,7 @@ class ServerConfig:
     client_stall_s: float = 30.0
     heartbeat_s: float = 15.0
     merge_ms: int = 20
+    pace_ms: int = 10
     drain_s: float = 10.0
     guest_concurrent: int = 4
     guest_requests_per_minute: int = 60
@@ -60,6 +62,7 @@ class ServerConfig:
         check_int(self, "max_body_bytes", 1024, 1 << 30)
         check_int(self, "max_header_bytes", 1024, 1 << 24)
         check_int(self, "merge_ms", 0, 1000)
+        check_int(self, "pace_ms", 0, 1000)
         for name in self.__dataclass_fields__:
             if name.startswith(("guest_", "guests_", "wrong_", "max_")) and name != "guest_keys":
                 check_int(self, name, 1, 1 << 30)

@@ -78,6 +78,7 @@ async def admit(desk: Desk, llm: ServedLLM, orders: Seq[Order], request: Request
 async def reply(desk: Desk, tickets: Tickets, voice: Voice, request: Request, *, stream: bool) -> Response:
     """The answer of a request's sequences, as events or in one piece. Closes the tickets."""
     if stream:
-        return EventStream(tickets, voice, merge_s=desk.config.merge_ms / 1000)
+        merge_s, pace_s = desk.config.merge_ms / 1000, desk.config.pace_ms / 1000
+        return EventStream(tickets, voice, merge_s=merge_s, pace_s=pace_s)
     done = await answer(tickets, request.receive)
     return Response(status_code=LEFT) if done is None else JSONResponse(voice.whole(done))

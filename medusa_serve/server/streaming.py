@@ -220,9 +220,11 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, tickets: Tickets, voice: Voice, *, merge_s: float) -> None:
+    def __init__(self, tickets: Tickets, voice: Voice, *, merge_s: float, pace_s: float = 0.0) -> None:
+        """merge_s: how long to wait for a socket that lags · pace_s: between the beginnings of two sends. What comes
+        meanwhile is merged: a GPU makes more steps a second than a loop can send events, or an eye can see."""
         self.status_code, self.background = 200, None
-        self._tickets, self._voice, self._merge_s = tickets, voice, merge_s
+        self._tickets, self._voice, self._merge_s, self._pace_s = tickets, voice, merge_s, pace_s
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -255,8 +257,11 @@ class EventStream(Response):
                 )
             if not running:
                 return
-            if loop.time() - began > LAG_S:
+            took = loop.time() - began
+            if took > LAG_S:
                 await asyncio.sleep(self._merge_s)  # fewer, larger events for a socket that cannot keep up
+            elif payload and took < self._pace_s:
+                await asyncio.sleep(self._pace_s - took)
             said = self._hear(await self._tickets.take(), running)
 
     def _hear(self, news: Seq[tuple[int, Delta]], running: set[int]) -> list[dict[str, Any]]:

@@ -27,7 +27,9 @@ async def never() -> Any:
     await asyncio.Event().wait()
 
 
-def stream_by_hand(play: Callable[[HandManager], Any], send: Send, *, merge_s: float = 0.02) -> list[str]:
+def stream_by_hand(
+    play: Callable[[HandManager], Any], send: Send, *, merge_s: float = 0.02, pace_s: float = 0.0
+) -> list[str]:
     """Run one EventStream whose deltas `play` (a coroutine function) pushes; the bodies sent."""
     bodies: list[str] = []
 
@@ -40,7 +42,7 @@ def stream_by_hand(play: Callable[[HandManager], Any], send: Send, *, merge_s: f
         manager, board = HandManager(None), Switchboard()
         tickets = Tickets()
         board.submit(manager, [1], SamplingParams(), key="", tickets=tickets)
-        stream = EventStream(tickets, OwnVoice(token_ids=False), merge_s=merge_s)
+        stream = EventStream(tickets, OwnVoice(token_ids=False), merge_s=merge_s, pace_s=pace_s)
         await asyncio.gather(stream({}, never, collect), play(manager))
         assert board.num_open == 0
 
@@ -97,6 +99,26 @@ def test_a_slow_socket_gets_merged_events_with_nothing_lost() -> None:
     assert sum((event["tokens"] for event in got), []) == [1] * 100
     assert max(len(event["tokens"]) for event in got) > 3
     assert got[-1]["finish_reason"] == "stop"
+
+
+def test_events_of_one_answer_keep_a_distance() -> None:
+    """The first one goes out at once; what comes within the distance is merged, and nothing is lost."""
+    sent: list[float] = []
+
+    async def note(_: Any) -> None:
+        sent.append(time.monotonic())
+
+    async def play(manager: HandManager) -> None:
+        for n in range(99):
+            manager.push("seq-0", step(n))
+            await asyncio.sleep(0.001)
+        manager.push("seq-0", last("", 99))
+
+    bodies = stream_by_hand(play, note, pace_s=0.03)
+    got = events("".join(bodies))
+    assert got[0]["tokens"] == [1]
+    assert "".join(event["text"] for event in got) == "".join(f"{n};" for n in range(100))
+    assert all(later - earlier > 0.029 for earlier, later in zip(sent[1:], sent[2:], strict=False))
 
 
 def test_after_a_lag_a_delta_is_held_no_longer_than_merge_ms() -> None:
