@@ -60,7 +60,7 @@ class Replica:
 
     def check_health(self) -> None:
         status = self._llm.manager.status()
-        if status.state in ("dead", "stalled", "closed"):
+        if status.state in ("failed", "stalled", "closed"):
             raise RuntimeError(status.message or f"The engine is {status.state}.")
 
     def facts(self) -> dict[str, Any]:
