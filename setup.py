@@ -53,6 +53,7 @@ setup(
             "matplotlib>=3.8",
         ],
         "bench": ["matplotlib>=3.8"],  # for pictures of results alone
+        "quant": ["bitsandbytes>=0.50", "accelerate>=1.1"],  # NF4 weights on a GPU
         "ray": ["ray[serve]>=2.60"],  # replicas
         "split": ["accelerate>=1.1"],  # one model over several GPUs
     },

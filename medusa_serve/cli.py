@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from . import __version__, heads_commands
-from .bench import acceptance, decode, drafting, peers, plot, replicas, serve, step
-from .config import DEFAULT_MODEL, DTYPES, QUANTIZE, EngineConfig
+from .bench import acceptance, decode, drafting, peers, plot, quant, replicas, serve, step
+from .config import DEFAULT_MODEL, DTYPES, EngineConfig
 from .errors import InvalidConfig, InvalidRequest, MedusaServeError
 from .server import serve_command
 from .server.config import ReplicasConfig
@@ -24,7 +24,7 @@ from .types import Completion, SamplingParams
 if TYPE_CHECKING:
     from .llm import LLM
 
-COMMANDS = ("serve", "generate", "train", "heads", "bench")
+COMMANDS = ("serve", "generate", "plan", "train", "heads", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,10 +77,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_engine_options(generate)
     _add_sampling_options(generate)
     generate.set_defaults(run=_generate, parser=generate)
+    _add_plan(commands)
     _add_train(commands)
     _add_heads(commands)
     _add_bench(commands)
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    about = "What a model would take of a GPU's memory, from its config alone; needs no GPU."
+    plan = commands.add_parser("plan", help="what fits into a GPU's memory", description=about, allow_abbrev=False)
+    plan.add_argument("--memory", required=True, metavar="SIZE", help="of the GPU, as 15GiB")
+    _add_engine_options(plan)
+    plan.set_defaults(run=_plan, parser=plan)
 
 
 def _add_heads(commands: Any) -> None:
@@ -108,6 +117,7 @@ def _add_bench(commands: Any) -> None:
         (acceptance, "acceptance", "tokens per step by category of prompt and size of tree"),
         (drafting, "drafting", "what drafting costs, as a share of a plain step"),
         (peers, "peers", "tokens per second beside transformers and llama.cpp, in one run"),
+        (quant, "quant", "half precision and NF4 on a GPU: the planned memory, a step's time by nodes"),
         (replicas, "replicas", "several copies of the model behind one address, and what happens when one dies"),
         (serve, "serve", "an HTTP server under load: first token, time per token, percentiles"),
         (decode, "decode", "tokens per second by number of sequences, with and without speculation"),
@@ -138,7 +148,7 @@ def _add_model_options(parser: argparse.ArgumentParser, *, heads: bool = True) -
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, or split (over all GPUs)")
     group.add_argument("--dtype", default="auto", help="auto, " + ", ".join(d for d in DTYPES[1:] if d != "float64"))
     if heads:  # whoever learns from the model, or checks heads against it, wants its own weights
-        about = f"on a CPU: auto (whatever is fastest), {', '.join(QUANTIZE[1:])}"
+        about = "auto, none; on a CPU int8, int4; on a GPU nf4"
         group.add_argument("--quantize", default="auto", help=about)
         about = "on a GPU the decoder layers (the default); on a CPU small passes as C++, a minute each, then kept"
         group.add_argument("--compile", action=argparse.BooleanOptionalAction, help=about)
@@ -286,6 +296,21 @@ def _figures(completion: Completion) -> str:
     if completion.acceptance is not None:
         parts.append(f"{completion.acceptance:.2f} tokens per step")
     return ", ".join([*parts, f"finish reason: {completion.finish_reason}"])
+
+
+# ---- plan --------------------------------------------------------------------------------------------------------
+
+
+def _plan(options: argparse.Namespace) -> int:
+    try:
+        config = _engine_config(options)
+    except InvalidConfig as error:
+        _refuse(options, error)
+    from .model.memory import plan_of
+
+    plan = plan_of(config, options.memory)
+    print(json.dumps(plan.to_dict()) if options.json else "\n".join(plan.lines()))
+    return 0 if plan.slots else 1
 
 
 # ---- serve -------------------------------------------------------------------------------------------------------

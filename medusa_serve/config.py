@@ -8,7 +8,7 @@ from typing import Any
 from .errors import InvalidConfig
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
-QUANTIZE = ("auto", "none", "int8", "int4")
+QUANTIZE = ("auto", "none", "int8", "int4", "nf4")
 DEFAULT_MODEL = "smollm2-135m"
 MAX_NODES = 64
 
@@ -22,8 +22,9 @@ class EngineConfig:
     device       auto, cpu, cuda, cuda:N, or split: the layers over all visible GPUs, for what is too large for one
     dtype        auto: what quantize says on a CPU; on a GPU bfloat16, or float16 where that is not native
     quantize     a CPU's: int8 weights (a changed model), int4 (where they are four-bit numbers already), none, or auto:
-                 none on a GPU, for a small model, and where a dtype is asked for; else float32, bfloat16, int4 or int8,
-                 whichever this CPU was measured to multiply fastest
+                 none for a small model, and where a dtype is asked for; else float32, bfloat16, int4 or int8,
+                 whichever this CPU was measured to multiply fastest. A GPU's: nf4 (a changed model), none, or auto: nf4
+                 where half precision leaves no room for four sequences
     slots        sequences that decode together; None: from memory (8 on a CPU, up to 64 on a GPU)
     max_context  tokens of prompt and completion of one sequence; None: min(model's, 2048 on a CPU, 4096 on a GPU)
     tree         auto, off (plain decoding), a number of nodes 2 … 64 with the root, or a JSON file of medusa_choices
@@ -69,6 +70,8 @@ class EngineConfig:
             raise InvalidConfig(
                 f"quantize {self.quantize} computes in bfloat16, not in {self.dtype}.", param="quantize"
             )
+        if self.quantize == "nf4" and self.dtype in ("float32", "float64"):
+            raise InvalidConfig(f"quantize nf4 computes in half precision, not in {self.dtype}.", param="quantize")
         if not isinstance(self.compile, bool | None):
             raise InvalidConfig(f"compile must be true or false, not {self.compile!r}.", param="compile")
         check_int(self, "slots", 1, 1024, optional=True)

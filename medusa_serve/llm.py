@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from .config import EngineConfig
 from .engine.batch_manager import BatchManager
 from .errors import InvalidConfig, InvalidRequest, QueueFull
-from .presets import FAMILIES, shipped_heads
+from .presets import FAMILIES, PRESETS, shipped_heads
 from .types import Completion, Delta, SamplingParams, Sink
 
 Messages = Sequence[dict[str, str]]
@@ -160,11 +160,11 @@ def _loaded(config: EngineConfig, load: Callable[[EngineConfig], Any] | None = N
 
 
 def _built(config: EngineConfig, loaded: Any) -> tuple[Any, Any, str, list[str]]:
-    from .model.build import build_runner
+    from .model.build import build_that_fits
 
     drafter, heads, notes = _drafter(config, loaded)
     dtype = "auto" if loaded.weights else str(loaded.dtype).removeprefix("torch.")
-    built = build_runner(
+    built = build_that_fits(
         loaded.model,
         replace(config, dtype=dtype, quantize=loaded.weights or "none"),
         eos_ids=sorted(loaded.eos_ids),
@@ -256,19 +256,30 @@ def _drafter(config: EngineConfig, loaded: Any) -> tuple[Any, str, list[str]]:
     """The heads in use: (drafter, name, notes). Raises LoadError."""
     if config.heads == "none" or config.tree == "off":
         return None, "none", [f"no heads ({'as asked' if config.heads == 'none' else 'the tree is off'})"]
+    from .model.beam import drafter_of
+    from .model.checkpoints import load_heads, own_heads
+    from .model.hub import heads_of
+
     path: Path | None = Path(config.heads)
-    if config.heads in ("auto", *FAMILIES):
-        path = shipped_heads(config.model, config.heads)
+    preset = PRESETS.get(config.model)
+    if config.heads == "auto" and preset is not None and preset.heads is not None:
+        path = heads_of(preset)
+    elif config.heads in ("auto", *FAMILIES):
+        path = shipped_heads(config.model, config.heads) or own_heads(loaded.source)
     if path is None:
         return None, "none", ["no heads (none ship for this model)"]
-    from .model.beam import drafter_of
-    from .model.checkpoints import load_heads
     from .model.draft_cost import limit_vocabulary, make_fast
 
     model = loaded.model
     hidden, vocab = model.config.get_text_config().hidden_size, model.get_input_embeddings().num_embeddings
     heads, info = load_heads(
-        path, hidden_size=hidden, vocab_size=vocab, dtype=model.dtype, device=model.device, base_model=model
+        path,
+        hidden_size=hidden,
+        vocab_size=vocab,
+        dtype=model.dtype,
+        device=model.device,
+        base_model=model,
+        base_name=loaded.source or config.model,
     )
     output, ordered = model.get_output_embeddings(), info.layout == "native"
     notes = [*info.warnings, *limit_vocabulary(heads, output, config.draft_vocab, ordered=ordered)]

@@ -17,7 +17,17 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # import name → name in requirements.txt, where they differ
 DISTRIBUTIONS = {"nest_asyncio": "nest-asyncio", "nest_asyncio2": "nest-asyncio", "pydantic_core": "pydantic"}
-OPTIONAL = {"IPython", "google", "kaggle_secrets", "ray", "datasets", "triton"}  # used where they are
+OPTIONAL = {
+    "accelerate",
+    "bitsandbytes",
+    "ray",
+    "IPython",
+    "google",
+    "kaggle_secrets",
+    "ray",
+    "datasets",
+    "triton",
+}  # used where they are
 
 
 def section(title: str) -> str:

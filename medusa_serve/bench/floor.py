@@ -58,7 +58,11 @@ def read_bytes(model: Any) -> int:
 
 
 def _tensors(module: Any) -> Iterator[torch.Tensor]:
-    yield from module.parameters()
+    from ..model.nf4 import scales_of
+
+    for parameter in module.parameters():
+        yield parameter
+        yield from scales_of(parameter)
     yield from module.buffers()
 
 

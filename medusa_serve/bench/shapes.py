@@ -39,6 +39,7 @@ def random_model(shape: str, engine: EngineConfig) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from ..model.loader import LoadedModel, _choose_device, _choose_numbers, _shrink
+    from ..model.nf4 import quantize_nf4
     from ..model.split import spread
 
     notes: list[str] = []
@@ -48,6 +49,8 @@ def random_model(shape: str, engine: EngineConfig) -> Any:
     dtype, weights = _choose_numbers(engine, device, config, notes)
     with _seeded(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    if weights == "nf4":
+        quantize_nf4(model)
     if engine.device == "split":
         notes.append(spread(model))
     return LoadedModel(

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ..config import EngineConfig
+from ..errors import LoadError
 from .compiled import compile_passes
 from .default_model import cache_folder
 from .draft import Drafter
 from .forward import PlainForward, PlugInError, TreeForward, kv_shapes
 from .fused_heads import fuse_heads
 from .layers import fuse_layers
+from .memory import LEAST_CONTEXT, SLACK
 from .plan import expected_tokens, plan_context, plan_shapes, plan_slots
 from .runner import ModelRunner
 from .selftest import check, references
@@ -22,14 +26,37 @@ from .split import layer_devices
 from .step_times import time_steps, worth_timing
 from .tables import SlotTables
 
-SLACK = 64  # columns behind a full slot, for the largest tree
-
 
 @dataclass(frozen=True)
 class Built:
     runner: ModelRunner
     notes: list[str] = field(default_factory=list)
     tree_error: float | None = None  # the self-test's largest relative error; None: plain decoding
+
+
+def build_that_fits(model: Any, config: EngineConfig, **rest: Any) -> Built:
+    """As build_runner; where the memory turns out too small, with half the slots, then half the context, and a note.
+    Raises LoadError when one slot of LEAST_CONTEXT tokens is too much."""
+    tried: list[tuple[int, int]] = []
+    notes: list[str] = []
+    while True:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            built = build_runner(model, config, **rest, tried=tried)
+            return replace(built, notes=[*notes, *built.notes])
+        gc.collect()  # the failed attempt's tensors
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        slots, context = tried[-1] if tried else (1, 0)
+        if slots > 1:
+            config = replace(config, slots=slots // 2)
+            notes.append(f"{slots // 2} slots because the memory was full with {slots}")
+        elif context // 2 >= LEAST_CONTEXT:
+            config = replace(config, slots=1, max_context=context // 2)
+            notes.append(f"a context of {context // 2} tokens because the memory was full with {context}")
+        else:
+            raise LoadError(
+                f"Not one sequence of {context} tokens fits beside the model; quantise it, or take a smaller."
+            )
 
 
 @torch.no_grad()
@@ -41,8 +68,11 @@ def build_runner(
     max_positions: int | None,
     drafter: Drafter | None = None,
     what: str | None = None,
+    tried: list[tuple[int, int]] | None = None,
 ) -> Built:
-    """Plan, plug in, check, and measure steps where the size of tree is to be chosen; `what` names model and heads
+    """tried: gets the slots and the context once they are chosen.
+
+    Plan, plug in, check, and measure steps where the size of tree is to be chosen; `what` names model and heads
     among the measurements that are kept, without it none is made. Raises LoadError when the plan cannot be met."""
     device = model.device
     context, context_why = plan_context(config, max_positions, device)
@@ -50,7 +80,7 @@ def build_runner(
     columns = context + SLACK
     indexes, more_notes = hidden_inputs(drafter), list[str]()
     plugged, slots, slots_why, error, plain_because = _plug_in(
-        model, config, columns, max_positions, indexes, more_notes
+        model, config, columns, max_positions, indexes, more_notes, tried
     )
     if plain_because is not None:
         shapes = {1: shapes[1]}
@@ -100,6 +130,7 @@ def _plug_in(
     max_positions: int | None,
     hidden_inputs: tuple[int, ...],
     notes: list[str],
+    tried: list[tuple[int, int]] | None = None,
 ) -> tuple[TreeForward | None, int, str, float | None, str | None]:
     """(forward, slots, why so many, the self-test's error, None), or without a forward and with the reason last."""
     try:
@@ -109,6 +140,8 @@ def _plug_in(
         for place, (kv, key, value) in zip(layer_devices(model) or [model.device] * len(shapes), shapes, strict=True):
             per_column[place] += kv * (key + value) * model.dtype.itemsize
         slots, why = min(plan_slots(config, size, columns, place) for place, size in per_column.items())
+        if tried is not None:
+            tried.append((slots, columns - SLACK))
         forward = TreeForward(model, slots, columns, max_positions, hidden_inputs)
         try:
             error = check(forward, prompts, wanted, slots)

@@ -54,6 +54,10 @@ def load_heads(
     notes = _fit(heads, info.vocab_size, path, hidden_size, vocab_size)
     named = found.config.get("base_model_name_or_path")
     if base_name and isinstance(named, str) and named not in ("", "N/A") and _stem(named) != _stem(base_name):
+        if "/" in named and not Path(base_name).expanduser().exists():  # both are names of a hub: they are two models
+            raise LoadError(
+                f"The heads in {path} are for {named}, and the model is {base_name}; choose one of the two."
+            )
         notes.append(f"The heads name {named} as their base; the base in use is {base_name}.")
     heads.to(device=device, dtype=dtype)
     for name, tensor in heads.named_parameters():
@@ -75,6 +79,16 @@ def inspect_heads(path: str | Path) -> HeadsInfo:
 def split_full_model(path: str | Path) -> tuple[list[str], list[str]]:
     """Names of the tensors that are heads, and of those that are a base model's (none: the file holds heads only)."""
     return split_names(read_tensors(path, lambda name: False).names)
+
+
+def own_heads(folder: str) -> Path | None:
+    """A model's folder, where heads lie within the model that they were trained with (D, F); else None."""
+    if not Path(folder).is_dir() or not folder:
+        return None
+    try:
+        return Path(folder) if split_full_model(folder)[1] else None
+    except LoadError:
+        return None
 
 
 def build(parsed: Parsed, path: str | Path, config: Config) -> Heads:

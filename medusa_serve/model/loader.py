@@ -13,12 +13,16 @@ import torch
 
 from ..config import DEFAULT_MODEL, EngineConfig
 from ..errors import LoadError
+from ..presets import PRESETS, nearest
 from .codec import Codec, reason_of
 from .default_model import cache_folder, ensure_default_model
 from .formats import choose_format
 from .gpu import why_unusable
+from .hub import base_of
 from .int4 import stored_in_few_bits, use_few_bits
 from .int8 import COVERS, linear_share, quantize_linears
+from .memory import CONTEXT, plan_memory, sizes_of
+from .nf4 import loading_options, require_nf4
 from .split import split_plan
 
 # Tokens that end a chat turn. Some models' templates use one that their generation config does not list as an end.
@@ -34,6 +38,7 @@ class LoadedModel:
                    numbers, see int4.py) or "" where they are of the dtype
     eos_ids        ids that end a text; model.generation_config has the same
     max_positions  the model's own context; None where its config names none
+    source         what from_pretrained was given
     notes          "(what) because (why)" for each automatic choice
     """
 
@@ -47,6 +52,7 @@ class LoadedModel:
     max_positions: int | None
     weights: str = ""
     notes: list[str] = field(default_factory=list)
+    source: str = ""
 
     @property
     def numbers(self) -> str:
@@ -68,10 +74,14 @@ def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
         few_bits = device.type == "cpu" and stored_in_few_bits(Path(source))
         dtype, weights = _choose_numbers(config, device, hf_config, notes, few_bits)
         tokenizer = _load_tokenizer(source)
+        if config.model in PRESETS and not tokenizer.chat_template:
+            tokenizer.chat_template = PRESETS[config.model].chat
         if config.device == "split":
             places, note = split_plan(hf_config, dtype)
             model = _from_pretrained(source, hf_config, dtype, device_map=places)
             notes.append(note)
+        elif weights == "nf4":
+            model = _from_pretrained(source, hf_config, dtype, **loading_options(device, dtype))
         else:
             model = _load_weights(source, hf_config, device, torch.float32 if weights == "int4" else dtype)
         weights = _shrink(model, config, weights, notes)
@@ -80,7 +90,7 @@ def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
     eos_ids = _end_ids(model, tokenizer, notes)
     _settle_generation_config(model, eos_ids)
     positions = _max_positions(model.config)
-    return LoadedModel(model, tokenizer, codec, name, device, dtype, eos_ids, positions, weights, notes)
+    return LoadedModel(model, tokenizer, codec, name, device, dtype, eos_ids, positions, weights, notes, source)
 
 
 # ---- choices ---------------------------------------------------------------------------------------------------------
@@ -111,34 +121,64 @@ def _choose_numbers(
     """The dtype, and what the weights become: "int8", "int4" (where they are of `few_bits`) or "" for the dtype."""
     if config.quantize in ("int8", "int4"):
         if device.type != "cpu":
-            raise LoadError(f"{config.quantize} weights are for a CPU; leave quantize at auto or none.")
+            raise LoadError(f"{config.quantize} weights are for a CPU; on a GPU quantize is auto, none or nf4.")
         if config.quantize == "int4" and not few_bits:
             raise LoadError(
                 "int4 weights are for models whose weights are four-bit numbers already, stored in float32; "
                 "this one's would be rounded."
             )
         return torch.bfloat16, config.quantize
+    if config.quantize == "nf4":
+        require_nf4(device)
+    if device.type == "cuda":
+        dtype = getattr(torch, config.dtype) if config.dtype != "auto" else _half(device, notes)
+        return dtype, _quantized_to_fit(config, device, hf_config, dtype, notes)
     if config.dtype != "auto":
         return getattr(torch, config.dtype), ""
-    if device.type == "cpu":
-        small = () if config.quantize == "none" else ("int4", "int8") if few_bits else ("int8",)
-        best, why = choose_format(hf_config, ("float32", "bfloat16", *small), cache_folder())
-        notes.append(f"dtype {f'bfloat16 with {best} weights' if best in small else best} because {why}")
-        return (torch.bfloat16, best) if best in small else (getattr(torch, best), "")
+    small = () if config.quantize == "none" else ("int4", "int8") if few_bits else ("int8",)
+    best, why = choose_format(hf_config, ("float32", "bfloat16", *small), cache_folder())
+    notes.append(f"dtype {f'bfloat16 with {best} weights' if best in small else best} because {why}")
+    return (torch.bfloat16, best) if best in small else (getattr(torch, best), "")
+
+
+def _half(device: torch.device, notes: list[str]) -> torch.dtype:
     with torch.cuda.device(device):
         native = torch.cuda.is_bf16_supported(including_emulation=False)  # by default a T4 says yes to emulation
     if native:
         notes.append("dtype bfloat16 because the GPU computes in it")
-        return torch.bfloat16, ""
+        return torch.bfloat16
     notes.append("dtype float16 because the GPU has no bfloat16 of its own")
-    return torch.float16, ""
+    return torch.float16
+
+
+def _quantized_to_fit(
+    config: EngineConfig, device: torch.device, hf_config: Any, dtype: torch.dtype, notes: list[str]
+) -> str:
+    """nf4 or nothing: as asked, or as the GPU's free memory asks for it. Raises LoadError where nothing fits."""
+    if config.device == "split":
+        return ""
+    try:
+        sizes = sizes_of(hf_config)
+    except LoadError:  # layers that are not found are not quantised either
+        return ""
+    free = torch.cuda.mem_get_info(device)[0] + CONTEXT  # which this question itself has taken
+    plan = plan_memory(sizes, free, dtype.itemsize, config)
+    if not plan.slots:
+        raise LoadError(f"{config.model}: {'; '.join(plan.verdict())} ({free / 2**30:.1f} GiB are free).")
+    if plan.quantize != "nf4":
+        return ""
+    require_nf4(device)
+    if config.quantize == "auto":
+        notes.append(f"quantize nf4 because {plan.why}")
+    notes.append("the text is that of the model in NF4, a changed model; quantize none keeps the model's own")
+    return "nf4"
 
 
 def _shrink(model: Any, config: EngineConfig, weights: str, notes: list[str]) -> str:
     """Give the linear layers the weights that were chosen; → what they have now. Raises LoadError where they are asked
     for and cannot be."""
-    if not weights:
-        return ""
+    if weights in ("", "nf4"):  # the latter are quantised as they are read
+        return weights
     share = use_few_bits(model) if weights == "int4" else linear_share(model)
     if share < COVERS:
         why = f"only {share:.0%} of its weights lie in plain linear layers"
@@ -159,6 +199,8 @@ def _source(model: str, progress: bool) -> tuple[str, str]:
     """(what from_pretrained gets, short name)."""
     if model == DEFAULT_MODEL:
         return str(ensure_default_model(progress=progress)), DEFAULT_MODEL
+    if model in PRESETS:
+        return base_of(PRESETS[model]), model
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -168,6 +210,8 @@ def _source(model: str, progress: bool) -> tuple[str, str]:
         raise LoadError(f"{model} is a file; a model is a folder with config.json, weights and tokenizer, or a hub id.")
     if path.is_absolute() or model.startswith(("./", "../", "~")) or model.count("/") > 1:
         raise LoadError(f"There is no folder {model}.")
+    if "/" not in model and (others := nearest(model)):
+        raise LoadError(f"There is no model {model!r}.{others}")
     if progress:  # without a network the hub's client retries for half a minute
         print(f"Looking for {model} on the model hub.", file=sys.stderr, flush=True)
     return model, model.split("/")[-1]
@@ -203,6 +247,13 @@ def _refuse_hidden_code(raw: Any, asked: str) -> None:
             if key.endswith("_implementation_internal") or (key.endswith("attn_implementation") and "/" in str(value)):
                 raise LoadError(f"The config.json of {asked} sets {key}, which can make foreign code run; not loaded.")
             _refuse_hidden_code(value, asked)
+
+
+def hf_config_of(model: str) -> Any:
+    """The transformers config of a preset, a folder or a hub id. Raises LoadError."""
+    source, _ = _source(model, False)
+    with _quiet(), _as_load_error(model):
+        return _checked_config(source, model)
 
 
 def _load_tokenizer(source: str) -> Any:

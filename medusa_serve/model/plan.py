@@ -25,7 +25,13 @@ class Shape(NamedTuple):
 CPU_SLOTS, GPU_SLOTS = 8, 64
 CPU_CONTEXT, GPU_CONTEXT = 2048, 4096
 AUTO_NODES = {"cpu": (2, 4, 8, 16), "cuda": (4, 8, 16, 32, 64)}
-GPU_SHARE = 0.8  # of the free memory; the rest is for activations and logits
+GPU_SHARE = 0.8  # of the free memory; the rest is for graphs, activations and logits,
+LEAST_REST = 768 * 2**20  # which take this much of a small GPU too
+
+
+def for_slots(free: int) -> int:
+    """Bytes for keys and values, of those that are free once weights and heads are loaded."""
+    return max(0, min(int(free * GPU_SHARE), free - LEAST_REST))
 
 
 def plan_context(config: EngineConfig, max_positions: int | None, device: torch.device) -> tuple[int, str]:
@@ -45,7 +51,7 @@ def plan_slots(config: EngineConfig, bytes_per_column: int, columns: int, device
     if device.type != "cuda":
         return (config.slots, "as asked") if config.slots else (CPU_SLOTS, "the default on a CPU")
     free, _ = torch.cuda.mem_get_info(device)
-    fits = int(free * GPU_SHARE // (columns * bytes_per_column))
+    fits = for_slots(free) // (columns * bytes_per_column)
     if config.slots and config.slots > fits:
         needed = config.slots * columns * bytes_per_column / 2**30
         raise LoadError(
