@@ -24,7 +24,6 @@ OPTIONAL = {
     "IPython",
     "google",
     "kaggle_secrets",
-    "ray",
     "datasets",
     "triton",
 }  # used where they are

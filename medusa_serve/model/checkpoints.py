@@ -54,7 +54,8 @@ def load_heads(
     notes = _fit(heads, info.vocab_size, path, hidden_size, vocab_size)
     named = found.config.get("base_model_name_or_path")
     if base_name and isinstance(named, str) and named not in ("", "N/A") and _stem(named) != _stem(base_name):
-        if "/" in named and not Path(base_name).expanduser().exists():  # both are names of a hub: they are two models
+        if all("/" in name and not Path(name).is_absolute() and not Path(name).exists() for name in (named, base_name)):
+            # both are names of a hub: they are two models
             raise LoadError(
                 f"The heads in {path} are for {named}, and the model is {base_name}; choose one of the two."
             )

@@ -159,7 +159,7 @@ def _quantized_to_fit(
         return ""
     try:
         sizes = sizes_of(hf_config)
-    except LoadError:  # layers that are not found are not quantised either
+    except (LoadError, ValueError, AttributeError):  # a family of another build: not planned, and not quantised
         return ""
     free = torch.cuda.mem_get_info(device)[0] + CONTEXT  # which this question itself has taken
     plan = plan_memory(sizes, free, dtype.itemsize, config)
