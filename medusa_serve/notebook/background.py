@@ -22,6 +22,7 @@ from ..server.serve import bind, url_of
 THREAD = "medusa-server"
 LOADERS = "medusa-load"
 START_S = 15.0
+TELL_S = 15.0
 
 
 class Background(threading.Thread):
@@ -43,12 +44,14 @@ class Background(threading.Thread):
         finally:
             self.source.close()  # no engine without its server
 
-    def wait_until_ready(self, tell: Callable[[float], None]) -> ServedLLM:
-        """The loaded model, once the server listens; `tell(seconds)` is called now and then. Raises what loading or
+    def wait_until_ready(self) -> ServedLLM:
+        """The loaded model, once the server listens; says now and then that it still loads. Raises what loading or
         listening raised."""
-        began = time.monotonic()
+        began, told = time.monotonic(), 0.0
         while not self.source.wait(0.2):  # short waits: Ctrl-C, the kernel's Interrupt, gets through between them
-            tell(time.monotonic() - began)
+            if (waited := time.monotonic() - began) - told >= TELL_S:
+                told = waited
+                print(f"… still loading after {waited:.0f} s", flush=True)
         llm = self.source.get()
         until = time.monotonic() + START_S
         while not self.web.started:

@@ -63,7 +63,7 @@ class Server:
         self._background.start()
         atexit.register(self.stop)
         try:
-            llm = self._background.wait_until_ready(_patience())
+            llm = self._background.wait_until_ready()
         except BaseException as error:
             self._end()
             if isinstance(error, KeyboardInterrupt):
@@ -299,15 +299,3 @@ def _params(sampling: dict[str, Any]) -> SamplingParams:
     if unknown:
         raise InvalidRequest(f"Unknown option {unknown[0]!r}.", param=unknown[0])
     return SamplingParams(**sampling)
-
-
-def _patience() -> Any:
-    """A line every 15 seconds."""
-    told_at = [0.0]
-
-    def tell(seconds: float) -> None:
-        if seconds - told_at[0] >= 15:
-            told_at[0] = seconds
-            print(f"… still loading after {seconds:.0f} s", flush=True)
-
-    return tell
