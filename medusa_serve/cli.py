@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from . import __version__, heads_commands
-from .bench import acceptance, decode, drafting, peers, plot, quant, replicas, serve, step
+from .bench import acceptance, decode, drafting, peers, plot, quant, replicas, serve, speed_table, step
 from .config import DEFAULT_MODEL, DTYPES, EngineConfig
 from .errors import InvalidConfig, InvalidRequest, MedusaServeError
 from .server import serve_command
@@ -127,6 +127,8 @@ def _add_bench(commands: Any) -> None:
         module.add_options(parser)
     about = "draw a picture of what other benches wrote"
     plot.add_options(kinds.add_parser("plot", help=about, description=about, allow_abbrev=False))
+    about = "the README's table of speeds, in Markdown, from what `bench peers` wrote"
+    speed_table.add_options(kinds.add_parser("table", help=about, description=about, allow_abbrev=False))
 
 
 def _add_train(commands: Any) -> None:
