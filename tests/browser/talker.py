@@ -52,7 +52,7 @@ class Talker(HandManager):
                     "completion_tokens": done,
                     "steps": steps - 1,
                     "accepted": done - steps,
-                    "decode_ms": 20.0 * steps,
+                    "decode_ms": 1000 * self.pause_s * steps,
                 }
                 reason = "stop" if done == len(WORDS) else "length"
                 last = completion(name, "".join(words), finish_reason=reason, seed=params.seed or 4, **counted)
