@@ -26,6 +26,7 @@ class Codec:
         self.has_chat_template = bool(tokenizer.chat_template) and self._template_works()
         self.special_ids = frozenset(tokenizer.all_special_ids)
         self._before = self._ids("a", special=False, param="prompt")[-1:]  # a first token may lose its leading space
+        self._texts: dict[int, str] = {}  # of single tokens: asked for again and again, on the event loop
 
     def encode(self, text: str) -> list[int]:
         return self._ids(text, special=True, param="prompt")
@@ -64,12 +65,14 @@ class Codec:
             return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def token_text(self, id: int) -> str:
-        with self._lock:
-            both, before = (
-                self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-                for ids in ([*self._before, id], self._before)
-            )
-        return str(both.removeprefix(before))
+        if id not in self._texts:
+            with self._lock:
+                both, before = (
+                    self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+                    for ids in ([*self._before, id], self._before)
+                )
+            self._texts[id] = both.removeprefix(before)
+        return self._texts[id]
 
     def _ids(self, text: str, *, special: bool, param: str) -> list[int]:
         try:

@@ -119,6 +119,16 @@ def test_codec(folder: Path) -> None:
         assert caught.value.param == "messages"
 
 
+def test_texts_of_single_tokens_join_to_the_text(folder: Path) -> None:
+    codec = load(folder).codec
+    ids = codec.encode("the onion<|im_end|> at é")
+    texts = [codec.token_text(token) for token in ids]
+    assert "".join(text for text in texts if "\ufffd" not in text) == "the onion<|im_end|> at "
+    assert texts[-2:] == ["\ufffd", "\ufffd"]  # the two bytes of é
+    assert [token in codec.special_ids for token in ids].count(True) == 1
+    assert codec.token_text(ids[1]) == texts[1]
+
+
 def test_codec_in_threads(folder: Path) -> None:
     codec = load(folder).codec
     texts = [f"the text {i} " * 20 for i in range(8)]
