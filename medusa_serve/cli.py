@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from . import __version__, heads_commands
-from .bench import acceptance, decode, drafting, peers, plot, quant, replicas, serve, speed_table, step
+from .bench import acceptance, decode, drafting, load, peers, plot, quant, replicas, serve, speed_table, step
 from .config import DEFAULT_MODEL, DTYPES, EngineConfig
 from .errors import InvalidConfig, InvalidRequest, MedusaServeError
 from .server import serve_command
@@ -119,6 +119,7 @@ def _add_bench(commands: Any) -> None:
         (peers, "peers", "tokens per second beside transformers and llama.cpp, in one run"),
         (quant, "quant", "half precision and NF4 on a GPU: the planned memory, a step's time by nodes"),
         (replicas, "replicas", "several copies of the model behind one address, and what happens when one dies"),
+        (load, "load", "a server under more load than it can take, and what must hold then"),
         (serve, "serve", "an HTTP server under load: first token, time per token, percentiles"),
         (decode, "decode", "tokens per second by number of sequences, with and without speculation"),
         (step, "step", "a decode step by rows and nodes, beside the time that reading the weights takes"),
