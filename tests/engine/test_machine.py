@@ -50,6 +50,7 @@ class Machine(RuleBasedStateMachine):
         self.next_call: str | None = None
         self.restarts = 0
         self.draining = False
+        self.reads = 0
 
     def before(self, kind: str, slots: list[int]) -> None:
         fault, self.next_call = self.next_call, None
@@ -75,6 +76,9 @@ class Machine(RuleBasedStateMachine):
         speculation=st.booleans(),
     )
     def submit(self, text: str, max_tokens: int, mark: int | None, speculation: bool) -> None:
+        self._submit(text, max_tokens, mark, speculation)
+
+    def _submit(self, text: str, max_tokens: int, mark: int | None, speculation: bool) -> None:
         prompt = [BOS, *([] if mark is None else [mark]), *text.encode()]
         full = len(self.manager._open) >= 6
         try:
@@ -90,10 +94,15 @@ class Machine(RuleBasedStateMachine):
             if mark is not None:
                 self.bad.add(id)
 
+    @rule(texts=st.lists(st.text("abc", max_size=20), min_size=2, max_size=4), max_tokens=st.integers(4, 25))
+    def submit_some(self, texts: list[str], max_tokens: int) -> None:
+        for text in texts:
+            self._submit(text, max_tokens, None, True)
+
     @precondition(lambda self: self.want)
     @rule(data=st.data())
     def cancel(self, data: Any) -> None:
-        id = data.draw(st.sampled_from(sorted(self.want)))
+        id = list(self.want)[data.draw(st.integers(0, len(self.want) - 1))]
         if id in self.manager._open:
             self.cancelled.add(id)
         self.manager.cancel(id, data.draw(st.sampled_from(["cancelled", "timeout"])))
@@ -101,6 +110,7 @@ class Machine(RuleBasedStateMachine):
     @rule(turns=st.integers(1, 8))
     def read(self, turns: int) -> None:
         """The engine turns, and its deltas arrive."""
+        self.reads += 1
         for _ in range(turns):
             try:
                 self.manager.step()
@@ -119,6 +129,7 @@ class Machine(RuleBasedStateMachine):
     def fail_as_a_whole(self) -> None:
         self.next_call = "engine"
 
+    @precondition(lambda self: self.reads >= 6)  # else most runs would be over before they began
     @rule()
     def drain(self) -> None:
         """The last act: what is not over in time is ended."""
@@ -171,7 +182,7 @@ class Machine(RuleBasedStateMachine):
         self.manager.close()
 
 
-def run(examples: int, steps: int) -> None:
+def run(examples: int, steps: int, *, shrink: bool = True) -> None:
     chosen = settings(
         max_examples=examples,
         stateful_step_count=steps,
@@ -179,13 +190,13 @@ def run(examples: int, steps: int) -> None:
         database=None,
         derandomize=True,
         suppress_health_check=list(HealthCheck),
-        phases=(Phase.generate, Phase.shrink),
+        phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
     )
     run_state_machine_as_test(Machine, settings=chosen)
 
 
 def test_any_order_of_events() -> None:
-    run(30, 30)
+    run(40, 40)
 
 
 @pytest.mark.server
