@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from . import __version__, heads_commands
-from .bench import acceptance, decode, drafting, load, peers, plot, quant, replicas, serve, speed_table, step
+from .bench import acceptance, decode, drafting, families, load, peers, plot, quant, replicas, serve, speed_table, step
 from .config import DEFAULT_MODEL, DTYPES, EngineConfig
 from .errors import InvalidConfig, InvalidRequest, MedusaServeError
 from .server import serve_command
@@ -117,6 +117,7 @@ def _add_bench(commands: Any) -> None:
         (acceptance, "acceptance", "tokens per step by category of prompt and size of tree"),
         (drafting, "drafting", "what drafting costs, as a share of a plain step"),
         (peers, "peers", "tokens per second beside transformers and llama.cpp, in one run"),
+        (families, "families", "which families of models run with trees, on tiny random ones"),
         (quant, "quant", "half precision and NF4 on a GPU: the planned memory, a step's time by nodes"),
         (replicas, "replicas", "several copies of the model behind one address, and what happens when one dies"),
         (load, "load", "a server under more load than it can take, and what must hold then"),

@@ -39,6 +39,7 @@ LAYOUTS = {
 }
 CALIBRATION = ("ranks", "tau", "noise_tau")
 WRITABLE = ("native", "A", "B", "C", "E")
+ALSO = {"vllm": "E", "tgi": "B"}  # by whose they are
 BRINGS_OUTPUT = ("A", "B", "E")  # these hold output layers, so tied heads need the base's
 TOKENS = 48  # that the base continues each text with
 PLACES = (1, 2, 3, 4)  # tokens behind the right one, at which drafts are right by chance
@@ -364,7 +365,8 @@ def add_parsers(kinds: Any) -> argparse.ArgumentParser:
     )
     parser = add("convert", "write heads in another layout", convert)
     parser.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
-    parser.add_argument("--to", required=True, choices=WRITABLE, help="the layout")
+    about = "the layout; vllm is E, tgi is B"
+    parser.add_argument("--to", required=True, type=lambda name: ALSO.get(name, name), choices=WRITABLE, help=about)
     parser.add_argument("--base", metavar="MODEL", help="whose output layer tied heads share (layouts A, B, E)")
     parser.add_argument("--overwrite", action="store_true", help="replace other heads in OUT")
     return add("check", "whether heads fit a model", check)

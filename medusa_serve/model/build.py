@@ -15,7 +15,7 @@ from ..errors import LoadError
 from .compiled import compile_passes
 from .default_model import cache_folder
 from .draft import Drafter
-from .forward import PlainForward, PlugInError, TreeForward, kv_shapes
+from .forward import PlainForward, PlugInError, TreeForward, kv_shapes, uses_alibi
 from .fused_heads import fuse_heads
 from .layers import fuse_layers
 from .memory import LEAST_CONTEXT, SLACK
@@ -134,6 +134,8 @@ def _plug_in(
 ) -> tuple[TreeForward | None, int, str, float | None, str | None]:
     """(forward, slots, why so many, the self-test's error, None), or without a forward and with the reason last."""
     try:
+        if uses_alibi(model.config):
+            raise PlugInError("its attention adds biases by distance (ALiBi), which a tree of tokens has not")
         prompts, wanted = references(model, model.device)
         shapes = kv_shapes(model)
         per_column: Counter[torch.device] = Counter()

@@ -357,6 +357,12 @@ def cache_argument(takes: set[str]) -> str | None:
     return next((name for name in ("cache", "past_key_values", "cache_params") if name in takes), None)
 
 
+def uses_alibi(config: Any) -> bool:
+    """Whether positions are biases of the attention (Press et al. 2022): computed from a mask that has no branches."""
+    attention = getattr(config, "attn_config", None)
+    return config.model_type == "bloom" or any(getattr(part, "alibi", False) is True for part in (config, attention))
+
+
 def _holds_only_keys_and_values(cache: Any) -> bool:
     layers = getattr(cache, "layers", [])
     return bool(layers) and all(
