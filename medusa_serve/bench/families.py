@@ -85,9 +85,9 @@ class FamiliesConfig:
 
 
 def bench_families(engine: EngineConfig, config: FamiliesConfig) -> Row:
-    from .facts import command, facts
-
     from transformers.utils import logging
+
+    from .facts import command, facts
 
     logging.set_verbosity_error()  # what matters of their advice is in the table
     rows = [row_of(name) for name in config.families or FAMILIES]

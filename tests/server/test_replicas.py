@@ -160,6 +160,19 @@ def test_serve_run_takes_our_options_by_name() -> None:
         app({"slots": "many"})
 
 
+@pytest.mark.ray
+def test_the_readmes_yaml_is_what_serve_run_takes() -> None:
+    import yaml
+    from ray.serve.schema import ServeDeploySchema
+
+    from medusa_serve.server.ray_app import app
+
+    block = (ROOT / "README.md").read_text().split("```yaml\n", 1)[1].split("```", 1)[0]
+    [told] = ServeDeploySchema.model_validate(yaml.safe_load(block)).applications
+    assert told.import_path == f"{app.__module__}:{app.__name__}"
+    assert type(app(told.args)).__name__ == "Application"
+
+
 # ---- two replicas of the default model -------------------------------------------------------------------------------
 
 
