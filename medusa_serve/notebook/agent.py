@@ -34,66 +34,57 @@ class Agent:
     """The ngrok program with one endpoint: `url` leads to 127.0.0.1:port. Raises TunnelError."""
 
     def __init__(self, port: int, token: str, domain: str | None, *, start_s: float) -> None:
-        from pyngrok import conf, ngrok
-        from pyngrok.exception import PyngrokError
-
         owner = psutil.Process()
         self.folder = Path(tempfile.mkdtemp(prefix=f"{MARK}{owner.pid}-{_started(owner)}-{port}-"))  # 0700
+        self._config: Any = None
         try:
             binary = _binary(self.folder)
-            program = (
-                self.folder / "ngrok"
-            )  # pyngrok tells its processes apart by this path: the user's own stay out of it
-            program.symlink_to(binary)
-            self._config: Any = conf.PyngrokConfig(
-                ngrok_path=str(program),
-                config_path=str(_write_config(self.folder, token)),
-                startup_timeout=int(start_s) + 1,
-            )
-            self._config.auth_token = None  # else pyngrok puts NGROK_AUTHTOKEN on the command line
-            self._config.config_version = "2"  # the local API that every pyngrok since 7.2 and every agent knows
-            options: dict[str, Any] = {
-                "inspect": False,
-                "schemes": ["https"],
-            }  # prompts are private, keys travel encrypted
-            if domain is not None:
-                options["domain"] = domain
-            began = time.monotonic()
-            # pyngrok waits for a line without a time limit
-            watchdog = threading.Timer(start_s, self._end)
-            watchdog.daemon = True
-            watchdog.start()
-            try:
-                tunnel = ngrok.connect(f"http://127.0.0.1:{port}", "http", NAME, self._config, **options)
-            except PyngrokError as error:
-                silent = time.monotonic() - began >= start_s and code_of(_said(error)) is None
-                raise _explained(error, binary, start_s if silent else None) from None
-            finally:
-                watchdog.cancel()
+            self._config = _pyngrok_config(self.folder, binary, token, start_s)
+            tunnel = self._connect(port, domain, binary, start_s)
             self.url, self._api = str(tunnel.public_url), str(tunnel.api_url)
             self._processes = _agents(self.folder)
+        except OSError as error:
+            self.close()
+            raise TunnelError(f"The ngrok program could not be started: {error.strerror}.") from None
         except BaseException:
             self.close()
             raise
+
+    def _connect(self, port: int, domain: str | None, binary: Path, start_s: float) -> Any:
+        """pyngrok's tunnel. Its wait for a line of the program has no time limit: a silent program is ended."""
+        from pyngrok import ngrok
+        from pyngrok.exception import PyngrokError
+
+        # prompts are private, so the agent keeps no copy; keys travel encrypted or not at all
+        options: dict[str, Any] = {"inspect": False, "schemes": ["https"]} | ({"domain": domain} if domain else {})
+        began, watchdog = time.monotonic(), threading.Timer(start_s, self._end)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            return ngrok.connect(f"http://127.0.0.1:{port}", "http", NAME, self._config, **options)
+        except PyngrokError as error:
+            silent = time.monotonic() - began >= start_s and code_of(_said(error)) is None
+            raise _explained(error, binary, start_s if silent else None) from None
+        finally:
+            watchdog.cancel()
 
     def is_up(self) -> bool:
         """Whether the program runs and still has its endpoint."""
         from pyngrok import ngrok
 
-        if not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in self._processes):
-            return False
-        with contextlib.suppress(Exception):  # whatever its API does but answer: it is not up
+        with contextlib.suppress(Exception):  # its process has gone, or its API does anything but answer: it is not up
+            runs = any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in self._processes)
             tunnels: list[Any] = ngrok.api_request(f"{self._api}/api/tunnels", timeout=4).get("tunnels") or []
-            return any(tunnel.get("public_url") == self.url for tunnel in tunnels)
+            return runs and any(tunnel.get("public_url") == self.url for tunnel in tunnels)
         return False
 
     def close(self) -> None:
         """End the program, and leave nothing of it. May be called twice."""
         self._end()
-        with contextlib.suppress(ImportError, AttributeError):  # ours is gone; this forgets it
+        if self._config is not None:
             from pyngrok import ngrok
 
-            ngrok.kill(self._config)
+            ngrok.kill(self._config)  # it is gone already; this makes pyngrok forget it
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _end(self) -> None:
@@ -183,6 +174,18 @@ def _binary(folder: Path) -> Path:
             why = env.advice() or " Is this machine connected to the internet?"
             raise TunnelError(f"The ngrok program could not be downloaded.{why}") from None
     return path
+
+
+def _pyngrok_config(folder: Path, binary: Path, token: str, start_s: float) -> Any:
+    from pyngrok import conf
+
+    program = folder / "ngrok"  # pyngrok tells its processes apart by this path: the user's own are not ours
+    program.symlink_to(binary)
+    path = _write_config(folder, token)
+    config = conf.PyngrokConfig(ngrok_path=str(program), config_path=str(path), startup_timeout=int(start_s) + 1)
+    config.auth_token = None  # else pyngrok puts NGROK_AUTHTOKEN on the command line
+    config.config_version = "2"  # the local API that every pyngrok since 7.2 and every agent knows
+    return config
 
 
 def _write_config(folder: Path, token: str) -> Path:

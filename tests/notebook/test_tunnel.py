@@ -285,6 +285,14 @@ def test_no_internet_to_download_the_program(
         opened(port)
 
 
+def test_a_program_that_is_none(fake: Fake, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "ngrok"
+    broken.write_text("half a download")
+    monkeypatch.setenv("PYNGROK_NGROK_PATH", str(broken))
+    with pytest.raises(TunnelError, match="ngrok program could not be started: Permission denied"):
+        opened(port)
+
+
 # ---- drops and leftovers -----------------------------------------------------------------------------------------
 
 
