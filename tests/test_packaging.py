@@ -16,7 +16,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # import name → name in requirements.txt, where they differ
-DISTRIBUTIONS = {"nest_asyncio": "nest-asyncio", "nest_asyncio2": "nest-asyncio", "pydantic_core": "pydantic"}
+DISTRIBUTIONS = {
+    "nest_asyncio": "nest-asyncio",
+    "nest_asyncio2": "nest-asyncio",
+    "pydantic_core": "pydantic",
+    "prometheus_client": "prometheus-client",
+}
 OPTIONAL = {
     "accelerate",
     "bitsandbytes",
