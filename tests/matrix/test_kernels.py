@@ -145,7 +145,7 @@ def test_a_kernel_that_ends_leaves_nothing(start: Start, model: str, tmp_path: P
 
 def test_a_killed_kernel_and_its_tunnel(start: Start, model: str, tmp_path: Path) -> None:
     """Its ngrok outlives it and holds the account's one address; the cell in a new kernel gets it back."""
-    from tests.notebook.test_tunnel import FAKE, Fake
+    from tests.notebook.faked import FAKE, Fake
 
     state, temp = tmp_path / "state", tmp_path / "temp"
     state.mkdir()

@@ -1,60 +1,34 @@
-"""Installing us in Colab replaces nothing that Colab brings."""
+"""Colab's port proxy, by a stand-in for its package: the real one is only there."""
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
 import sys
-from pathlib import Path
+import types
+from typing import Any
 
 import pytest
 
-packaging = pytest.importorskip("packaging", reason="pytest itself needs it")
-
-from packaging.requirements import Requirement  # noqa: E402
-from packaging.utils import canonicalize_name  # noqa: E402
-
-ROOT = Path(__file__).parents[2]
-CONSTRAINTS = Path(__file__).with_name("colab-constraints.txt")
-PINS = {
-    canonicalize_name(name): version
-    for name, version in re.findall(r"^([\w-]+)==([\w.+]+)$", CONSTRAINTS.read_text(encoding="utf-8"), re.M)
-}
-NEVER = {"torch", "numpy", "ipywidgets", "ipython", "protobuf", "transformers", "ipykernel", "tornado"}
+from medusa_serve.errors import TunnelError
+from medusa_serve.notebook import colab
 
 
-def wanted() -> list[Requirement]:
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    return [Requirement(line) for line in lines if line and not line.startswith("#")]
-
-
-def test_what_colab_has_is_enough() -> None:
-    assert {"torch", "numpy", "ipywidgets", "ipython"} <= set(PINS)
-    for requirement in wanted():
-        version = PINS.get(canonicalize_name(requirement.name))
-        assert version is None or requirement.specifier.contains(version), requirement
-
-
-@pytest.mark.network
-def test_pip_would_replace_nothing(tmp_path: Path) -> None:
-    """pip's own resolver, for Colab's Python, with every pin as a constraint: what it would install besides the pins is
-    new there, and protobuf is not among it."""
-    report = tmp_path / "report.json"
-    command = [
-        *(sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"),
-        *("--python-version", "3.13", "--implementation", "cp", "--only-binary", ":all:"),
-        *("--target", str(tmp_path / "nowhere"), "--report", str(report)),
-        *("-c", str(CONSTRAINTS), "-r", str(ROOT / "requirements.txt")),
-    ]
-    for platform in (*(f"manylinux_2_{n}_x86_64" for n in range(35, 16, -1)), "manylinux2014_x86_64"):
-        command += ["--platform", platform]
-    subprocess.run(command, check=True, timeout=600)
-    made = {
-        canonicalize_name(item["metadata"]["name"]): item["metadata"]["version"]
-        for item in json.loads(report.read_text())["install"]
-    }
-    assert {"pyngrok", "nbmake", "torch"} <= set(made)
-    for name in NEVER & set(made):
-        assert made[name] == PINS[name], name
-    assert "protobuf" not in made
+def test_colabs_own_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TunnelError, match="Only Colab"):
+        colab.proxy_url(8000)
+    with pytest.raises(TunnelError, match="Only Colab"):
+        colab.show_page(8000)
+    calls: list[Any] = []
+    output = types.ModuleType("google.colab.output")
+    output.eval_js = lambda code: calls.append(code) or "https://8000-x.colab.dev/"  # type: ignore[attr-defined]
+    output.serve_kernel_port_as_iframe = lambda *a, **k: calls.append((a, k))  # type: ignore[attr-defined]
+    module = types.ModuleType("google.colab")
+    module.output = output  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
+    monkeypatch.setitem(sys.modules, "google.colab", module)
+    assert colab.proxy_url(8000) == "https://8000-x.colab.dev/"
+    assert "google.colab.kernel.proxyPort(8000" in calls.pop()
+    colab.show_page(8000, key="a&b=c")
+    [((port,), options)] = calls
+    assert port == 8000
+    assert options["path"] == "/#key=a%26b%3Dc"
+    assert options["cache_in_notebook"] is False

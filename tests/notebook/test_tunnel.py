@@ -23,41 +23,15 @@ import psutil
 import pytest
 
 from medusa_serve.errors import TunnelError
-from medusa_serve.notebook import agent, colab, env, ngrok_advice, tunnel
-from medusa_serve.notebook.tokens import ngrok_token
+from medusa_serve.notebook import agent, env, tunnel
 from medusa_serve.notebook.tunnel import Tunnel, open_tunnel
 from medusa_serve.server.config import ServerConfig
+from tests.notebook.faked import FAKE, Fake
 from tests.server.standins import HandLLM, HandManager, httpx, serving, wait_for
 
-FAKE = Path(__file__).with_name("fake_ngrok.py")
 KEY, TOKEN = "server-key", "2abcTokenOfNobody_1234"
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 ROOT = Path(__file__).parents[2]
-
-
-class Fake:
-    """What the test tells the fake, and what that did."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def tell(self, name: str, text: str | None) -> None:
-        path = self.folder / name
-        path.unlink(missing_ok=True) if text is None else path.write_text(text)
-
-    @property
-    def runs(self) -> list[list[Any]]:
-        """[pid, argv…] of each start."""
-        path = self.folder / "started.log"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    @property
-    def asked(self) -> list[dict[str, Any]]:
-        path = self.folder / "asked.log"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def alive(self) -> list[int]:
-        return [pid for pid, *_ in self.runs if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
 
 
 @pytest.fixture
@@ -201,13 +175,6 @@ def test_no_token(fake: Fake, port: int) -> None:
     assert not fake.runs
 
 
-@pytest.mark.parametrize("token", ["ngrok config add-authtoken 2abc", "two\nlines", "  ", "tökén"])
-def test_a_token_that_is_none(token: str) -> None:
-    with pytest.raises(TunnelError, match="must be one word") as caught:
-        ngrok_token(token)
-    assert token.strip() not in caught.value.message or not token.strip()
-
-
 def test_a_wrong_token_is_refused_once_and_can_be_tried_again(fake: Fake, port: int) -> None:
     with pytest.raises(TunnelError, match=r"does not know this token.*\(ERR_NGROK_107\)") as caught:
         opened(port, token="wrong", patience_s=30.0)  # no use waiting
@@ -216,23 +183,6 @@ def test_a_wrong_token_is_refused_once_and_can_be_tried_again(fake: Fake, port: 
     made = opened(port)  # the cell again, with the right one
     assert post(made.url).status_code == 200
     made.close()
-
-
-@pytest.mark.parametrize("code", sorted(ngrok_advice.ADVICE))
-def test_every_code_has_one_sentence_of_advice(code: int) -> None:
-    said = ngrok_advice.advice(f"failed to start: nonsense\\r\\n\\r\\nERR_NGROK_{code}\\r\\n", binary="/x/ngrok")
-    assert said.endswith(f"(ERR_NGROK_{code})")
-    assert "\n" not in said
-    assert 40 < len(said) < 330
-    assert "{" not in said
-    assert "nonsense" not in said
-
-
-def test_codes_nobody_told_us_about_keep_ngroks_words() -> None:
-    said = ngrok_advice.advice("the moon is in the way\\r\\n\\r\\nERR_NGROK_7777\\r\\n")
-    assert said == "ngrok refused: the moon is in the way (ngrok.com/docs/errors/err_ngrok_7777 says more)."
-    assert ngrok_advice.advice("broken pipe") == "ngrok failed: broken pipe."
-    assert "said nothing" in ngrok_advice.advice("")
 
 
 @pytest.mark.parametrize(
@@ -402,58 +352,7 @@ def test_an_end_of_the_process_closes_it(fake: Fake, port: int) -> None:
     )
 
 
-# ---- secrets, platforms ------------------------------------------------------------------------------------------
-
-
-def test_where_a_token_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    class SecretNotFoundError(Exception):
-        pass
-
-    stored: dict[str, str] = {}
-
-    def get(name: str) -> str:
-        if name not in stored:
-            raise SecretNotFoundError(name)
-        return stored[name]
-
-    module = types.ModuleType("google.colab")
-    module.userdata = types.SimpleNamespace(get=get)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
-    monkeypatch.setitem(sys.modules, "google.colab", module)
-    monkeypatch.delenv("NGROK_AUTHTOKEN", raising=False)
-    with pytest.raises(TunnelError, match=r"NGROK_AUTHTOKEN\. "):  # the package alone is no Colab
-        ngrok_token()
-    monkeypatch.setenv("COLAB_RELEASE_TAG", "x")
-    with pytest.raises(TunnelError, match=r"or Colab's secrets \(not there\)"):
-        ngrok_token()
-    stored["NGROK_AUTHTOKEN"] = " from-colab\n"
-    assert ngrok_token() == "from-colab"
-    monkeypatch.setenv("NGROK_AUTHTOKEN", "from-env")
-    assert ngrok_token() == "from-env"
-    assert ngrok_token("given") == "given"
-
-
-def test_kaggles_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    class BackendError(Exception):
-        pass
-
-    class UserSecretsClient:
-        token: str | None = None
-
-        def get_secret(self, label: str) -> str:
-            if self.token is None:
-                raise BackendError(label)
-            return self.token
-
-    module = types.ModuleType("kaggle_secrets")
-    module.UserSecretsClient = UserSecretsClient  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "kaggle_secrets", module)
-    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
-    monkeypatch.delenv("NGROK_AUTHTOKEN", raising=False)
-    with pytest.raises(TunnelError, match=r"Kaggle's secrets \(not there, or not attached to this notebook\)"):
-        ngrok_token()
-    UserSecretsClient.token = "from-kaggle"
-    assert ngrok_token() == "from-kaggle"
+# ---- what its user should know -----------------------------------------------------------------------------------
 
 
 def test_the_policy_is_said_where_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,28 +363,6 @@ def test_the_policy_is_said_where_it_holds(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("COLAB_RELEASE_TAG", "x")
     monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
     assert made.notice == f"{tunnel.POLICY['colab']} {tunnel.ANYBODY}"
-
-
-def test_colabs_own_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TunnelError, match="Only Colab"):
-        colab.proxy_url(8000)
-    with pytest.raises(TunnelError, match="Only Colab"):
-        colab.show_page(8000)
-    calls: list[Any] = []
-    output = types.ModuleType("google.colab.output")
-    output.eval_js = lambda code: calls.append(code) or "https://8000-x.colab.dev/"  # type: ignore[attr-defined]
-    output.serve_kernel_port_as_iframe = lambda *a, **k: calls.append((a, k))  # type: ignore[attr-defined]
-    module = types.ModuleType("google.colab")
-    module.output = output  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
-    monkeypatch.setitem(sys.modules, "google.colab", module)
-    assert colab.proxy_url(8000) == "https://8000-x.colab.dev/"
-    assert "google.colab.kernel.proxyPort(8000" in calls.pop()
-    colab.show_page(8000, key="a&b=c")
-    [((port,), options)] = calls
-    assert port == 8000
-    assert options["path"] == "/#key=a%26b%3Dc"
-    assert options["cache_in_notebook"] is False
 
 
 # ---- the real one ------------------------------------------------------------------------------------------------
