@@ -77,11 +77,12 @@ def cluster(server: ServerConfig) -> Iterator[Cluster]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        ray.init(num_cpus=cores, **RAY)
-        serve.start(http_options={"host": server.host, "port": port}, logging_config={"log_level": "WARNING"})
+        try:
+            ray.init(num_cpus=cores, **RAY)
+            serve.start(http_options={"host": server.host, "port": port}, logging_config={"log_level": "WARNING"})
+        except Exception as error:  # a plain Exception where the machine is too busy for Ray's 30 s
+            raise LoadError(f"Ray does not start here: {str(error).splitlines()[0]}") from error
         yield Cluster(url, server, int(ray.cluster_resources().get("GPU", 0)), cores)
-    except (ConnectionError, TimeoutError) as error:
-        raise LoadError(f"Ray does not start here: {str(error).splitlines()[0]}") from error
     finally:
         if ray.is_initialized():
             serve.shutdown()
