@@ -65,6 +65,7 @@ def answers(model, prompts, *, compile: bool | None, temperature: float = 0.0, a
 @pytest.mark.parametrize(
     ("family", "backend", "compile"),
     [
+        ("llama", "split-k", True),
         ("llama", "split-k", None),
         ("llama", "split-k", False),
         ("llama", "sdpa", None),

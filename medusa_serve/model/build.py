@@ -152,7 +152,10 @@ def _plug_in(
             raise
         if model.device.type == "cuda" and forward.can_capture and config.compile is not False:
             with torch.inference_mode():  # as the engine's passes: what is compiled holds for its kind of tensors
-                notes.append(fuse_layers(forward, lambda: check(forward, prompts, wanted, slots, packed=True)))
+                note = fuse_layers(
+                    forward, lambda: check(forward, prompts, wanted, slots, packed=True), wanted=config.compile
+                )
+                notes.append(note)
     except PlugInError as reason:
         slots, why = (config.slots, "as asked") if config.slots else (8, "the default for plain decoding")
         return None, slots, why, None, str(reason)

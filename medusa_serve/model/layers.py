@@ -105,15 +105,16 @@ class FusedLayers:
         self._operator.close()
 
 
-def fuse_layers(forward: TreeForward, check: Callable[[], float]) -> str:
+def fuse_layers(forward: TreeForward, check: Callable[[], float], *, wanted: bool | None = None) -> str:
     """Give the forward fused layers if they pass the self-test, compiled if they can be; → a note.
 
-    check: as selftest.check, of packed passes
+    check: as selftest.check, of packed passes · wanted: compiled ones; None: in half precision, where fused kernels
+    round less than the model's own, and not in float32, whose text is to be the model's token for token
     """
     from .forward import decoder_layers
 
-    why = ""
-    for compiled in (True, False):
+    why = "" if wanted or (wanted is None and forward.model.dtype.itemsize < 4) else "float32 keeps its own kernels"
+    for compiled in (False,) if why else (True, False):
         try:
             forward.layers = FusedLayers(forward, decoder_layers(forward.model), compiled=compiled)
             error = check()

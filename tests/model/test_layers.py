@@ -98,7 +98,7 @@ def test_soft_caps_cannot_be_traced():
     forward = forward_of("gemma2")
     with pytest.raises(PlugInError, match="soft cap"):
         FusedLayers(forward, decoder_layers(forward.model), compiled=False)
-    note = fuse_layers(forward, lambda: 0.0)
+    note = fuse_layers(forward, lambda: 0.0, wanted=True)
     assert note == "decoder layers stay as they are (its attention has a soft cap or sinks)"
     assert forward.layers is None
     assert len(passes(forward)) == 10
@@ -118,10 +118,18 @@ def test_the_self_test_decides():
         layer.graph.forward = lambda *inputs: (torch.randn_like(next(i for i in inputs if i.dim() == 3)),)
         return check(forward, prompts, wanted, 3, packed=True)
 
-    note = fuse_layers(forward, damaged)
+    note = fuse_layers(forward, damaged, wanted=True)
     assert note.startswith("decoder layers stay as they are (its logits differ"), note
     assert calls == [True, False]
     assert check(forward, prompts, wanted, 3) < 1e-4
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.float32, True), (torch.float64, True), (torch.bfloat16, False)])
+def test_only_half_precision_is_compiled_unless_it_is_asked_for(dtype, kept):
+    forward, asked = forward_of("llama", dtype=dtype), []
+    note = fuse_layers(forward, lambda: asked.append(forward.layers.compiled) or 0.0)
+    assert asked == [not kept]
+    assert ("not compiled (float32 keeps its own kernels), but with merged products" in note) == kept
 
 
 @pytest.mark.gpu
@@ -129,7 +137,9 @@ def test_the_self_test_decides():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_compiled_layers_on_a_gpu(family, dtype):
     model = tiny_model(family, getattr(torch, dtype), hidden=64).to("cuda")
-    built = build_runner(model, EngineConfig(dtype=dtype, slots=3, max_context=96), eos_ids=[], max_positions=512)
+    built = build_runner(
+        model, EngineConfig(dtype=dtype, slots=3, max_context=96, compile=True), eos_ids=[], max_positions=512
+    )
     [note] = [note for note in built.notes if "decoder layers" in note]
     assert "are compiled, with merged products" in note
     forward = built.runner.forward
