@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,9 @@ from medusa_serve.config import EngineConfig
 from medusa_serve.errors import InvalidConfig, LoadError
 from medusa_serve.server.config import ReplicasConfig, ServerConfig
 from medusa_serve.server.replicas import Cluster, cluster
+from medusa_serve.types import EngineStatus
+from tests.server.standins import HandLLM, HandManager
+from tests.tiny import save_tiny_folder
 
 ROOT = Path(__file__).parents[2]
 COUNT, CLIENTS = 2, 32
@@ -171,6 +177,75 @@ def test_the_readmes_yaml_is_what_serve_run_takes() -> None:
     [told] = ServeDeploySchema.model_validate(yaml.safe_load(block)).applications
     assert told.import_path == f"{app.__module__}:{app.__name__}"
     assert type(app(told.args)).__name__ == "Application"
+
+
+# ---- a replica ------------------------------------------------------------------------------------------------------
+
+
+def replica(manager: HandManager) -> Any:
+    from medusa_serve.server.ray_app import Replica
+
+    return Replica(EngineConfig(), ServerConfig(), lambda engine: HandLLM(manager))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("state", ["failed", "stalled", "closed"])
+def test_an_engine_that_does_not_turn_is_an_unhealthy_replica(state: str) -> None:
+    manager = HandManager()
+    mine = replica(manager)
+    mine.check_health()
+    manager.state = EngineStatus(state, 0, 0, 0.0, "A step has been running for 99 s.")  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="running for 99 s"):
+        mine.check_health()
+
+
+SCOPE = {"type": "http", "method": "POST", "path": "/generate", "query_string": b"", "scheme": "http"}
+SCOPE |= {"http_version": "1.1", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80)}
+SCOPE["headers"] = [(b"content-type", b"application/json"), (b"host", b"127.0.0.1")]
+
+
+@pytest.mark.ray
+def test_a_replica_relays_the_apps_own_answer() -> None:
+    async def run() -> list[dict[str, Any]]:
+        body = b'{"prompt": "a", "stream": true}'
+        return [message async for message in replica(HandManager()).relay(SCOPE, body)]
+
+    messages = asyncio.run(run())
+    assert (messages[0]["type"], messages[0]["status"]) == ("http.response.start", 200)
+    text = b"".join(message.get("body", b"") for message in messages).decode()
+    assert text.endswith("data: [DONE]\n\n")
+    assert text.count("finish_reason") == 1
+
+
+@pytest.mark.ray
+def test_a_client_that_leaves_is_a_generator_that_is_closed() -> None:
+    manager = HandManager(None)
+
+    async def run() -> None:
+        answer = replica(manager).relay(SCOPE, b'{"prompt": "a", "stream": true}')
+        assert (await anext(answer))["type"] == "http.response.start"
+        await answer.aclose()
+
+    asyncio.run(run())
+    assert manager.cancelled == ["seq-0"]
+
+
+@pytest.mark.ray
+def test_the_shell_starts_two_replicas_and_stops_them(tmp_path: Path) -> None:
+    folder = save_tiny_folder(tmp_path / "tiny")
+    command = [sys.executable, "-m", "medusa_serve", "serve", "--replicas", "2", "--model", str(folder), "--port", "0"]
+    command += ["--json", "--api-key", "k3y", "--device", "cpu", "--dtype", "float32"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        told = json.loads(server.stdout.readline())
+        with urllib.request.urlopen(f"{told['url']}/health", timeout=60) as health:
+            assert json.loads(health.read())["replicas"] == {"running": 2, "wanted": 2}
+        answer = subprocess.run(told["curl"], shell=True, check=True, capture_output=True, text=True).stdout
+        assert json.loads(answer)["usage"]["completion_tokens"] > 0
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(urllib.request.Request(f"{told['url']}/generate", b"{}"), timeout=60)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=120) == 0
 
 
 # ---- two replicas of the default model -------------------------------------------------------------------------------
