@@ -247,12 +247,13 @@ async def _pieces(reader: asyncio.StreamReader, chunked: bool) -> AsyncIterator[
 
 
 async def _split(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """What the server-sent events say."""
+    """What the server-sent events say; comments, by which a silent server shows that it lives, say nothing."""
     rest = b""
     async for piece in pieces:
         *whole, rest = (rest + piece).split(b"\n\n")
         for event in whole:
-            yield event.removeprefix(b"data: ")
+            if not event.startswith(b":"):
+                yield event.removeprefix(b"data: ")
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+
 import pytest
 
-from medusa_serve.bench.http_load import Stream, Target, whole_streams
+from medusa_serve.bench.http_load import Stream, Target, _split, whole_streams
 from medusa_serve.bench.replicas import ReplicasBenchConfig, changes, count, ratios, table
 from medusa_serve.bench.shapes import ByteCodec, random_llm
 from medusa_serve.config import EngineConfig
@@ -22,6 +25,17 @@ def test_streams_are_read_to_their_end_and_ends_are_counted() -> None:
     with serving(HandLLM(HandManager(script))) as url:
         streams = whole_streams(Target(url, ["x"], 8), 1, 0, 0.5)
     assert streams[:2] == [Stream("200", 1, 1, 6), Stream("generation_failed", 1, 1, 1)]
+
+
+def test_comments_of_a_silent_server_are_no_events() -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b": still "
+        yield b'here\n\ndata: {"text": "a"}\n\n: again\n\ndata: [DONE]\n\n'
+
+    async def run() -> list[bytes]:
+        return [event async for event in _split(pieces())]
+
+    assert asyncio.run(run()) == [b'{"text": "a"}', b"[DONE]"]
 
 
 def test_requests_without_exactly_one_end_are_seen() -> None:
