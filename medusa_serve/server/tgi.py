@@ -34,12 +34,6 @@ EVENTS = (
 )
 
 
-class Events(Response):
-    """For the OpenAPI page: what /generate_stream always answers with."""
-
-    media_type = "text/event-stream"
-
-
 class TgiParameters(Strict):
     model_config = ConfigDict(json_schema_extra=lambda schema: shown(schema, TGI_NEUTRAL))
 
@@ -144,7 +138,7 @@ def add_tgi(app: FastAPI, desk: Desk) -> None:
         """Complete `inputs`, in a list of one, or with `stream` as events."""
         return await answer_tgi(desk, body, request, stream=bool(body.stream), listed=True)
 
-    @app.post("/generate_stream", response_class=Events, **options)
+    @app.post("/generate_stream", response_class=Response, **options)
     async def generate_stream(body: TgiRequest, request: Request) -> Response:
         """Complete `inputs` as events, one a token."""
         return await answer_tgi(desk, body, request, stream=True)
