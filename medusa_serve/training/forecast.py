@@ -14,9 +14,9 @@ from .distill import DistillConfig
 from .pipeline import DISTILL_SHARE, make_answers
 from .prompts import read_prompts, split
 
-# (tokens of answers, tokens per step with 8 nodes), sequential heads of the default model on held-out prompts, greedy: a
-# minute on a CPU, one prompt · 48 s on one H200, as the training's own report forecasts it for a fixed tree · the heads
-# that ship, in the serving engine. Between them it grows with the logarithm
+# (tokens of answers, tokens per step with 8 nodes), sequential heads of the default model on held-out prompts, greedy:
+# a minute on a CPU, one prompt · 48 s on one H200, as the training's own report forecasts it for a fixed tree · the
+# heads that ship, in the serving engine. Between them it grows with the logarithm
 LEARNT = ((1, 1.0), (1_090, 1.36), (241_000, 1.85), (15_012_194, 2.49))
 
 
