@@ -41,8 +41,8 @@ def wrong_mask_bit(monkeypatch):
 def position_off_by_one(monkeypatch):
     real = attention_module.tree_view
 
-    def tree_view(*args):
-        view = real(*args)
+    def tree_view(*args, **how):
+        view = real(*args, **how)
         view.positions += view.positions > view.length[:, None]
         return view
 

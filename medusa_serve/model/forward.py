@@ -360,7 +360,8 @@ def cache_argument(takes: set[str]) -> str | None:
 def uses_alibi(config: Any) -> bool:
     """Whether positions are biases of the attention (Press et al. 2022): computed from a mask that has no branches."""
     attention = getattr(config, "attn_config", None)
-    return config.model_type == "bloom" or any(getattr(part, "alibi", False) is True for part in (config, attention))
+    kind = getattr(config, "model_type", None)
+    return kind == "bloom" or any(getattr(part, "alibi", False) is True for part in (config, attention))
 
 
 def _holds_only_keys_and_values(cache: Any) -> bool:

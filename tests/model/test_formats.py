@@ -115,5 +115,5 @@ def test_int8_computes_in_bfloat16_on_a_cpu():
     with pytest.raises(InvalidConfig, match="not in float32") as error:
         EngineConfig(quantize="int8", dtype="float32")
     assert error.value.param == "quantize"
-    with pytest.raises(InvalidConfig, match="quantize must be one of auto, none, int8, int4, not 'int2'"):
+    with pytest.raises(InvalidConfig, match="quantize must be one of auto, none, int8, int4, nf4, not 'int2'"):
         EngineConfig(quantize="int2")
