@@ -148,7 +148,9 @@ def _add_model_options(parser: argparse.ArgumentParser, *, heads: bool = True) -
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help=f"{DEFAULT_MODEL}, a hub id or a folder")
     if heads:
-        group.add_argument("--heads", default="auto", metavar="NAME", help="auto, none, or a file or folder of heads")
+        group.add_argument(
+            "--heads", default="auto", metavar="NAME", help="auto, none, a file or folder of heads, or a hub id"
+        )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, or split (over all GPUs)")
     group.add_argument("--dtype", default="auto", help="auto, " + ", ".join(d for d in DTYPES[1:] if d != "float64"))
     if heads:  # whoever learns from the model, or checks heads against it, wants its own weights

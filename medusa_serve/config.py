@@ -18,7 +18,7 @@ class EngineConfig:
     """How the model is loaded and how requests share it.
 
     model        "smollm2-135m" (from the package index), a hub id, or a local folder
-    heads        auto (what ships for the model, else none), none, medusa, sequential, or a file or folder of heads
+    heads        auto (what ships for the model, else none), none, medusa, sequential, a file, a folder or a hub id
     device       auto, cpu, cuda, cuda:N, or split: the layers over all visible GPUs, for what is too large for one
     dtype        auto: what quantize says on a CPU; on a GPU bfloat16, or float16 where that is not native
     quantize     a CPU's: int8 weights (a changed model), int4 (where they are four-bit numbers already), none, or auto:

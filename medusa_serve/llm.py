@@ -258,14 +258,17 @@ def _drafter(config: EngineConfig, loaded: Any) -> tuple[Any, str, list[str]]:
         return None, "none", [f"no heads ({'as asked' if config.heads == 'none' else 'the tree is off'})"]
     from .model.beam import drafter_of
     from .model.checkpoints import load_heads, own_heads
-    from .model.hub import heads_of
+    from .model.hub import heads_at, heads_of
 
-    path: Path | None = Path(config.heads)
-    preset = PRESETS.get(config.model)
+    path: Path | None
+    whose, preset = config.heads, PRESETS.get(config.model)
     if config.heads == "auto" and preset is not None and preset.heads is not None:
-        path = heads_of(preset)
+        path, whose = heads_of(preset), preset.heads
     elif config.heads in ("auto", *FAMILIES):
-        path = shipped_heads(config.model, config.heads) or own_heads(loaded.source)
+        path, whose = shipped_heads(config.model, config.heads), "the package"
+        path, whose = (path, whose) if path else (own_heads(loaded.source), "the model's own folder")
+    else:
+        path = heads_at(config.heads)
     if path is None:
         return None, "none", ["no heads (none ship for this model)"]
     from .model.draft_cost import limit_vocabulary, make_fast
@@ -284,4 +287,10 @@ def _drafter(config: EngineConfig, loaded: Any) -> tuple[Any, str, list[str]]:
     output, ordered = model.get_output_embeddings(), info.layout == "native"
     notes = [*info.warnings, *limit_vocabulary(heads, output, config.draft_vocab, ordered=ordered)]
     notes += make_fast(heads)
-    return drafter_of(heads, info, config.tree), info.family, [f"{info.family} heads from {path}", *notes]
+    return drafter_of(heads, info, config.tree), info.family, [f"{info.family} heads from {_end_of(whose)}", *notes]
+
+
+def _end_of(path: str) -> str:
+    """Of a long path what its reader, who gave it, knows it by."""
+    parts = Path(path).parts
+    return path if len(parts) < 4 else f"…/{parts[-2]}/{parts[-1]}"

@@ -17,6 +17,7 @@ from medusa_serve.llm import LLM
 from medusa_serve.model import hub
 from medusa_serve.presets import PRESETS, VICUNA, Preset
 from medusa_serve.types import SamplingParams
+from tests.fake_hub import fake_hub
 from tests.tiny import HIDDEN, save_tiny_folder
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "slots": 2, "max_context": 128}
@@ -146,6 +147,19 @@ def test_only_heads_and_no_code_are_asked_of_the_hub(tmp_path: Path, monkeypatch
     assert asked["repo"] == "philschmid/llama-3-1-8b-instruct-medusa"
     assert "*.pt" in asked["ignore_patterns"]
     assert "medusa_lm_head.safetensors" in asked["allow_patterns"]
+
+
+def test_heads_by_a_name_of_the_hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repos = {"some/heads": published(tmp_path, base, "B")}
+    with fake_hub(monkeypatch, tmp_path / "hub", repos):
+        with LLM(str(base), heads="some/heads", **OPTIONS) as llm:
+            assert llm.describe()["heads"] == "medusa"
+            assert "medusa heads from some/heads" in llm.notes
+        with pytest.raises(LoadError, match="has no some/haeds.* Did you mean some/heads"):
+            LLM(str(base), heads="some/haeds", **OPTIONS)
+    for nowhere in ("./heads", "heads-of-nobody", "/no/heads/here"):
+        with pytest.raises(LoadError, match=f"There is no file or folder {nowhere}; heads are auto, none,"):
+            LLM(str(base), heads=nowhere, **OPTIONS)
 
 
 def test_the_data_is_whole() -> None:

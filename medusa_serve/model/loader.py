@@ -18,7 +18,7 @@ from .codec import Codec, reason_of
 from .default_model import cache_folder, ensure_default_model
 from .formats import choose_format
 from .gpu import why_unusable
-from .hub import base_of
+from .hub import base_of, refusal
 from .int4 import stored_in_few_bits, use_few_bits
 from .int8 import COVERS, linear_share, quantize_linears
 from .memory import CONTEXT, plan_memory, sizes_of
@@ -208,6 +208,8 @@ def _source(model: str, progress: bool) -> tuple[str, str]:
         return str(path), path.resolve().name
     if path.is_file():
         raise LoadError(f"{model} is a file; a model is a folder with config.json, weights and tokenizer, or a hub id.")
+    if "://" in model:
+        raise LoadError(f"A model of the hub is given by its id, not its address: {'/'.join(model.split('/')[-2:])}.")
     if path.is_absolute() or model.startswith(("./", "../", "~")) or model.count("/") > 1:
         raise LoadError(f"There is no folder {model}.")
     if "/" not in model and (others := nearest(model)):
@@ -227,7 +229,7 @@ def _checked_config(source: str, asked: str) -> Any:
 
     raw, _ = PretrainedConfig.get_config_dict(source)
     if not raw:
-        raise LoadError(f"{asked} is not a model on the hub or has no config.json.")
+        raise LoadError(f"{asked} has no config.json: choose a repository that holds a transformers model.")
     _refuse_hidden_code(raw, asked)
     kind = raw.get("model_type")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -319,6 +321,8 @@ def _as_load_error(asked: str) -> Iterator[None]:
     except OSError as error:
         if Path(asked).expanduser().is_dir():
             raise LoadError(f"The model in {asked} cannot be read: {reason_of(error)}.") from error
+        if (said := refusal(asked, error)) is not None:
+            raise LoadError(said) from error
         raise LoadError(
             f"{asked!r} is neither a local folder nor a model that could be had from the hub ({reason_of(error)}). "
             f"Check the name and the network; {DEFAULT_MODEL!r} needs no hub."

@@ -75,7 +75,9 @@ def listen(config: ServerConfig, *, any_port: bool) -> socket.socket:
     except InvalidConfig as error:
         if error.param != "port" or not any_port:
             raise
-        return bind(replace(config, port=0))
+        sock = bind(replace(config, port=0))
+        print(f"port {config.port} is taken; this server has port {sock.getsockname()[1]}")
+        return sock
 
 
 def running() -> Any:

@@ -240,14 +240,21 @@ class Server:
             print(f"open {self.url} in a browser")
 
     def open_tunnel(self, *, token: str | None = None, domain: str | None = None) -> str:
-        """A public https address of this server, through ngrok, which a second call gives again. Raises TunnelError."""
+        """A public https address of this server, through ngrok, which a second call gives again. Raises TunnelError;
+        then no key is asked for that was not before."""
         from .tunnel import open_tunnel
 
         with self._lock:
             if self._tunnel is None:
                 web = self._background.web
+                had_key = web.api_key is not None
                 web.require_key()
-                self._tunnel = open_tunnel(self._port, token=token, domain=domain, on_url=web.allow_host)
+                try:
+                    self._tunnel = open_tunnel(self._port, token=token, domain=domain, on_url=web.allow_host)
+                except BaseException:
+                    if not had_key:
+                        web.release_key()
+                    raise
                 print(f"public at {self._tunnel.url}\n{self._tunnel.notice}")
             return str(self._tunnel.url)
 

@@ -58,6 +58,12 @@ class Keys:
                 raise InvalidConfig("The server has another key already.", param="api_key")
             return self.owner
 
+    def release(self) -> None:
+        """Ask for no key any more, for who required one in vain. Where guests have theirs it stays."""
+        with self._lock:
+            if not any(tenant.guest for tenant in self._tenants.values()):
+                self.owner, self._tenants = None, {}
+
     def add_guest(self, key: str | None = None) -> str:
         """A further key to hand out, made here unless given; → the key. The owner then needs one too."""
         self.require()

@@ -51,7 +51,8 @@ class Server(uvicorn.Server):
 
     `run(sockets=[sock])` is the one way to run it, in any thread; `should_exit`, set from any thread, stops it.
     It stops by itself when its model cannot be loaded.
-    `require_key`, `add_guest` and `allow_host` may be called from any thread while it runs, as when a tunnel opens.
+    `require_key`, `release_key`, `add_guest` and `allow_host` may be called from any thread while it runs, as when a
+    tunnel opens.
     """
 
     def __init__(
@@ -101,6 +102,10 @@ class Server(uvicorn.Server):
         """Ask for a key from now on, made here unless given; → the key. One that is set already stays, and another is
         refused (InvalidConfig)."""
         return self._keys.require(key)
+
+    def release_key(self) -> None:
+        """Ask for no key any more, for who required one in vain; it stays where guests have theirs."""
+        self._keys.release()
 
     def add_guest(self, key: str | None = None) -> str:
         """A further key to hand out, under the limits per key; made here unless given. → the key"""

@@ -14,6 +14,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +22,10 @@ import pytest
 import medusa_serve
 from medusa_serve.errors import InvalidConfig, InvalidRequest, LoadError, ShuttingDown
 from medusa_serve.model import gpu, loader
-from medusa_serve.notebook import background
+from medusa_serve.notebook import background, env
 from medusa_serve.notebook.background import running
 from medusa_serve.types import EngineStatus
+from tests.fake_hub import GATED, fake_hub, stand_in
 
 from .conftest import threads
 
@@ -206,6 +208,53 @@ def test_a_failed_load_leaves_nothing_and_the_cell_runs_again(folder: str, tmp_p
 
 
 @pytest.mark.usefixtures("nothing_left")
+def test_a_hub_that_refuses_says_what_to_do_and_the_cell_runs_again(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "weights.gguf").write_text("a repository that is no transformers model")
+    repos = {"some/tiny-model": Path(folder), "some/gguf": tmp_path}
+    with fake_hub(monkeypatch, tmp_path / "hub", repos, listed=("Qwen/Qwen9-2B-Instruct",)):
+        for model, sentence in (
+            ("some/tiny-modle", "has no some/tiny-modle.* Did you mean some/tiny-model[?]$"),
+            ("sone/tiny-model", "Did you mean some/tiny-model[?]$"),
+            ("Qwen/Qwen9-2b-Intsruct", "Did you mean Qwen/Qwen9-2B-Instruct"),
+            ("qwen2.5-0.5", "^There is no model 'qwen2.5-0.5'. Did you mean qwen2.5-0.5b"),
+            ("qwen/qwen2.5-0.5b-instuct", "Did you mean Qwen/Qwen2.5-0.5B-Instruct"),
+            ("nobody/nothing-like-it", "Check how it is spelt[.]$"),
+            ("some/tiny model", "'some/tiny model' is no name of the model hub"),
+            ("some/gguf", "some/gguf has no config.json"),
+            ("https://huggingface.co/some/tiny-model", "by its id, not its address: some/tiny-model[.]$"),
+            (GATED, f"{GATED} is gated: accept its terms at https://huggingface.co/{GATED}"),
+        ):
+            with pytest.raises(LoadError, match=sentence) as caught:
+                launch(model)
+            assert "\n" not in caught.value.message
+            assert threads() == []
+        monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
+        with pytest.raises(LoadError, match="refuses the token in HF_TOKEN"):
+            launch("some/tiny-model")
+        monkeypatch.delenv("HF_TOKEN")
+        server = launch("some/tiny-model")
+        assert server.generate("a", max_tokens=2).completion_tokens == 2
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_kaggle_without_internet(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.utils import _http
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        nobody = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    stand_in(monkeypatch, tmp_path / "hub", nobody)
+    monkeypatch.setattr(_http, "time", SimpleNamespace(time=time.time, sleep=lambda seconds: None))  # between its tries
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    monkeypatch.setattr(env, "online", lambda: False)
+    with pytest.raises(LoadError, match="'some/model' .*network.* This Kaggle notebook has no internet: turn it on"):
+        launch("some/model")
+    assert threads() == []
+    assert launch(folder).is_alive
+
+
+@pytest.mark.usefixtures("nothing_left")
 def test_a_busy_port(folder: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -215,13 +264,15 @@ def test_a_busy_port(folder: str) -> None:
     assert launch(folder, port=port).url.endswith(str(port))
 
 
-def test_without_a_port_any_free_one_does() -> None:
+def test_without_a_port_any_free_one_does(capsys: pytest.CaptureFixture[str]) -> None:
     from medusa_serve.server.config import ServerConfig
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         wanted = ServerConfig(port=taken.getsockname()[1])
         with background.listen(wanted, any_port=True) as sock:
-            assert sock.getsockname()[1] != wanted.port
+            other = sock.getsockname()[1]
+        assert other != wanted.port
+        assert capsys.readouterr().out == f"port {wanted.port} is taken; this server has port {other}\n"
         with pytest.raises(InvalidConfig):
             background.listen(wanted, any_port=False)
 
@@ -268,7 +319,8 @@ def test_out_of_memory(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch(folder).is_alive
 
 
-def test_a_gpu_without_code_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("nothing_left")
+def test_a_gpu_without_code_for_it(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (6, 0))
@@ -291,6 +343,11 @@ def test_a_gpu_without_code_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(LoadError, match="no code for the GPU here"):
             loader._choose_device(device, [])
     assert loader._choose_device("cpu", []).type == "cpu"
+    with pytest.raises(LoadError, match="in Kaggle: GPU T4 x2"):
+        launch(folder)
+    assert threads() == []
+    monkeypatch.undo()  # another GPU, or none: the cell runs again
+    assert launch(folder).is_alive
 
 
 # ---- the end of the process ----------------------------------------------------------------------------------------

@@ -69,6 +69,26 @@ def test_a_server_without_a_key_gets_one_when_it_goes_public(folder: str, clean:
     wait_for(lambda: not clean.alive(), 10)
 
 
+@pytest.mark.parametrize(("options", "says"), [({}, "no ngrok token"), ({"token": TOKEN}, "ERR_NGROK_107")])
+def test_a_tunnel_that_fails_leaves_the_server_as_open_as_it_was(
+    folder: str, clean: Fake, options: dict[str, Any], says: str
+) -> None:
+    server = launch(folder)
+    clean.tell("fail", "start 107" if options else None)
+    with pytest.raises(TunnelError, match=says):
+        server.open_tunnel(**options)
+    assert (server.api_key, server.public_url) == (None, None)
+    assert post(server.url, None) == 200
+    assert not clean.alive()
+
+
+def test_a_tunnel_that_fails_keeps_the_key_that_was_there(folder: str, clean: Fake) -> None:
+    server = launch(folder, api_key="k" * 16)
+    with pytest.raises(TunnelError, match="no ngrok token"):
+        server.open_tunnel()
+    assert (post(server.url, None), post(server.url, "k" * 16)) == (401, 200)
+
+
 def test_without_a_token_it_serves_and_says_so(folder: str, clean: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     server = launch(folder, public=True)
     assert "no tunnel: There is no ngrok token" in capsys.readouterr().out

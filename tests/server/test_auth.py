@@ -7,7 +7,7 @@ import pytest
 
 from medusa_serve.errors import InvalidConfig
 from medusa_serve.server.app import create_app
-from medusa_serve.server.auth import OPEN, presented_key
+from medusa_serve.server.auth import OPEN, Keys, presented_key
 from medusa_serve.server.config import ServerConfig
 
 from .standins import HandLLM, ask, error_of, running, serving
@@ -131,6 +131,17 @@ def test_a_key_asked_for_while_the_server_runs() -> None:
         assert len({tenant for _, _, tenant in llm.manager.calls[1:]}) == 2
         with pytest.raises(InvalidConfig, match="owner"):
             server.add_guest(key)
+
+
+def test_a_key_asked_for_in_vain_is_asked_for_no_more() -> None:
+    keys = Keys(None)
+    keys.require()
+    keys.release()
+    assert (keys.required, keys.owner) == (False, None)
+    guest = keys.add_guest()
+    keys.release()  # the guests' limits hold only where all need a key
+    assert keys.required
+    assert keys.tenant(guest.encode()).guest
 
 
 def test_wrong_keys_are_counted_by_address() -> None:
