@@ -54,7 +54,11 @@ class LLM:
             "max_context": runner.max_context,
             "nodes": list(runner.node_choices),
         }
-        self.forecast = _forecast(runner)
+        self._runner = runner
+
+    @property
+    def forecast(self) -> tuple[int, float, float] | None:
+        return _forecast(self._runner)
 
     def describe(self) -> dict[str, Any]:
         """Plain facts for /health and start-up lines."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..llm import LLM
 
 Row = dict[str, Any]
+REST_S = 60.0
 Deliveries = list[tuple[float, list[tuple[str, Delta]]]]
 RULE = (
     "`concurrency` prompts are sent together and answered with exactly {tokens} tokens each; all modes in turn in each "
@@ -122,6 +123,8 @@ def bench_decode(engine: EngineConfig, config: DecodeConfig) -> dict[str, Any]:
         prompts = _prompts(auto, config)
         for turn in turns(config):
             sample = _measure(engines.get(turn.mode.tree), turn, prompts, config)
+            if not turn.counts:  # nobody captures steps beside those who are measured
+                engines.rest()
             if turn.counts:
                 taken.setdefault((turn.concurrency, turn.mode.name), []).append(sample)
             line.show(f"{turn.concurrency} at once, {turn.mode.name}: {sample.rate(whole=True):.1f} tokens/s")
@@ -156,6 +159,11 @@ class Engines(ExitStack):
                 self.close()
             self._open[tree] = self.enter_context(LLM(replace(self._config, tree=tree)))
         return self._open[tree]
+
+    def rest(self) -> None:
+        """Wait until all engines have done ahead what they can."""
+        for llm in self._open.values():
+            llm.manager.wait_until_rested(REST_S)
 
 
 def modes(config: DecodeConfig) -> list[Mode]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ..llm import LLM
 
 RunLoad = Callable[..., list[Sample]]
+REST_S = 60.0
 RULE = (
     "Greedy streamed answers of at most {tokens} tokens to the built-in questions, numbered, so that no two prompts "
     "are the same; clients in a process of their own. first_token_ms: from when a request was due to its first token. "
@@ -88,6 +89,8 @@ def bench_serve(engine: EngineConfig, config: ServeConfig) -> dict[str, Any]:
     with _server(engine, config) as (url, llm), http_load.clients() as run:
         health = health_of(url)
         target = Target(url, questions, config.tokens, chat=_takes_chats(run, url, config.key), key=config.key)
+        if llm is not None:
+            llm.manager.wait_until_rested(REST_S)
         compared = [] if llm is None else [over_engine(run, llm, target, n, config.rounds) for n in config.clients]
         loads = list(_loads(run, target, config))
     names = ("clients", "rates", "seconds", "requests", "tokens", "rounds", "seed")
@@ -172,6 +175,7 @@ def over_engine(run: RunLoad, llm: LLM, target: Target, together: int, rounds: i
     params = SamplingParams(max_tokens=target.tokens)
     speeds: dict[str, list[float]] = {"http": [], "engine": []}
     for index in range(rounds + 1):
+        llm.manager.wait_until_rested(REST_S)  # nothing is captured beside what is measured
         samples = run(http_load.closed_loop, target, together, 0, together, 0.0)
         failed = [sample.status for sample in samples if not sample.ok]
         if failed:

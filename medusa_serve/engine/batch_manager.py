@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ..config import EngineConfig
@@ -78,7 +79,7 @@ class BatchManager:
         self._flights = Flights(runner, self._scheduler, self.metrics, clock, self._take)
         self._outbox = Outbox(self.metrics, clock, is_open=self._open.__contains__, drop=self._drop)
         self._thread: threading.Thread | None = None
-        self._draining = self._closing = self._runner_closed = False
+        self._draining = self._closing = self._runner_closed = self._rested = False
         self._restarts = Restarts(clock)
         self._restarting = False
         self._death: str | None = None
@@ -127,12 +128,9 @@ class BatchManager:
 
     def limits(self) -> dict[str, Any]:
         """Those of the engine, as plain data."""
-        return {
-            "slots": self._runner.num_slots,
-            "max_queue": self._config.max_queue,
-            "prefill_chunk": self._config.prefill_chunk,
-            "stall_s": self._pulse.stall_s,
-        }
+        slots, config = self._runner.num_slots, self._config
+        sizes = {"slots": slots, "max_queue": config.max_queue, "prefill_chunk": config.prefill_chunk}
+        return {**sizes, "stall_s": self._pulse.stall_s}
 
     def cancel(self, id: str, outcome: Outcome = "cancelled") -> None:
         """End a sequence without a last delta; its slot is free within two steps. Unknown and ended ids are fine.
@@ -148,22 +146,19 @@ class BatchManager:
 
     def status(self) -> EngineStatus:
         """Where the engine stands; cheap, never waits for a step."""
-        activity, heartbeat_age = self._runner.activity, self._pulse.age_s()
-        running, waiting = self._load()
+        activity, thread = self._runner.activity, self._thread
+        gone = thread is not None and thread.ident is not None and not thread.is_alive()
+        told = partial(EngineStatus, heartbeat_age_s=self._pulse.age_s())
         if self._closing:
-            return EngineStatus("closed", running, waiting, heartbeat_age, self._death)
-        if self._thread is not None and self._thread.ident is not None and not self._thread.is_alive():
-            return EngineStatus("failed", running, waiting, heartbeat_age, self._death or "The engine thread is gone.")
-        if self._death is not None:
-            return EngineStatus("failed", running, waiting, heartbeat_age, self._death)
+            return told("closed", *self._load(), message=self._death)
+        if gone or self._death is not None:
+            return told("failed", *self._load(), message=self._death or "The engine thread is gone.")
         if self._restarting:
-            return EngineStatus(
-                "restarting", running, waiting, heartbeat_age, "The engine starts again after an error."
-            )
+            return told("restarting", *self._load(), message="The engine starts again after an error.")
         trouble = self._pulse.trouble(self.metrics.median_turn_s) if activity is None else None
         if trouble is not None:
-            return EngineStatus("stalled", running, waiting, heartbeat_age, trouble)
-        return EngineStatus("draining" if self._draining else "ok", running, waiting, heartbeat_age, activity)
+            return told("stalled", *self._load(), message=trouble)
+        return told("draining" if self._draining else "ok", *self._load(), message=activity)
 
     def drain(self, grace_s: float) -> bool:
         """Refuse new sequences and let the accepted ones finish; after `grace_s` those left get ShuttingDown.
@@ -178,6 +173,11 @@ class BatchManager:
             self._post(lambda: self._end_all("The server shut down before this was finished."))
         self._wait_until_empty(self._close_s)
         return False
+
+    def wait_until_rested(self, seconds: float) -> bool:
+        """Wait until the engine idles and has done ahead what it can (a GPU's captures); → whether it has."""
+        with self._lock:
+            return self._lock.wait_for(lambda: self._rested and not self._open, seconds)
 
     def close(self) -> None:
         """End every open sequence with ShuttingDown, stop the thread, close the runner. Any thread, any number of
@@ -239,13 +239,15 @@ class BatchManager:
                 again = self.recover(error)
 
     def _turn_until_closed(self) -> None:
-        resting = True
+        resting = False
         while not self._closing:
             if self.step():
-                resting = False
+                resting = self._rested = False
                 continue
             resting = resting or not self._runner.rest()
             with self._lock:
+                self._rested = resting
+                self._lock.notify_all()
                 if resting and not self._inbox and not self._closing:
                     self._lock.wait(IDLE_WAIT_S)
 

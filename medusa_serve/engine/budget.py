@@ -12,6 +12,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 
+from ..model.between import between
+
 KEEP = 1.03  # another N must promise so much more
 RECHOOSE = 8  # steps: as long as the rows are the same, the choice stands
 PROBE = 128  # steps: then two with more nodes than pay are made, so that their figure stays a live one; the first one
@@ -47,7 +49,7 @@ class NodeBudget:
         self.choices = tuple(choices)
         self._expected = [1.0, *expected[1:]]
         times = [sorted((rows, ms) for (rows, n), ms in step_ms.items() if n == nodes) for nodes in self.choices]
-        self._ms = [[_between(known, rows) for rows in range(1, slots + 1)] for known in times]  # by N, then by B - 1
+        self._ms = [[between(known, rows) for rows in range(1, slots + 1)] for known in times]  # by N, then by B - 1
         self._all = Gains(len(self.choices), ALL_DECAY)
         self._now = 0  # which choice
         self._rows: tuple[str, ...] = ()
@@ -113,13 +115,3 @@ class NodeBudget:
             guess = 1.0 + (prior[size] - 1.0) * step
             curve.append((guess * doubt + gains.tokens[size]) / (doubt + gains.weight[size]))
         return curve
-
-
-def _between(known: list[tuple[int, float]], rows: int) -> float:
-    """Milliseconds of `rows` rows, on the line between the two measured neighbours; past the last one, through it and
-    the one before. known: (rows, ms), ascending, at least one."""
-    at = bisect_right(known, (rows, float("inf")))
-    if at == 0 or len(known) == 1:
-        return known[0][1]
-    (a, first), (b, second) = known[at - 1 : at + 1] if at < len(known) else known[-2:]
-    return max(1e-6, first + (second - first) * (rows - a) / (b - a))

@@ -59,8 +59,7 @@ class Scheduler:
         self._turns_waited = 0
         self._plain_steps: deque[float] = deque(maxlen=64)
         self._passes: deque[tuple[int, float]] = deque(maxlen=RECENT)  # prefill passes: prompt tokens, seconds
-        times = runner.step_ms
-        self._budget = NodeBudget(runner.node_choices, times, runner.expected, runner.num_slots) if times else None
+        self._budget: NodeBudget | None = None
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}
 
@@ -79,6 +78,9 @@ class Scheduler:
             self._admitting = self._worth_a_pass()
         if not self._admitting:
             return None
+        runner = self._runner
+        if self._budget is None and runner.step_ms:  # it may have timed its steps while it idled
+            self._budget = NodeBudget(runner.node_choices, runner.step_ms, runner.expected, runner.num_slots)
         seq = self.waiting.popleft()
         slot, num_reused = self._choose_slot(seq)
         self._free.remove(slot)

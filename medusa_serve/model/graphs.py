@@ -3,19 +3,25 @@
 A Hugging Face forward launches hundreds of small kernels; from Python that takes ten times as long as running them.
 Captured once and replayed, a step costs what the device needs. Capture happens on the batch manager's thread, between
 steps, in thread-local mode: a notebook's main thread may use CUDA meanwhile (as transformers' own batching does).
+
+A capture is a pause for all that decode. So an idle engine captures ahead, and a step that is missing is made by one of
+more rows until that has cost as much as the capture (the ski-rental rule).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import splitk
-from .packed import Packed, pack, views
+from .between import between
+from .packed import MIN_BLOCKS, Packed, pack, views
 from .tables import PLAIN, Needs
 
 if TYPE_CHECKING:
@@ -24,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 PREPARED, MOST_GRAPHS = 2048, 96  # rows x nodes of a step, and graphs at all, up to which an idle engine captures more
+FIRST_GRAPHS = 24  # of them, before anybody has asked for anything
+PREFILL_BLOCKS = (8, 16, 32, 64)  # of the prefill passes among them
 MIN_WIDTH = 256  # columns of keys read; doubled until the longest row fits
 
 
@@ -41,6 +49,9 @@ class StepGraphs:
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._inputs: dict[int, torch.Tensor] = {}  # of prefill passes, by blocks
         self._seen: set[tuple[int, int, Needs]] = set()  # rows, width and needs of steps that were asked for
+        self._owed: dict[Any, float] = {}  # ms that others have cost in the place of a missing step
+        self._capture_ms = 0.0  # of the last capture
+        self._most = MOST_GRAPHS  # that an idle engine captures; 0 once the memory was full
         self._pool: Any = None
         cache = runner.forward.cache  # type: ignore[union-attr]
         self._device_lengths = (
@@ -62,19 +73,13 @@ class StepGraphs:
     def run(self, host_slots: list[int], width: int, shape: Shape, needs: Needs, active: bool = True) -> torch.Tensor:
         """One step of these slots; → runner.step's facts, a line for each of them and more, overwritten by the next
         step. active False: a step that changes nothing."""
-        runner = self._runner
         needed = len(host_slots) if self._device_lengths else max(host_slots) + 1
         key = self._key(needed, width, shape, needs)
-        rows, width = key[:2]
-        self._seen.add((rows, width, needs))
-
-        def body() -> torch.Tensor:
-            slots, on = self._slots[:rows], self._active[:rows]
-            return runner.step(slots, on, list(range(rows)), [0] * rows, width, shape, needs)
-
-        if key not in self._graphs:  # with every row inactive, neither warm-up nor capture changes a sequence
-            self._active.zero_()
-            self._capture(key, body, f"a step of {rows} rows × {shape.num_nodes} nodes")
+        self._seen.add((key[0], key[1], needs))
+        if active and key not in self._graphs:
+            key = self._stand_in(key)
+        rows = key[0]
+        self._have(key)
         order, chosen = self._order(host_slots, rows), set(host_slots)
         on = [active and slot in chosen for slot in order]
         self._slots[:rows].copy_(torch.tensor(order).pin_memory(), non_blocking=True)
@@ -83,24 +88,66 @@ class StepGraphs:
         graph.replay()
         return facts
 
+    def _have(self, key: tuple[int, int, Shape, Needs]) -> None:
+        """Capture the step unless it is there."""
+        rows, width, shape, needs = key
+
+        def body() -> torch.Tensor:
+            slots, on = self._slots[:rows], self._active[:rows]
+            return self._runner.step(slots, on, list(range(rows)), [0] * rows, width, shape, needs)
+
+        if key not in self._graphs:  # with every row inactive, neither warm-up nor capture changes a sequence
+            self._active.zero_()
+            self._capture(key, body, f"a step of {rows} rows × {shape.num_nodes} nodes")
+
+    def _stand_in(self, key: tuple[int, int, Shape, Needs]) -> tuple[int, int, Shape, Needs]:
+        """The step of the fewest more rows that is there, until that has cost a capture; else the step itself."""
+        rows, *rest = key
+        larger = [count for count, *others in self._graphs if others == rest and count > rows]
+        if not larger or not self._runner.step_ms:
+            return key
+        more = max(0.0, self._ms(min(larger), key[2].num_nodes) - self._ms(rows, key[2].num_nodes))
+        self._owed[key] = self._owed.get(key, 0.0) + more
+        return key if self._owed[key] > self._capture_ms else (min(larger), *rest)
+
+    def _ms(self, rows: int, nodes: int) -> float:
+        known = sorted((count, ms) for (count, n), ms in self._runner.step_ms.items() if n == nodes)
+        return between(known, rows)
+
     def prepare(self, shapes: Iterable[Shape]) -> bool:
-        """Capture one step that may be chosen where another of as many rows was; → whether there are more of them. All
-        slots must be free: between requests there is time, in the middle of an answer a capture is a pause."""
-        missing = [
-            (rows, width, shape, needs)
-            for rows, width, needs in sorted(self._seen)
-            for shape in shapes
-            if rows * shape.num_nodes <= PREPARED and (rows, width, shape, needs) not in self._graphs
-        ]
-        if missing and len(self._graphs) < MOST_GRAPHS:
-            rows, width, shape, needs = missing[0]
+        """Capture one pass that may be asked for; → whether there are more of them. All slots must be free: between
+        requests there is time, in the middle of an answer a capture is a pause."""
+        ahead = self._ahead(list(shapes))
+        capture = next(ahead, None)
+        if capture is not None:
             try:
-                self.run(list(range(rows)), width, shape, needs, active=False)
+                capture()
             except torch.cuda.OutOfMemoryError as error:  # then each is captured when it is needed, and may fail there
-                log.warning("A step of %d rows and %d nodes is not captured ahead: %s", rows, shape.num_nodes, error)
-                self._seen.clear()
-                return False
-        return len(missing) > 1 and len(self._graphs) < MOST_GRAPHS
+                log.warning("Nothing is captured ahead any more: %s", error)
+                self._most = 0
+        return next(ahead, None) is not None
+
+    def _ahead(self, shapes: list[Shape]) -> Iterator[Callable[[], None]]:
+        """What is to be captured: every shape for rows that were seen; before, for one row, all, and those between."""
+        for rows, width, needs in sorted(self._seen):
+            for shape in shapes:
+                if self._is_due((rows, width, shape, needs), MOST_GRAPHS):
+                    yield partial(self._have, (rows, width, shape, needs))
+        if not self._device_lengths:
+            return
+        width, all_rows = self._runner.tables.history.shape[1], self._runner.num_slots
+        between = [1 << power for power in range(1, (all_rows - 1).bit_length())]
+        for rows in dict.fromkeys([1, all_rows, *between]):
+            for shape in shapes:
+                if self._is_due((rows, width, shape, PLAIN), FIRST_GRAPHS):
+                    yield partial(self._have, (rows, width, shape, PLAIN))
+            for blocks in PREFILL_BLOCKS:
+                if self._is_due(("prefill", blocks, PLAIN), FIRST_GRAPHS):
+                    yield partial(self._have_prefill, blocks, PLAIN)
+
+    def _is_due(self, key: tuple[Any, ...], most: int) -> bool:
+        small = key[0] == "prefill" or key[0] * key[2].num_nodes <= PREPARED
+        return small and key not in self._graphs and len(self._graphs) < min(most, self._most)
 
     def time(self, rows: int, shape: Shape, repeats: int) -> float:
         """Milliseconds of a step of `rows` slots, none of which is active."""
@@ -131,36 +178,48 @@ class StepGraphs:
 
     def prefill(self, packed: Packed, needs: Needs) -> torch.Tensor:
         """One packed prefill pass; → the facts of its R rows, overwritten by the next one."""
-        runner, blocks, rows = self._runner, len(packed.slots), len(packed.rows)
-        key = ("prefill", blocks, needs)
-        if blocks not in self._inputs:
-            self._inputs[blocks] = torch.empty_like(packed.flat, device=runner.device)
+        blocks, rows = len(packed.slots), len(packed.rows)
+        self._have_prefill(blocks, needs)
         inputs = views(self._inputs[blocks], blocks, rows)
-        if key not in self._graphs:
-            empty = pack([], rows, runner.num_slots, least=blocks)
-            inputs.flat.copy_(empty.flat)
-            width = runner.tables.history.shape[1]
-            self._capture(key, lambda: runner.prefill_step(inputs, width, needs), f"a prefill of {blocks} blocks")
         inputs.flat.copy_(packed.flat.pin_memory(), non_blocking=True)
-        graph, facts = self._graphs[key]
+        graph, facts = self._graphs["prefill", blocks, needs]
         graph.replay()
         return facts
 
+    def _have_prefill(self, blocks: int, needs: Needs) -> None:
+        """Capture the pass unless it is there; with no row in it, it changes nothing."""
+        runner, key = self._runner, ("prefill", blocks, needs)
+        if key in self._graphs:
+            return
+        empty = pack([], runner.prefill_rows, runner.num_slots, least=blocks)
+        if blocks not in self._inputs:
+            self._inputs[blocks] = torch.empty_like(empty.flat, device=runner.device)
+        inputs = views(self._inputs[blocks], blocks, runner.prefill_rows)
+        inputs.flat.copy_(empty.flat)
+        width = runner.tables.history.shape[1]
+        self._capture(key, lambda: runner.prefill_step(inputs, width, needs), f"a prefill of {blocks} blocks")
+
+    def blocks(self, least: int, needs: Needs) -> int:
+        """Blocks of a prefill pass of `least`: the next captured size up to four times that, else a power of two."""
+        least = max(MIN_BLOCKS, _power_of_two(least))
+        return next((size for size in (least, 2 * least, 4 * least) if ("prefill", size, needs) in self._graphs), least)
+
     def _capture(self, key: Any, body: Callable[[], torch.Tensor], what: str) -> None:
-        runner = self._runner
+        runner, began = self._runner, time.perf_counter()
         runner.activity = f"capturing {what}"
         try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(2):
-                    body()
+                body()  # kernels are compiled, workspaces made
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 facts = body()
             self._pool = self._pool or graph.pool()
             self._graphs[key] = (graph, facts)
+            self._owed.pop(key, None)
+            self._capture_ms = (time.perf_counter() - began) * 1000
         finally:
             runner.activity = None
 

@@ -4,9 +4,10 @@ decoding."""
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -21,13 +22,17 @@ from .fused_step import close_step, keep_heads, open_step
 from .graphs import StepGraphs
 from .logprobs import NUM_TOLD, read_logprobs
 from .lookup import lookup
-from .packed import Packed, Run, block_view, pack
+from .packed import BLOCK, Packed, Run, block_view, pack
 from .plan import Shape, heads_fill, held_by
 from .tables import PLAIN, Admission, Needs, SlotTables
 from .transfer import Started, to_device
 from .tree import assemble
 from .workers import give_up_workers
 
+if TYPE_CHECKING:
+    from .step_times import StepTimer
+
+log = logging.getLogger(__name__)
 ROW_BUDGET = {"cpu": 16, "cuda": 256}  # rows × nodes of one pass, until step times are measured
 TIMED_LENGTH = 192  # tokens of history of the steps that are timed
 PREFILL_ROWS = {"cpu": 1, "cuda": 64}  # prompts of one prefill pass; a CPU is busy with one
@@ -74,6 +79,7 @@ class ModelRunner:
         self.has_heads = drafter is not None
         self.expected = tuple(expected)
         self.step_ms: Mapping[tuple[int, int], float] = {}
+        self.to_time: StepTimer | None = None  # while the engine idles
         self._held_by = {nodes: held_by(shapes, nodes) for nodes in self.node_choices}
         self._graphs = StepGraphs(self) if self.device.type == "cuda" and forward.can_capture else None
         self.overlaps = self._packs = self._graphs is not None
@@ -143,7 +149,8 @@ class ModelRunner:
 
     def _prefill_packed(self, runs: Sequence[Run], needs: Needs) -> torch.Tensor:
         assert self._graphs is not None
-        packed = pack(runs, self.prefill_rows, self.num_slots)
+        blocks = self._graphs.blocks(sum(-(-len(run.tokens) // BLOCK) for run in runs), needs)
+        packed = pack(runs, self.prefill_rows, self.num_slots, least=blocks)
         return self._graphs.prefill(packed, needs)[: len(runs)]
 
     def prefill_step(self, packed: Packed, width: int, needs: Needs) -> torch.Tensor:
@@ -353,7 +360,15 @@ class ModelRunner:
     def rest(self) -> bool:
         if self.device.type == "cpu":
             give_up_workers()
-        return self._graphs is not None and self._graphs.prepare(self._shapes.values())
+        if self._graphs is None:
+            return False
+        try:
+            if self.to_time is not None and not self.to_time.turn():
+                self.to_time = None
+        except torch.OutOfMemoryError as error:
+            log.warning("Steps are not timed: %s", error)
+            self.to_time = None
+        return self.to_time is not None or self._graphs.prepare(self._shapes.values())
 
     def _poison(self, slot: int) -> None:
         """Masked NaN rows of V would still give NaN: such a slot is zeroed before it rests or serves again."""

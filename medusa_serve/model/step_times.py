@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from .measured import machine_key, recall, remember
 if TYPE_CHECKING:
     from .runner import ModelRunner
 
+log = logging.getLogger(__name__)
 ROWS = {"cpu": (1, 4, 8), "cuda": (1, 8, 64)}  # between and past them, times lie on lines
 MOST = {"cpu": 32, "cuda": 2048}  # rows x nodes of a step that is measured
 
@@ -22,7 +24,8 @@ def worth_timing(runner: ModelRunner, weights: int) -> bool:
 
 def time_steps(runner: ModelRunner, what: str, cache: Path) -> str:
     """Fill `runner.step_ms`, from the cache where this machine measured `what` before; → a note. All slots must be
-    free."""
+    free. Where steps are captured, only the largest is measured now (it shows whether the memory is enough), the others
+    while the engine idles: their kernels take a new machine a minute to compile."""
     rows = sorted({min(count, runner.num_slots) for count in ROWS[runner.device.type]})
     cells = [(b, n) for b in rows for n in runner.node_choices if b == 1 or b * n <= MOST[runner.device.type]]
     key = f"steps of {what}, {runner.num_slots} slots of {runner.max_context}: {machine_key(str(runner.device))}"
@@ -30,7 +33,37 @@ def time_steps(runner: ModelRunner, what: str, cache: Path) -> str:
     if isinstance(known, dict) and set(known) == {f"{b}x{n}" for b, n in cells}:
         runner.step_ms = {(b, n): float(known[f"{b}x{n}"]) for b, n in cells}
         return "steps were timed at an earlier start"
-    runner.step_ms = {(b, n): runner.time_step(b, n) for b, n in cells}
-    kept = remember(cache, key, {f"{b}x{n}": round(ms, 4) for (b, n), ms in runner.step_ms.items()})
+    timer = StepTimer(runner, cells, cache, key)
+    if runner.overlaps:
+        timer.measure(max(cells, key=lambda cell: cell[0] * cell[1]))
+        runner.to_time = timer
+        return "steps are timed while the engine idles"
+    while timer.turn():
+        pass
     one = ", ".join(f"{n}: {runner.step_ms[1, n]:.1f}" for n in runner.node_choices)
-    return f"steps timed (one row, ms by nodes: {one})" + (f"; {kept}" if kept else "")
+    return f"steps timed (one row, ms by nodes: {one})"
+
+
+class StepTimer:
+    """Measures cells (B, N) one by one; the runner gets the times when all are there."""
+
+    def __init__(self, runner: ModelRunner, cells: list[tuple[int, int]], cache: Path, key: str) -> None:
+        self._runner, self._cells, self._cache, self._key = runner, cells, cache, key
+        self._ms: dict[tuple[int, int], float] = {}
+
+    def measure(self, cell: tuple[int, int]) -> None:
+        self._ms[cell] = self._runner.time_step(*cell)
+
+    def turn(self) -> bool:
+        """Measure the next cell; → whether there are more of them. All slots must be free."""
+        missing = [cell for cell in self._cells if cell not in self._ms]
+        if missing:
+            self.measure(missing[0])
+        if len(missing) > 1:
+            return True
+        self._runner.step_ms = {cell: self._ms[cell] for cell in self._cells}
+        rounded = {f"{b}x{n}": round(ms, 4) for (b, n), ms in self._runner.step_ms.items()}
+        problem = remember(self._cache, self._key, rounded)
+        if problem:
+            log.warning("Step times are measured again at the next start: %s.", problem)
+        return False

