@@ -158,6 +158,8 @@ def _add_model_options(parser: argparse.ArgumentParser, *, heads: bool = True) -
         group.add_argument("--quantize", default="auto", help=about)
         about = "on a GPU the decoder layers (the default); on a CPU small passes as C++, a minute each, then kept"
         group.add_argument("--compile", action=argparse.BooleanOptionalAction, help=about)
+        about = "on a CPU: the same text, bit for bit, whatever the tree and the company (default: where it holds)"
+        group.add_argument("--exact", action=argparse.BooleanOptionalAction, help=about)
     return group
 
 
@@ -207,6 +209,7 @@ def _engine_config(options: argparse.Namespace) -> EngineConfig:
         lookup=not options.no_lookup,
         draft_vocab=options.draft_vocab,
         compile=options.compile,
+        exact=options.exact,
         prefill_chunk=options.prefill_chunk,
         max_queue=getattr(options, "max_queue", EngineConfig.max_queue),
     )

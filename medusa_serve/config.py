@@ -33,6 +33,8 @@ class EngineConfig:
                  list 16384 on a CPU
     compile      on a GPU the decoder layers, unless it is false; on a CPU, if it is true, the passes of one row over
                  small trees as C++, built at the first start (minutes) and kept
+    exact        on a CPU in bfloat16, int8 or int4: the same text whatever the tree, the company and the chunks of a
+                 prompt, bit for bit; None: where a test at load shows that it holds, and nothing is compiled
     prefill_chunk  prompt tokens of one pass at most; smaller while others decode
     max_queue    sequences that may wait for a slot; one more is refused (429)
     """
@@ -48,6 +50,7 @@ class EngineConfig:
     lookup: bool = True
     draft_vocab: int | None = None
     compile: bool | None = None
+    exact: bool | None = None
     prefill_chunk: int = 512
     max_queue: int = 64
 
@@ -74,6 +77,10 @@ class EngineConfig:
             raise InvalidConfig(f"quantize nf4 computes in half precision, not in {self.dtype}.", param="quantize")
         if not isinstance(self.compile, bool | None):
             raise InvalidConfig(f"compile must be true or false, not {self.compile!r}.", param="compile")
+        if not isinstance(self.exact, bool | None):
+            raise InvalidConfig(f"exact must be true or false, not {self.exact!r}.", param="exact")
+        if self.exact and self.compile:
+            raise InvalidConfig("exact passes are not the compiled ones: choose one of the two.", param="exact")
         check_int(self, "slots", 1, 1024, optional=True)
         check_int(self, "max_context", 8, 2**22, optional=True)
         check_int(self, "draft_vocab", 0, 2**31, optional=True)

@@ -9,7 +9,8 @@ so keys and values are read once.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -174,15 +175,29 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    exact: bool = False,
 ) -> torch.Tensor:
-    """query (B, heads, N, dim) · keys, values: the slab's layer (S, C, kv_heads, dim) → (B, N, heads, value dim)"""
-    if softcap is not None or sinks is not None:
-        return reference_attention(query, keys, values, view, scaling, window, softcap, sinks)
+    """query (B, heads, N, dim) · keys, values: the slab's layer (S, C, kv_heads, dim) → (B, N, heads, value dim)
+
+    exact: on a CPU, a token's result depends on the tokens that it sees alone, bit for bit"""
+    if exact and softcap is None and sinks is None and has_numba():
+        from . import canonical
+
+        if canonical.fits(query, keys, values, view):
+            return canonical.canonical_attention(query, keys, values, view, scaling, window)
+    if exact or softcap is not None or sinks is not None:
+        wide = torch.float64 if exact else torch.float32
+        return reference_attention(query, keys, values, view, scaling, window, softcap, sinks, wide)
     if query.device.type == "cpu":
         return _by_row(query, keys, values, view, scaling, window)
     if splitk.fits(query, values, view):
         return splitk.tree_attention(query, keys, values, view, scaling, window)
     return _by_batch(query, keys, values, view, scaling, window)
+
+
+@lru_cache
+def has_numba() -> bool:
+    return find_spec("numba") is not None
 
 
 def _by_row(query, keys, values, view, scaling, window):
@@ -221,13 +236,14 @@ def _gathered(keys: torch.Tensor, values: torch.Tensor, view: View) -> tuple[tor
     return keys[view.slots, :width], values[view.slots, :width]
 
 
-def reference_attention(query, keys, values, view, scaling, window=None, softcap=None, sinks=None):
-    """The slow, plain form: matrix products in at least float32 over everything. What every fast path is compared with,
-    and the path of models with a soft cap (Gemma 2) or attention sinks (gpt-oss)."""
+def reference_attention(query, keys, values, view, scaling, window=None, softcap=None, sinks=None, wide=torch.float32):
+    """The slow, plain form: matrix products in at least `wide` over everything. What every fast path is compared with,
+    and the path of models with a soft cap (Gemma 2) or attention sinks (gpt-oss). In float64 sums in another order
+    differ far behind what bfloat16 keeps of them."""
     rows, heads, new, _ = query.shape
     k, v = _gathered(keys, values, view)
     group = heads // k.shape[2]
-    wide = torch.promote_types(query.dtype, torch.float32)
+    wide = torch.promote_types(query.dtype, wide)
     k = k.permute(0, 2, 1, 3).repeat_interleave(group, dim=1).to(wide)
     v = v.permute(0, 2, 1, 3).repeat_interleave(group, dim=1).to(wide)
     scores = query.to(wide) @ k.transpose(-1, -2) * scaling

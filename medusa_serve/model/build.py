@@ -15,6 +15,7 @@ from ..errors import LoadError
 from .compiled import compile_passes
 from .default_model import cache_folder
 from .draft import Drafter
+from .exact import make_exact
 from .forward import PlainForward, PlugInError, TreeForward, kv_shapes, uses_alibi
 from .fused_heads import fuse_heads
 from .layers import fuse_layers
@@ -156,6 +157,12 @@ def _plug_in(
                     forward, lambda: check(forward, prompts, wanted, slots, packed=True), wanted=config.compile
                 )
                 notes.append(note)
+        try:
+            exact = make_exact(forward, False if config.compile and config.exact is None else config.exact, slots)
+        except LoadError:
+            forward.close()
+            raise
+        notes += [exact] if exact else []
     except PlugInError as reason:
         slots, why = (config.slots, "as asked") if config.slots else (8, "the default for plain decoding")
         return None, slots, why, None, str(reason)

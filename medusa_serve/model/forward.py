@@ -128,6 +128,7 @@ class TreeForward:
         self.model, self.max_positions, self.hidden_inputs = model, max_positions, tuple(hidden_inputs)
         self.compiled: Any = None  # CompiledPasses, once there are some
         self.layers: Any = None  # FusedLayers, once there are some
+        self.exact = False  # as attention.attend's; exact.py sets it
         self._traced_attention: Callable[..., torch.Tensor] | None = None
         places, shape = layer_devices(model), (kv_shapes(model), slots, columns, model.dtype)
         self.is_split, self.can_capture = bool(places), not places
@@ -173,7 +174,7 @@ class TreeForward:
                 view = view.on(query.device)
                 out = attend(view.unpack(query), key, value, view, scaling, sliding_window, softcap, s_aux)
             return (out.flatten(0, 1)[None] if view.packed else out), None
-        out = attend(view.unpack(query), key, value, view, scaling, sliding_window, softcap, s_aux)
+        out = attend(view.unpack(query), key, value, view, scaling, sliding_window, softcap, s_aux, self.exact)
         return (out.flatten(0, 1)[None] if view.packed else out), None
 
     @property
@@ -193,7 +194,7 @@ class TreeForward:
         """What a layer's cache and attention do in a pass, for a layer that was traced without them."""
         cache = self._slab_cache
         keys, values = cache.update(key, value, layer)
-        out = attend(cache.view.unpack(query), keys, values, cache.view, scaling, window)
+        out = attend(cache.view.unpack(query), keys, values, cache.view, scaling, window, exact=self.exact)
         return (out.flatten(0, 1)[None] if cache.view.packed else out).contiguous()
 
     @contextlib.contextmanager
@@ -261,6 +262,10 @@ class TreeForward:
     def close(self) -> None:
         if self.layers is not None:
             self.layers.close()
+        if self.exact:
+            from .exact import leave_rows
+
+            leave_rows(self.model)
         self._tap.close()
         self.detach()
         del self.cache, self._slab_cache

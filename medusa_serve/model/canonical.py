@@ -1,0 +1,178 @@
+"""Attention on a CPU whose sums have one order: a token's result depends on the tokens that it sees and on nothing
+else, bit for bit. No tree, no batch and no chunking of a prompt changes it.
+
+Each query adds up along its own path, the history and then its ancestors, by the same compiled code for any path of
+that length; where a key lies in the slab, and what else lies there, does not matter. Sums are float32. Faster than
+SDPA for few queries: one call, no mask.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import carray, njit
+
+from .attention import View
+from .native import OPTIONS, exponential, half, pointer, wide
+
+TILE = 4  # queries that read a key together
+LANES = 16
+
+
+def fits(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, view: View) -> bool:
+    slabs = keys.is_contiguous() and values.is_contiguous()
+    return query.dtype == keys.dtype == torch.bfloat16 and slabs and query.stride(3) == 1 and view.num_new <= 64
+
+
+def canonical_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, view: View, scaling: float, window: int | None
+) -> torch.Tensor:
+    """As attention.attend, for bfloat16 on a CPU: query (B, heads, N, dim), keys, values (S, C, kv_heads, dim) →
+    (B, N, heads, value dim)"""
+    rows, heads, new, dim = query.shape
+    slots, columns, kv_heads, value_dim = values.shape
+    out = query.new_empty(rows, new, heads, value_dim)
+    room = view.width + TILE
+    scratch = torch.empty(TILE * (room + dim + value_dim))
+    bits = 0 if view.causal else view.bits.data_ptr()
+    _attend(
+        query.data_ptr(), query.stride(0), query.stride(1), query.stride(2),
+        keys.data_ptr(), values.data_ptr(), out.data_ptr(), scratch.data_ptr(),
+        view.slots.data_ptr(), view.length.data_ptr(), view.positions.data_ptr(), view.positions.stride(0), bits,
+        rows, new, heads, kv_heads, columns, dim, value_dim, room, scaling, window or 0,
+    )  # fmt: skip
+    return out
+
+
+@njit(inline="never", **OPTIONS)
+def _scores(q, keys, kv, count, out):
+    """out[i, t] = q[i] · key t, of a tile's four queries and the first `count` keys."""
+    q0, q1, q2, q3 = q[0], q[1], q[2], q[3]
+    for t in range(count):
+        key = keys[t, kv]
+        a0, a1, a2, a3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        for d in range(q.shape[1]):
+            x = wide(key[d])
+            a0 += q0[d] * x
+            a1 += q1[d] * x
+            a2 += q2[d] * x
+            a3 += q3[d] * x
+        out[0, t] = a0
+        out[1, t] = a1
+        out[2, t] = a2
+        out[3, t] = a3
+
+
+@njit(inline="never", **OPTIONS)
+def _softmax(row, count, scale, lanes):
+    """e^((score - largest) · scale) in place; → their sum"""
+    lanes[:] = row[0]
+    for t in range(0, count - LANES + 1, LANES):
+        for lane in range(LANES):
+            lanes[lane] = row[t + lane] if row[t + lane] > lanes[lane] else lanes[lane]
+    largest = lanes[0]
+    for lane in range(1, LANES):
+        largest = max(largest, lanes[lane])
+    for t in range(count - count % LANES, count):
+        largest = max(largest, row[t])
+    for t in range(count):
+        row[t] = exponential((row[t] - largest) * scale)
+    total = np.float32(0)
+    for t in range(count):
+        total += row[t]
+    return total
+
+
+@njit(inline="never", **OPTIONS)
+def _weigh(weights, values, kv, first, count, out):
+    """out[i] += weights[i, t] · value t, of a tile's four queries."""
+    o0, o1, o2, o3 = out[0], out[1], out[2], out[3]
+    for t in range(first, count):
+        value = values[t, kv]
+        w0, w1, w2, w3 = weights[0, t], weights[1, t], weights[2, t], weights[3, t]
+        for d in range(out.shape[1]):
+            x = wide(value[d])
+            o0[d] += w0 * x
+            o1[d] += w1 * x
+            o2[d] += w2 * x
+            o3[d] += w3 * x
+
+
+@njit(inline="never", **OPTIONS)
+def _weigh_one(weight, value, out):
+    for d in range(out.shape[0]):
+        out[d] += weight * wide(value[d])
+
+
+@njit(cache=True, nogil=True, **OPTIONS)
+def _attend(
+    query_at, query_row, query_head, query_new, keys_at, values_at, out_at, scratch_at,
+    slots_at, length_at, positions_at, positions_row, bits_at,
+    rows, new, heads, kv_heads, columns, dim, value_dim, room, scaling, window,
+):  # fmt: skip
+    """query_row, _head, _new: strides · bits_at: 0 where each query sees all columns up to its position"""
+    group, scale = heads // kv_heads, np.float32(scaling)
+    slots, lengths = carray(pointer(slots_at), (rows,), np.int64), carray(pointer(length_at), (rows,), np.int64)
+    positions = carray(pointer(positions_at), (rows * positions_row + new,), np.int64)
+    bits = carray(pointer(bits_at), (rows, new), np.int64)
+    out = carray(pointer(out_at), (rows, new, heads, value_dim), np.uint16)
+    scores = carray(pointer(scratch_at), (TILE, room), np.float32)
+    q = carray(pointer(scratch_at + 4 * TILE * room), (TILE, dim), np.float32)
+    sums = carray(pointer(scratch_at + 4 * TILE * (room + dim)), (TILE, value_dim), np.float32)
+    first, total = np.empty(TILE, np.int64), np.empty(TILE, np.int64)
+    weight, lanes = np.empty(TILE, np.float32), np.empty(LANES, np.float32)
+    for b in range(rows):
+        length, slot = lengths[b], slots[b] * columns * kv_heads
+        keys = carray(pointer(keys_at + 2 * slot * dim), (columns, kv_heads, dim), np.uint16)
+        values = carray(pointer(values_at + 2 * slot * value_dim), (columns, kv_heads, value_dim), np.uint16)
+        for kv in range(kv_heads):
+            for tile in range(0, new * group, TILE):
+                reach, begin, shared = 0, 0, columns
+                for i in range(TILE):
+                    n, head = _place(tile + i, new, group, kv)
+                    at = query_at + 2 * (b * query_row + head * query_head + n * query_new)
+                    numbers = carray(pointer(at), (dim,), np.uint16)
+                    for d in range(dim):
+                        q[i, d] = wide(numbers[d])
+                    for d in range(value_dim):
+                        sums[i, d] = np.float32(0)
+                    total[i] = positions[b * positions_row + n] + 1
+                    first[i] = max(0, total[i] - window) if window else 0
+                    reach = max(reach, length + n + 1 if bits_at else total[i])
+                    begin = max(begin, first[i])
+                    shared = min(shared, length if bits_at else total[i])
+                _scores(q, keys, kv, reach, scores)
+                for i in range(TILE):
+                    n, _ = _place(tile + i, new, group, kv)
+                    if bits_at:  # scores of the ancestors close up behind the history's
+                        place = length
+                        for j in range(n + 1):
+                            if (bits[b, n] >> j) & 1:
+                                scores[i, place] = scores[i, length + j]
+                                place += 1
+                    weight[i] = _softmax(scores[i, first[i] :], total[i] - first[i], scale, lanes)
+                    for t in range(first[i], min(begin, shared)):
+                        _weigh_one(scores[i, t], values[t, kv], sums[i])
+                if begin < shared:
+                    _weigh(scores, values, kv, begin, shared, sums)
+                for i in range(TILE):
+                    n, head = _place(tile + i, new, group, kv)
+                    place = shared
+                    if bits_at:
+                        for j in range(n + 1):
+                            if (bits[b, n] >> j) & 1:
+                                if place >= first[i]:
+                                    _weigh_one(scores[i, place], values[length + j, kv], sums[i])
+                                place += 1
+                    else:
+                        for t in range(max(first[i], shared), total[i]):
+                            _weigh_one(scores[i, t], values[t, kv], sums[i])
+                    for d in range(value_dim):
+                        out[b, n, head, d] = half(sums[i, d] / weight[i])
+
+
+@njit(inline="always", **OPTIONS)
+def _place(index, new, group, kv):
+    """(token, head) of a packed query; behind the last one, the last again."""
+    index = min(index, new * group - 1)
+    return index // group, kv * group + index % group
