@@ -91,8 +91,11 @@ def memory_of(model: Any, runner: ModelRunner) -> dict[str, int]:
 
 
 def forget_peak(device: torch.device) -> None:
+    import gc
+
     import torch
 
     if device.type == "cuda":
+        gc.collect()  # graphs and runners know each other
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -19,10 +19,10 @@ Row = dict[str, Any]
 KINDS = ("none", "nf4")
 CONTEXT = 2048
 RULE = (
-    "planned: weights, keys and values from the config alone, the heads as they are, and 0.75 GiB for graphs and "
-    "activations; measured: "
-    "the largest that PyTorch reserved over all sizes of tree. ms: of a step of one sequence with {length} tokens, as "
-    "`bench step` measures it. crossover: the fewest nodes from which on NF4 is not faster."
+    "planned: weights, keys and values from the config alone, the heads as they are, 0.75 GiB for graphs and "
+    "activations, and a layer of the four-bit weights in half precision; measured: the largest that PyTorch reserved "
+    "while an engine of one size of tree was built and made steps, over all sizes. ms: of a step of one sequence with "
+    "{length} tokens, as `bench step` measures it. crossover: the fewest nodes from which on NF4 is not faster."
 )
 
 
@@ -90,7 +90,7 @@ def compared(result: Row, kind: str, config: QuantConfig, context: int) -> Row:
     sizes = sizes_of(LlamaConfig(**SHAPES[config.random]))
     weights = sizes.weight_bytes("nf4" if kind == "nf4" else "none", 2)
     slab = (context + SLACK) * sizes.column * 2
-    planned = weights + most["heads"] + slab + LEAST_REST
+    planned = weights + most["heads"] + slab + LEAST_REST + sizes.spread_bytes(kind, 2)
     return {
         "planned": {"weights": weights, "all": planned},
         "measured": {

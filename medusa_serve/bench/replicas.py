@@ -30,7 +30,7 @@ from ..server.config import ReplicasConfig, ServerConfig
 from ..types import SamplingParams
 from . import http_load
 from .acceptance import numbers
-from .command import end_options, run_bench
+from .command import end_options, run_bench, write
 from .http_load import Stream, Target, summary
 from .shapes import SHAPES, random_llm
 
@@ -79,34 +79,33 @@ class ReplicasBenchConfig:
 # ---- the run -----------------------------------------------------------------------------------------------------
 
 
-def bench_replicas(engine: EngineConfig, config: ReplicasBenchConfig) -> Row:
-    """All parts asked for. Raises LoadError."""
+def bench_replicas(engine: EngineConfig, config: ReplicasBenchConfig, keep: Callable[[Row], None]) -> Row:
+    """All parts asked for. keep: is given what was found so far, after each load and part. Raises LoadError."""
     from .facts import command, facts
 
     # a closed loop is never refused
     engine = replace(engine, max_queue=max((engine.max_queue, *config.clients)))
-    found: Row = {}
-    try:
-        if set(config.parts) - {"split"}:
-            _under_ray(engine, config, found)
-        if "split" in config.parts:
-            found["split"] = split_text(engine, config.random)
-    except KeyboardInterrupt:  # minutes of a machine's time are not thrown away
-        if not found:
-            raise
-        found["interrupted"] = True
     names = ("replicas", "clients", "seconds", "tokens", "random", "parts")
-    return {
+    result = {
         "kind": "replicas",
         "rule": RULE.format(tokens=config.tokens, seconds=config.seconds, split_tokens=SPLIT_TOKENS),
         "machine": facts(),
         "command": command(),
         "options": {name: getattr(config, name) for name in names},
-        **found,
     }
 
+    def add(found: Row) -> None:
+        result.update(found)
+        keep(result)
 
-def _under_ray(engine: EngineConfig, config: ReplicasBenchConfig, found: Row) -> None:
+    if set(config.parts) - {"split"}:
+        _under_ray(engine, config, add)
+    if "split" in config.parts:
+        add({"split": split_text(engine, config.random)})
+    return result
+
+
+def _under_ray(engine: EngineConfig, config: ReplicasBenchConfig, add: Callable[[Row], None]) -> None:
     from ..server.replicas import cluster
     from ..training.pipeline import ProgressLine
     from .engine import read_prompts
@@ -128,16 +127,14 @@ def _under_ray(engine: EngineConfig, config: ReplicasBenchConfig, found: Row) ->
             run(http_load.closed_loop, target, 2 * count, start, 4 * count, 0.0)  # warms up
             start += 4 * count
             loads[count] = []
-            found["engine"] = running.facts()["facts"]
+            add({"engine": running.facts()["facts"]})
             for clients in config.clients:
                 line.show(f"{count} replicas, clients: {clients}")
                 samples = run(http_load.closed_loop, target, clients, start, None, config.seconds)
                 start += len(samples)
                 loads[count].append({"replicas": count, "clients": clients} | summary(samples))
-                found["loads"] = [row for rows in loads.values() for row in rows]
-        if loads:
-            found["ratios"] = ratios(loads)
-        found["engine"] = running.facts()["facts"]
+                add({"loads": [row for rows in loads.values() for row in rows]})
+        add({"engine": running.facts()["facts"]} | ({"ratios": ratios(loads)} if loads else {}))
 
         def update() -> None:  # another chunk of prefill: a replica with another config is another replica
             changed = replace(engine, prefill_chunk=engine.prefill_chunk // 2)
@@ -147,7 +144,8 @@ def _under_ray(engine: EngineConfig, config: ReplicasBenchConfig, found: Row) ->
             if part in config.parts:
                 line.show(part)
                 trouble = Trouble(running, run, target, config, start)
-                found[part], start = trouble.during(act), trouble.start
+                add({part: trouble.during(act)})
+                start = trouble.start
     line.leave()
 
 
@@ -340,4 +338,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    return run_bench(options, "replicas", ReplicasBenchConfig, bench_replicas, table)
+    def keep(result: Row) -> None:  # minutes of a machine's time are not thrown away
+        if options.out:
+            write(options.out, result)
+
+    return run_bench(options, "replicas", ReplicasBenchConfig, partial(bench_replicas, keep=keep), table)

@@ -98,8 +98,9 @@ def bench_step(engine: EngineConfig, config: StepConfig) -> dict[str, Any]:
         try:
             if nodes not in built.runner.node_choices:
                 raise LoadError(f"There is nothing to measure: {built.notes[-1]}.")
+            step_ms(built.runner, max(config.rows), nodes, config)
+            memory += [{"nodes": nodes, **memory_of(loaded.model, built.runner)}]  # before there is a second runner
             blocks += measure(built.runner, nodes, config)
-            memory += [{"nodes": nodes, **memory_of(loaded.model, built.runner)}]
         finally:
             built.runner.close()
         reads += read_rates(loaded.device)

@@ -29,8 +29,10 @@ GiB = 2**30
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of a model: in the decoder layers' linear weights, elsewhere, and of keys and values for one token."""
+    """Numbers of a model: in the linear weights of its decoder layers (and how many these are), elsewhere, and of keys
+    and values for one token."""
 
+    layers: int
     linear: int
     other: int
     column: int
@@ -41,6 +43,10 @@ class Sizes:
     def weight_bytes(self, quantize: str, itemsize: int) -> int:
         per = NF4_BYTES if quantize == "nf4" else itemsize
         return int(self.linear * per) + self.other * itemsize
+
+    def spread_bytes(self, quantize: str, itemsize: int) -> int:
+        """Of a layer's four-bit weights in half precision, which a pass of many tokens multiplies by."""
+        return self.linear // self.layers * itemsize if quantize == "nf4" else 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class MemoryPlan:
     context: int
     slot: int
     rest: int
+    spread: int = 0
     asked: str = "not one slot"
     advice: tuple[str, ...] = ()
 
@@ -82,7 +89,7 @@ class MemoryPlan:
     @property
     def expected(self) -> int:
         """What PyTorch will hold; of `rest` only what graphs and activations are known to take."""
-        return self.weights + self.heads + self.slots * self.slot + LEAST_REST
+        return self.weights + self.heads + self.slots * self.slot + LEAST_REST + self.spread
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "context_bytes": CONTEXT, "left": self.left, "fits": self.slots > 0}
@@ -120,6 +127,7 @@ def sizes_of(hf_config: Any) -> Sizes:
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Sizes(
+        layers=len(layers),
         linear=linear,
         other=sum(parameter.numel() for parameter in model.parameters()) - linear,
         column=2 * kv_heads * dim * len(layers),
@@ -144,8 +152,8 @@ def plan_memory(sizes: Sizes, memory: int, itemsize: int, config: EngineConfig) 
         fits = min(room // slot, slots or GPU_SLOTS)
         fits = 0 if slots is not None and fits < slots else fits
         asked = f"{slots} slots" if slots and slots > 1 else "not one slot"
-        rest = max(0, free) - room
-        return MemoryPlan(memory, quantize, why, weights, head_bytes, fits, context, slot, rest, asked)
+        rest, spread = max(0, free) - room, sizes.spread_bytes(quantize, itemsize)
+        return MemoryPlan(memory, quantize, why, weights, head_bytes, fits, context, slot, rest, spread, asked)
 
     if quantize == "auto":
         whole = at("none", "it fits as it is", slots, wanted, heads)

@@ -60,7 +60,10 @@ def test_every_cell_against_the_floor_and_one_node(
     monkeypatch.setattr("sys.argv", ["medusa-serve", "bench", "step", *arguments, f"--out={out}"])
     assert run(*arguments, f"--out={out}") == 0
     one_round = [((1,), 1), ((1, 4), 4)], [((1,), 1), ((1, 16), 16)]
-    expected = [(choices, batch, n) for each in one_round for _ in range(3) for batch in (1, 3) for choices, n in each]
+    expected = []
+    for each in one_round:
+        expected.append((each[1][0], 3, each[1][1]))  # of which the memory is asked
+        expected += [(choices, batch, n) for _ in range(3) for batch in (1, 3) for choices, n in each]
     assert asked == expected
     result = json.loads(out.read_text())
     shape = SHAPES["tiny"]
