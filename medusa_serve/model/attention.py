@@ -67,7 +67,14 @@ class View:
 
     def unpack(self, x: torch.Tensor) -> torch.Tensor:
         """What a layer computed for the rows: (1, heads, B·N, dim) → (B, heads, N, dim) where they are packed."""
-        return x[0].unflatten(1, self.positions.shape).transpose(0, 1) if self.packed else x
+        if not self.packed or self.positions.shape[0] == 1:
+            return x
+        return x[0].unflatten(1, self.positions.shape).transpose(0, 1)
+
+    def pack(self, out: torch.Tensor) -> torch.Tensor:
+        """What attention gave the rows, (B, N, heads, dim), as a layer goes on with it: (1, B·N, heads, dim) where they
+        are packed."""
+        return out.flatten(0, 1)[None] if self.packed and self.positions.shape[0] > 1 else out
 
     @property
     def causal(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 from ..config import EngineConfig
 from ..errors import LoadError
+from .attention import has_numba
 from .compiled import compile_passes
 from .default_model import cache_folder
 from .draft import Drafter
@@ -157,6 +158,12 @@ def _plug_in(
                     forward, lambda: check(forward, prompts, wanted, slots, packed=True), wanted=config.compile
                 )
                 notes.append(note)
+        if _may_trace(forward, config):
+            from .native_layers import native_layers
+
+            with torch.inference_mode():
+                packed = lambda: check(forward, prompts, wanted, slots, packed=True)  # noqa: E731
+                notes.append(native_layers(forward, packed))
         try:
             exact = make_exact(forward, False if config.compile and config.exact is None else config.exact, slots)
         except LoadError:
@@ -167,3 +174,10 @@ def _plug_in(
         slots, why = (config.slots, "as asked") if config.slots else (8, "the default for plain decoding")
         return None, slots, why, None, str(reason)
     return forward, slots, why, error, None
+
+
+def _may_trace(forward: TreeForward, config: EngineConfig) -> bool:
+    """Whether the layers' passes on a CPU are to be traced: not where they are compiled whole, or left as they are."""
+    model = forward.model
+    wanted = config.compile is None and model.device.type == "cpu" and model.dtype == torch.bfloat16
+    return wanted and has_numba() and not forward.is_split

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from . import splitk
+from .attention import has_numba
 
 
 class SlotCache:
@@ -27,6 +28,7 @@ class SlotCache:
         shape = (len(layers), slots, columns, kv_heads)
         self.keys = torch.zeros(*shape, key_dim, dtype=dtype, device=device)
         self.values = torch.zeros(*shape, value_dim, dtype=dtype, device=device)
+        self._native = self.keys.device.type == "cpu" and dtype == torch.bfloat16 and has_numba()
 
     def write(
         self, layer: int, slots: torch.Tensor, columns: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -38,6 +40,12 @@ class SlotCache:
         key_slab, value_slab = self.keys[layer], self.values[layer]
         if splitk.available(key_slab.device) and keys.stride(3) == 1 == values.stride(3):
             splitk.write_rows(key_slab, value_slab, slots, columns, keys, values)
+            return key_slab, value_slab
+        if self._native and keys.stride(3) == 1 == values.stride(3):
+            from .native_ops import write_rows
+
+            write_rows(key_slab, slots, columns, keys)
+            write_rows(value_slab, slots, columns, values)
             return key_slab, value_slab
         key_slab[slots[:, None], columns] = keys.transpose(1, 2)
         value_slab[slots[:, None], columns] = values.transpose(1, 2)

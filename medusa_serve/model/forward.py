@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -128,6 +129,7 @@ class TreeForward:
         self.model, self.max_positions, self.hidden_inputs = model, max_positions, tuple(hidden_inputs)
         self.compiled: Any = None  # CompiledPasses, once there are some
         self.layers: Any = None  # FusedLayers, once there are some
+        self.packs = False  # whether all passes see their rows as one: traced layers of a CPU want that
         self.exact = False  # as attention.attend's; exact.py sets it
         self._traced_attention: Callable[..., torch.Tensor] | None = None
         places, shape = layer_devices(model), (kv_shapes(model), slots, columns, model.dtype)
@@ -173,9 +175,9 @@ class TreeForward:
             with torch.cuda.device_of(query):  # kernels of our own start on the current GPU
                 view = view.on(query.device)
                 out = attend(view.unpack(query), key, value, view, scaling, sliding_window, softcap, s_aux)
-            return (out.flatten(0, 1)[None] if view.packed else out), None
+            return view.pack(out), None
         out = attend(view.unpack(query), key, value, view, scaling, sliding_window, softcap, s_aux, self.exact)
-        return (out.flatten(0, 1)[None] if view.packed else out), None
+        return view.pack(out), None
 
     @property
     def view(self) -> View | None:
@@ -195,7 +197,7 @@ class TreeForward:
         cache = self._slab_cache
         keys, values = cache.update(key, value, layer)
         out = attend(cache.view.unpack(query), keys, values, cache.view, scaling, window, exact=self.exact)
-        return (out.flatten(0, 1)[None] if cache.view.packed else out).contiguous()
+        return cache.view.pack(out).contiguous()
 
     @contextlib.contextmanager
     def traced_with(self, attention: Callable[..., torch.Tensor]) -> Iterator[None]:
@@ -212,6 +214,11 @@ class TreeForward:
         """tokens (B, N), -1 empty → logits (B, N, V), hidden (B, N, M·H); with last_only of the last token alone."""
         if self.compiled is not None and self.compiled.covers(view):
             return self.compiled.run(tokens, view)
+        if self.packs and not view.packed:
+            view = replace(view, packed=True)
+            if last_only:
+                rows, new = tokens.shape
+                return self.run_packed(tokens, view, torch.arange(new - 1, rows * new, new))
         if view.packed:
             out, hidden = self._pass(tokens.reshape(1, -1), view.positions.reshape(1, -1), view, None), self._tap.take()
             shape = tokens.shape

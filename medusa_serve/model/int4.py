@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .int8 import MAX_ROWS
 
 GROUP = 32  # weights of a row that share a scale
+BLOCK = 64  # output rows of a block in the kernel's own order
 ROW_MULTIPLE = 16  # the kernel packs that many output rows together
 OFF_GRID = 1e-5  # of a tensor's largest weight: how far float32 may put a weight beside its step
 PEEK_ROWS = 64  # of a file's tensor that are looked at before anything is loaded
@@ -65,7 +66,27 @@ class Int4Linear(nn.Module):
         scales = torch.rand(1, in_features // GROUP, out_features, 2).bfloat16()
         return cls(torch._convert_weight_to_int4pack_for_cpu(steps, 2)[None], scales)
 
+    @staticmethod
+    def can_merge(layers: list[Any]) -> bool:
+        """Whether these may become one: in the kernel's order whole blocks of rows lie one behind the other."""
+        inputs = {(layer.in_features, layer.packed.shape[0]) for layer in layers}
+        return len(inputs) == 1 and all(layer.bias is None and layer.out_features % BLOCK == 0 for layer in layers)
+
+    @classmethod
+    def merged(cls, layers: list[Int4Linear]) -> Int4Linear:
+        """One layer with the outputs of all, whose weights the layers share."""
+        sizes = [layer.out_features for layer in layers]
+        whole = cls(
+            torch.cat([layer.packed for layer in layers], dim=1), torch.cat([layer.scales for layer in layers], dim=2)
+        )
+        for layer, rows in zip(layers, whole.packed.split(sizes, dim=1), strict=True):
+            layer.packed = rows
+        return whole
+
     def forward(self, x: Tensor) -> Tensor:
+        rows = x.numel() // self.in_features
+        if rows <= MAX_ROWS and self.bias is None and x.dtype == torch.bfloat16 and x.is_contiguous():
+            return self._product(x.view(rows, -1)).view(*x.shape[:-1], -1)
         flat = x.reshape(-1, self.in_features).bfloat16().contiguous()
         parts = [self._product(rows) for rows in flat.split(MAX_ROWS)]
         out = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)

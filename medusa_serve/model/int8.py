@@ -42,6 +42,20 @@ class Int8Linear(nn.Module):
         bias = None if linear.bias is None else linear.bias.detach().bfloat16()
         return cls(*quantized(linear.weight.detach()), bias)
 
+    @staticmethod
+    def can_merge(layers: list[Any]) -> bool:
+        """Whether these may become one."""
+        return len({layer.in_features for layer in layers}) == 1 and all(layer.bias is None for layer in layers)
+
+    @classmethod
+    def merged(cls, layers: list[Int8Linear]) -> Int8Linear:
+        """One layer with the outputs of all, whose weights the layers share."""
+        whole = cls(torch.cat([layer.weight for layer in layers]), torch.cat([layer.scale for layer in layers]))
+        sizes = [layer.out_features for layer in layers]
+        for layer, weight, scale in zip(layers, whole.weight.split(sizes), whole.scale.split(sizes), strict=True):
+            layer.weight, layer.scale = weight, scale
+        return whole
+
     def forward(self, x: Tensor) -> Tensor:
         out = int8_product(x, self.weight, self.scale)
         return out if self.bias is None else out + self.bias

@@ -156,6 +156,7 @@ class _Operator:
         def shape(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:
             return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
+        self.attend = attend
         self._library.impl(name, attend, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{SPACE}::{name}", shape, lib=self._library)
         self.call: Callable[..., Tensor] = getattr(taken, name).default
