@@ -12,8 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- address -->\n", "<!-- end of address -->\n"
 NONE = (
-    "The repository's address is not set yet (`URL` in `setup.py`), so there is no badge: upload\n"
-    "`notebooks/01_serve.ipynb`, and beside it this folder or a zip of it, and *Run all*.\n"
+    "The repository's address is not set yet (`URL` in `setup.py`), so there is no badge. Make a zip of this folder:\n"
+    "`git archive -o medusa_serve.zip HEAD`. In Colab: *File, Upload notebook*, `notebooks/01_serve.ipynb`; then the\n"
+    "zip into *Files* at the left. In Kaggle: *File, Import Notebook*; the zip by *Add Input, Upload*. *Run all*.\n"
 )
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 COLAB = "https://colab.research.google.com/github"

@@ -102,7 +102,7 @@ def test_requirements_are_lower_bounds_that_colab_meets() -> None:
         name, bound = line.split(">=")
         if name in oldest:
             assert tuple(map(int, bound.split("."))) <= oldest[name], line
-    assert {"pytest", "nbmake"} == {name_of(line) for line in requirements("tests")}
+    assert {"pytest", "nbmake", "matplotlib"} == {name_of(line) for line in requirements("tests")}
 
 
 def test_every_import_of_the_package_is_required() -> None:

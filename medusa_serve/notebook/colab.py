@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from urllib.parse import quote
 
 from ..errors import TunnelError
 
 HOSTS = ("*.colab.dev", "*.googleusercontent.com")  # names that its proxy may put into Host headers
+ANSWER_S = 10.0  # for the notebook's page to say the address; where none is open nobody does
 
 
 def proxy_url(port: int) -> str:
@@ -15,20 +17,27 @@ def proxy_url(port: int) -> str:
         from google.colab import output
     except ImportError:
         raise TunnelError("Only Colab has a port proxy; elsewhere open the server's own address.") from None
-    url = output.eval_js(f"google.colab.kernel.proxyPort({int(port)}, {{cache: false}})")
+    url: object = None
+    with contextlib.suppress(Exception):  # its own TimeoutException among others: said below
+        url = output.eval_js(f"google.colab.kernel.proxyPort({int(port)}, {{cache: false}})", timeout_sec=ANSWER_S)
     if not isinstance(url, str) or not url.startswith("https://"):
         raise TunnelError("Colab gave no address for this port: run the cell from its page, with cookies allowed.")
     return url
 
 
+def page(key: str | None) -> str:
+    """The path of the chat page, with the key in the fragment, which browsers do not send."""
+    return "/" if key is None else f"/#key={quote(key, safe='')}"
+
+
 def show_page(port: int, *, key: str | None = None, height: int = 720) -> None:
     """The chat page below the cell: answering and Stop do not touch the kernel, so they work while a cell runs.
 
-    The key travels in the URL's fragment, which browsers do not send. Raises TunnelError outside Colab.
+    Raises TunnelError outside Colab.
     """
     try:
         from google.colab import output
     except ImportError:
         raise TunnelError("Only Colab shows a port below a cell; elsewhere open the server's own address.") from None
-    path = "/" if key is None else f"/#key={quote(key, safe='')}"
+    path = page(key)
     output.serve_kernel_port_as_iframe(int(port), path=path, height=str(height), cache_in_notebook=False)

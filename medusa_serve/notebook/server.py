@@ -11,10 +11,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import quote
 
 from ..config import EngineConfig
-from ..errors import InvalidRequest, LoadError, MedusaServeError, ShuttingDown
+from ..errors import InvalidRequest, LoadError, MedusaServeError, ShuttingDown, TunnelError
 from ..server.config import ServerConfig
 from ..server.serve import CLOSE_S
 from ..types import Completion, Delta, SamplingParams
@@ -225,17 +224,21 @@ class Server:
 
     def show_page(self, height: int = 640) -> None:
         """The server's own chat page below the cell. Answering there does not need the kernel, so Stop works while a
-        cell runs. In Colab through its port proxy; elsewhere the browser must be on this machine."""
+        cell runs. In Colab through its port proxy, which also has an address for a tab; elsewhere the browser must be
+        on this machine."""
         platform = env.place()
         if platform == "colab":
             colab.show_page(self._port, key=self.api_key, height=height)
+            try:
+                print(f"in a tab, for you alone: {colab.proxy_url(self._port).rstrip('/')}{colab.page(self.api_key)}")
+            except TunnelError as error:
+                print(error.message)
         elif platform == "kaggle":
             print("Kaggle has no way to a port: use the panel, or server.open_tunnel().")
         elif env.in_kernel():
             from IPython.display import IFrame, display
 
-            fragment = f"/#key={quote(self.api_key, safe='')}" if self.api_key else "/"
-            display(IFrame(self.url + fragment, "100%", height))
+            display(IFrame(self.url + colab.page(self.api_key), "100%", height))
         else:
             print(f"open {self.url} in a browser")
 

@@ -19,6 +19,7 @@ class TrainConfig:
     hidden_inputs  what sequential heads read, as indexes of transformers' `hidden_states`: -1, the last one, first
     draft_vocab    the most frequent tokens of the answers; 0: the whole vocabulary
     batch_rows     positions of answers that one step learns from; None: from the device, halved until they fit
+    lr             at its peak; None: from the device
     keep_gib       memory for the base's hidden states, on its device; None: what there is; 0: the base runs each step
     decay          depth d counts decay^d in the loss
     held_out       answers that never train; the forecast is made on them
@@ -38,7 +39,7 @@ class TrainConfig:
     batch_rows: int | None = None
     keep_gib: float | None = None
     max_length: int = 1024
-    lr: float = 1e-3
+    lr: float | None = None
     warmup: float = 0.03
     weight_decay: float = 0.01
     decay: float = 0.8

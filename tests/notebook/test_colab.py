@@ -19,7 +19,8 @@ def test_colabs_own_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
         colab.show_page(8000)
     calls: list[Any] = []
     output = types.ModuleType("google.colab.output")
-    output.eval_js = lambda code: calls.append(code) or "https://8000-x.colab.dev/"  # type: ignore[attr-defined]
+    answers: list[Any] = ["https://8000-x.colab.dev/"]
+    output.eval_js = lambda code, timeout_sec: calls.append(code) or answers.pop()  # type: ignore[attr-defined]
     output.serve_kernel_port_as_iframe = lambda *a, **k: calls.append((a, k))  # type: ignore[attr-defined]
     module = types.ModuleType("google.colab")
     module.output = output  # type: ignore[attr-defined]
@@ -27,6 +28,11 @@ def test_colabs_own_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "google.colab", module)
     assert colab.proxy_url(8000) == "https://8000-x.colab.dev/"
     assert "google.colab.kernel.proxyPort(8000" in calls.pop()
+    for nothing in ([None], []):  # a page that refuses, and none that answers: an error of Colab's
+        answers[:] = nothing
+        with pytest.raises(TunnelError, match="run the cell from its page"):
+            colab.proxy_url(8000)
+        calls.clear()
     colab.show_page(8000, key="a&b=c")
     [((port,), options)] = calls
     assert port == 8000

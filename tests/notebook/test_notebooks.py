@@ -134,7 +134,7 @@ def first_cell(folder: Path, *, repository: str = "") -> subprocess.CompletedPro
     )
 
 
-@pytest.mark.parametrize("how", ["checkout", "folder", "package", "zip", "kaggle", "clone"])
+@pytest.mark.parametrize("how", ["checkout", "folder", "package", "zip", "kaggle", "kaggle, by owner", "clone"])
 def test_the_package_is_found(how: str, tmp_path: Path) -> None:
     """A checkout (parent folder), an uploaded folder (of the repository, or the package alone), a zip as code hosts
     make them, a data set of Kaggle's, and a clone of the address."""
@@ -147,8 +147,10 @@ def test_the_package_is_found(how: str, tmp_path: Path) -> None:
         package(home / "my-medusa")
     elif how == "package":
         package(home)
-    elif how == "kaggle":
-        package(home.parent / "input/medusa")
+    elif how.startswith("kaggle"):
+        package(
+            home.parent / ("input/medusa" if how == "kaggle" else "input/datasets/somebody/medusa/medusa_serve-main")
+        )
     else:
         made = package(tmp_path / "medusa_serve-main")
         if how == "zip":

@@ -105,7 +105,13 @@ def test_where_the_page_is_shown(
 ) -> None:
     shown: list[Any] = []
     monkeypatch.setattr(colab, "show_page", lambda *args, **options: shown.append((args, options)))
-    for place, words in (("python", f"open {server.url}"), ("kaggle", "Kaggle has no way to a port"), ("colab", "")):
+    monkeypatch.setattr(colab, "proxy_url", lambda port: f"https://{port}-x.colab.dev/")
+    in_a_tab = f"in a tab, for you alone: https://{server._port}-x.colab.dev/\n"
+    for place, words in (
+        ("python", f"open {server.url}"),
+        ("kaggle", "Kaggle has no way to a port"),
+        ("colab", in_a_tab),
+    ):
         monkeypatch.setattr(env, "place", lambda place=place: place)
         server.show_page()
         assert words in capsys.readouterr().out

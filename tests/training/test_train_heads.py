@@ -332,7 +332,7 @@ def test_out_of_memory_names_the_size_that_fits(tmp_path, monkeypatch):
     with pytest.raises(LoadError, match="128 answer rows does not fit into memory; batch_rows 32 does"):
         train(toy, toy_answers(toy), config(tmp_path, max_length=32))
     train(toy, toy_answers(toy), config(tmp_path, max_length=32, batch_rows=None, steps=2), note=notes.append)
-    assert notes[0] == "steps of 32 answer rows, because 1024 do not fit into memory"
+    assert notes[0] == "steps of 32 answer rows, because 256 do not fit into memory"
 
 
 def test_memory_that_runs_out_later_names_a_size_and_loses_nothing(tmp_path, monkeypatch):
