@@ -1,5 +1,6 @@
-"""Which families of transformers' decoders run with trees: `medusa-serve bench families`. Tiny random models go through
-the self-test of every load, in float32: a tree pass, a commit and the pass after it against plain forwards."""
+"""Which families of transformers' decoders run with trees (by attention of ours, or by a mask for their own):
+`medusa-serve bench families`. Tiny random models go through the self-test of every load, in float32: a tree pass, a
+commit and the pass after it against plain forwards."""
 
 from __future__ import annotations
 
@@ -95,7 +96,7 @@ def bench_families(engine: EngineConfig, config: FamiliesConfig) -> Row:
 
 
 def row_of(name: str) -> Row:
-    """runs: "trees" (error: the self-test's), "plain" (why) or "not" (why)."""
+    """runs: "trees" or "mask" (error: the self-test's), "plain" (why) or "not" (why)."""
     from ..model.build import build_runner
 
     try:
@@ -106,7 +107,8 @@ def row_of(name: str) -> Row:
         return {"family": name, "runs": "not", "error": None, "why": f"{type(error).__name__}: {error}"[:160]}
     built.runner.close()
     if built.tree_error is not None:
-        return {"family": name, "runs": "trees", "error": float(f"{built.tree_error:.1e}"), "why": None}
+        runs = "mask" if any(note.startswith("the tree is a mask") for note in built.notes) else "trees"
+        return {"family": name, "runs": runs, "error": float(f"{built.tree_error:.1e}"), "why": None}
     why = next(note.split("because ", 1)[1] for note in built.notes if "decodes plainly" in note)
     return {"family": name, "runs": "plain", "error": None, "why": why}
 
@@ -132,14 +134,14 @@ def table(result: Row) -> str:
     rows, facts = result["rows"], result["machine"]
     lines = [f"transformers {facts['transformers']}, torch {facts['torch']}, {facts['date']}; {counts(rows)}"]
     for row in rows:
-        told = f"self-test {row['error']:.0e}" if row["runs"] == "trees" else row["why"]
+        told = f"self-test {row['error']:.0e}" if row["why"] is None else row["why"]
         lines.append(f"{row['family']:18}{row['runs']:8}{told}")
     return "\n".join(lines)
 
 
 def counts(rows: Iterable[Row]) -> str:
     kinds = [row["runs"] for row in rows]
-    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("trees", "plain", "not") if kind in kinds)
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("trees", "mask", "plain", "not") if kind in kinds)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ from .exact import make_exact
 from .forward import PlainForward, PlugInError, TreeForward, kv_shapes, uses_alibi
 from .fused_heads import fuse_heads
 from .layers import fuse_layers
+from .masked import MaskedForward
 from .memory import LEAST_CONTEXT, SLACK
 from .plan import expected_tokens, plan_context, plan_shapes, plan_slots
 from .runner import ModelRunner
@@ -100,7 +101,7 @@ def build_runner(
         notes += [fuse_heads(drafter.heads, width)] if hasattr(drafter, "heads") else []
     if plugged is not None and plugged.layers is not None:
         what = what and f"{what}, layers {'compiled' if plugged.layers.compiled else 'merged'}"
-    if config.compile and plugged is not None:
+    if config.compile and plugged is not None and plugged.attends:
         notes.append(compile_passes(plugged, drafter, shapes, config, cache_folder()))
         what = what and f"{what}, compiled {plugged.compiled.sizes if plugged.compiled else 'nothing'}"
     vocab_size = model.get_input_embeddings().num_embeddings
@@ -118,6 +119,17 @@ def build_runner(
     if what is not None and worth_timing(runner, weights):
         notes.append(time_steps(runner, f"{what}, {weights} numbers", cache_folder()))
     return Built(runner, notes, error)
+
+
+def _checked(kind: type[TreeForward], place: tuple[Any, ...], prompts: Any, wanted: Any) -> tuple[TreeForward, float]:
+    """A forward that has passed the self-test, and its error. Raises PlugInError where the model cannot be plugged in,
+    or as `check`."""
+    forward = kind(*place)
+    try:
+        return forward, check(forward, prompts, wanted, place[1])
+    except Exception:
+        forward.close()
+        raise
 
 
 def hidden_inputs(drafter: Any) -> tuple[int, ...]:
@@ -146,12 +158,15 @@ def _plug_in(
         slots, why = min(plan_slots(config, size, columns, place) for place, size in per_column.items())
         if tried is not None:
             tried.append((slots, columns - SLACK))
-        forward = TreeForward(model, slots, columns, max_positions, hidden_inputs)
+        place = (model, slots, columns, max_positions, hidden_inputs)
         try:
-            error = check(forward, prompts, wanted, slots)
-        except Exception:
-            forward.close()
-            raise
+            forward, error = _checked(TreeForward, place, prompts, wanted)
+        except PlugInError as first:
+            try:
+                forward, error = _checked(MaskedForward, place, prompts, wanted)
+            except Exception as second:  # a model's own code, called in a way it may not know: whatever it raises
+                raise first from second
+            notes.append(f"the tree is a mask for this model's own attention, because {first}; no step is captured")
         if model.device.type == "cuda" and forward.can_capture and config.compile is not False:
             with torch.inference_mode():  # as the engine's passes: what is compiled holds for its kind of tensors
                 note = fuse_layers(
@@ -165,7 +180,8 @@ def _plug_in(
                 packed = lambda: check(forward, prompts, wanted, slots, packed=True)  # noqa: E731
                 notes.append(native_layers(forward, packed))
         try:
-            exact = make_exact(forward, False if config.compile and config.exact is None else config.exact, slots)
+            unasked = config.exact is None and (config.compile or not forward.attends)
+            exact = make_exact(forward, False if unasked else config.exact, slots)
         except LoadError:
             forward.close()
             raise

@@ -1,6 +1,6 @@
-"""The forward pass of an unmodified Hugging Face model over slots, in two forms with one interface.
+"""The forward pass of an unmodified Hugging Face model over slots, in forms with one interface.
 
-TreeForward   registered attention + SlotCache: many rows, many nodes, one pass
+TreeForward   registered attention + SlotCache: many rows, many nodes, one pass (masked.py: the model's own attention)
 PlainForward  the model's own cache, one row at a time: for models whose attention cannot be plugged (recurrent, ALiBi,
 …)
 """
@@ -116,6 +116,8 @@ class TreeForward:
     replaced."""
 
     supports_trees = True
+    attends = True  # in place of the model's attention
+    cache_kind = SlabCache
 
     def __init__(
         self,
@@ -135,19 +137,29 @@ class TreeForward:
         places, shape = layer_devices(model), (kv_shapes(model), slots, columns, model.dtype)
         self.is_split, self.can_capture = bool(places), not places
         self.cache: Any = SplitCache(*shape, places) if places else SlotCache(*shape, model.device)
-        self._slab_cache = SlabCache(self.cache)
+        self._slab_cache = self.cache_kind(self.cache)
         self._takes = set(inspect.signature(model.forward).parameters)
         self._cache_name = cache_argument(self._takes)
-        self._before = model.config._attn_implementation
-        self._name = f"medusa_tree_{id(self):x}"
         self._tap = HiddenTap(model, hidden_inputs)
+        try:
+            self._plug_in()
+        except PlugInError:
+            self._tap.close()
+            self.detach()
+            raise
+
+    def _plug_in(self) -> None:
+        model, self._name = self.model, f"medusa_tree_{id(self):x}"
+        self._before = model.config._attn_implementation
         AttentionInterface.register(self._name, self._attention)
         model.set_attn_implementation(self._name)  # only warns when it cannot
         able = "position_ids" in self._takes and self._cache_name is not None
         if model.config._attn_implementation != self._name or not able:
-            self._tap.close()
-            self.detach()
             raise PlugInError("its attention cannot be replaced")
+
+    def _options(self, view: View) -> dict[str, Any]:
+        """What else the model is called with."""
+        return {}
 
     def _attention(
         self,
@@ -251,6 +263,7 @@ class TreeForward:
                 use_cache=True,
                 **{str(self._cache_name): cache},
                 **extra,
+                **self._options(view),
             )
         finally:
             cache.view = cache.columns = None
