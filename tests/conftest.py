@@ -3,8 +3,11 @@
 A shell's background job ignores interrupts, and so would its tests and all that they start: they are heard again.
 """
 
+import functools
 import os
 import signal
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -12,3 +15,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def pytest_configure() -> None:
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def certificates_are_read_once() -> None:
+    """httpx reads all of them for each request that no client of the test's own makes: 24 ms, also for loopback."""
+    try:
+        from httpx._transports import default
+    except ImportError:
+        return
+    default.create_ssl_context = functools.cache(default.create_ssl_context)

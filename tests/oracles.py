@@ -93,10 +93,11 @@ def run(manager: BatchManager, jobs: list[tuple[list[int], SamplingParams]], joi
             prompt, params = waiting.pop(0)
             ids.append(manager.submit(prompt, params, sink))
         manager.step()
-        lasts = [sink.last(id) for id in ids]
-        if not waiting and all(lasts):
+        if not waiting and not manager._open:
             break
+    lasts = [sink.last(id) for id in ids]
     for last in lasts:
+        assert last is not None
         if last.error is not None:
             raise last.error
     return [last.completion for last in lasts]

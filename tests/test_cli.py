@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from medusa_serve.config import EngineConfig
 from medusa_serve.errors import LoadError
 from medusa_serve.server import serve_command
 from medusa_serve.types import Completion, Delta
+from tests.inprocess import main_while, stop
 from tests.tiny import save_tiny_folder
 
 ROOT = Path(__file__).parents[1]
@@ -264,56 +265,29 @@ def test_heads_of_another_base_are_refused(
 # ---- real runs ---------------------------------------------------------------------------------------------------
 
 
-def command(*arguments: str, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "medusa_serve", *arguments],
-        cwd=ROOT,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env={**os.environ, **variables},
-        timeout=120,
-    )
+def environment(**variables: str) -> dict[str, str]:
+    return {**os.environ, **variables}
 
 
-def test_generate_for_real(folder: Path) -> None:
+def test_generate_for_real(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a terminal without Unicode, which a process of its own has; then from a pipe, as JSON."""
     options = ["--model", str(folder), "--device", "cpu", "--max-tokens", "20", "--seed", "3", "--temperature", "0.8"]
-    streamed = command("generate", "hello", *options)
+    streamed = subprocess.run(
+        [sys.executable, "-m", "medusa_serve", "generate", "hello", *options],
+        cwd=ROOT, capture_output=True, text=True, env=environment(PYTHONIOENCODING="ascii", PYTHONUTF8="0"),
+    )  # fmt: skip
     assert streamed.returncode == 0, streamed.stderr
     assert streamed.stderr.count("\n") == 1
     assert "tokens per step, finish reason: " in streamed.stderr
-    answer = command("generate", "-", "--json", *options, stdin="hello\n")
-    assert answer.returncode == 0, answer.stderr
-    data = json.loads(answer.stdout)
-    assert data["text"] == streamed.stdout.removesuffix("\n") or data["text"] == streamed.stdout
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    assert run("generate", "-", "--json", *options) == 0
+    data = json.loads(capsys.readouterr().out)
+    said = data["text"].encode("ascii", "replace").decode()
+    assert streamed.stdout.removesuffix("\n") in (said, said.removesuffix("\n"))
     assert (data["model"], data["seed"]) == ("tiny-llama", 3)
     assert set(data) == {"id", "model", "text", "finish_reason", "seed", "usage", "medusa", "timings"}
-
-
-def test_a_terminal_without_unicode_and_a_closed_pipe(folder: Path) -> None:
-    options = ["--model", str(folder), "--device", "cpu", "--max-tokens", "20"]
-    plain = command("generate", "hello", *options, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
-    assert plain.returncode == 0, plain.stderr
-    assert command("generate", "-", *options, stdin="\n").returncode == 2
-
-
-@contextmanager
-def served(*arguments: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
-    environment = {**os.environ, **variables}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "medusa_serve", "--port", "0", "--device", "cpu", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    assert run("generate", "-", *options) == 2
 
 
 def send(line: str) -> dict[str, Any]:
@@ -325,9 +299,12 @@ def send(line: str) -> dict[str, Any]:
         return json.load(reply)
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_serve_prints_a_line_that_works(folder: Path, stop: signal.Signals) -> None:
-    with served("--model", str(folder)) as process:
+def test_serve_prints_a_line_that_works(folder: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "medusa_serve", "--port", "0", "--device", "cpu", "--model", str(folder)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    try:
         assert process.stdout is not None
         lines = []
         while not lines or not lines[-1].startswith("curl"):
@@ -336,27 +313,35 @@ def test_serve_prints_a_line_that_works(folder: Path, stop: signal.Signals) -> N
         assert "http://127.0.0.1:" in lines[0]
         assert lines[1] == "no key needed: loopback only\n"
         assert send(lines[-1])["usage"]["completion_tokens"] > 0
-        process.send_signal(stop)
+        process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=20)[1] == ""
         assert process.returncode == 0
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.parametrize("given", [None, "from-the-environment"])
-def test_another_host_needs_a_key(folder: Path, given: str | None) -> None:
-    variables = {"MEDUSA_SERVE_API_KEY": given or ""}
-    with served("--model", str(folder), "--host", "0.0.0.0", "--json", **variables) as process:
-        assert process.stdout is not None
-        ready = json.loads(process.stdout.readline())
+def test_another_host_needs_a_key(folder: Path, given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDUSA_SERVE_API_KEY", given or "")
+
+    def act(lines: Iterator[str]) -> None:
+        ready = json.loads(next(lines))
         assert ready["api_key"] == given if given else len(ready["api_key"]) >= 40
         assert send(ready["curl"])["model"] == "tiny-llama"
         with pytest.raises(urllib.error.HTTPError, match="401"):
             send(ready["curl"].replace(ready["api_key"], "wrong"))
+        stop(signal.SIGTERM)
+
+    options = ["--model", str(folder), "--device", "cpu", "--port", "0", "--host", "0.0.0.0", "--json"]
+    code, out = main_while(act, *options)
+    assert code == 0
+    assert out.count("\n") == 1
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
-    with served("--model", str(tmp_path)) as process:
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 1
+def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--port", "0", "--device", "cpu", "--model", str(tmp_path)) == 1
+    out, err = capsys.readouterr()
     reason = f"The folder {tmp_path} holds no model: there is no config.json in it."
     assert err.splitlines()[-1] == f"medusa_serve: {reason}"
     assert "Traceback" not in err

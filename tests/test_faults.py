@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from medusa_serve.config import EngineConfig
-from medusa_serve.errors import GenerationFailed
+from medusa_serve.errors import EngineRestarting, GenerationFailed
 from medusa_serve.model import accept as accept_module
 from medusa_serve.model import attention as attention_module
 from medusa_serve.model import forward as forward_module
@@ -198,3 +198,39 @@ def test_a_sequence_that_makes_the_model_raise_ends_alone(setting):
         assert isinstance(sink.last(ids[2]).error, GenerationFailed)
         for i in (0, 1, 3):
             assert sink.token_ids(ids[i]) == truth[tuple(prompts[i])]
+
+
+@pytest.mark.parametrize("when", ["between two passes", "within a pass", "with newcomers"])
+def test_an_engine_that_starts_again_has_slots_as_new(setting, when):
+    """Whatever the slots and the tables held, and whoever had been admitted but not prefilled."""
+    prompts, truth = setting
+    jobs = [(prompt, SamplingParams(max_tokens=48)) for prompt in prompts]
+    with engine(tiny_model("llama"), CONFIG, Oracle("right", VOCAB, truth)) as manager:
+        sink, forward = Collector(), manager.runner.forward
+        ids = [manager.submit(*job, sink) for job in jobs]
+        while when != "with newcomers" and len(sink.deltas.get(ids[3], [])) < 2:
+            manager.step()
+        forward.cache.values[:, :, 3] = torch.nan  # a slot that rests must not keep them
+        place, name = (manager._scheduler, "plan") if when == "with newcomers" else (forward, "run")
+        real = getattr(place, name)
+
+        def fails(*args, **how):
+            if when == "within a pass":
+                real(*args, **how)
+            raise SystemExit
+
+        setattr(place, name, fails)
+        with pytest.raises(SystemExit) as caught:
+            manager.step()
+        setattr(place, name, real)
+        assert bool(manager.runner._admitted) == (when == "with newcomers")
+        assert manager.recover(caught.value)
+        assert {type(sink.last(id).error) for id in ids} == {EngineRestarting}
+        assert manager.runner._admitted == []
+        assert bool(torch.isfinite(forward.cache.values).all())
+        sampled = SamplingParams(max_tokens=48, temperature=1.0, seed=3, repetition_penalty=1.3)
+        done = run(manager, [*jobs[::-1], (prompts[0], sampled)])
+        assert [list(c.token_ids) for c in done[:4]][::-1] == list(truth.values())
+        assert manager.metrics.snapshot()["restarts"] == 1
+    with engine(tiny_model("llama"), CONFIG) as fresh:
+        assert run(fresh, [(prompts[0], sampled)])[0].token_ids == done[4].token_ids

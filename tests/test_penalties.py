@@ -13,7 +13,7 @@ from tests.model.rows import processors
 from tests.oracles import Oracle, engine, run
 from tests.tiny import VOCAB, tiny_model, tiny_prompts
 
-TOKENS = 48
+TOKENS = 32
 BIAS = {5: 4.0, 17: -6.0, 40: 2.5}
 ASKED = [
     {"repetition_penalty": 1.3},

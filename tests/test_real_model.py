@@ -164,6 +164,37 @@ def as_dict(params: SamplingParams) -> dict:
     return {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}
 
 
+PENALTIES = (
+    {"repetition_penalty": 1.3},
+    {"repetition_penalty": 0.9},
+    {"presence_penalty": 1.2},
+    {"frequency_penalty": 0.7},
+    {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": -0.2},
+)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.95, "seed": 23}], ids=["greedy", "seeded"])
+def test_penalised_text_is_the_same_without_speculation(llm, sampling):
+    """Each penalty alone and all together, in one batch with a row that asks for none; more tokens than one window of
+    the drafts, so that accepted tokens count for those behind them."""
+    asked = [({} if row is None else row) | sampling for row in (None, *PENALTIES)]
+    jobs = [(prompt, one) for one in asked for prompt in prompts()[4:8]]
+    found = []
+    for speculation in (True, False):
+        each = [SamplingParams(max_tokens=96, ignore_eos=True, speculation=speculation, **one) for _, one in jobs]
+        found.append(llm.generate([prompt for prompt, _ in jobs], each))
+    drafted, plain = found
+    assert [c.token_ids for c in drafted] == [c.token_ids for c in plain]
+    free = [c.token_ids for c in plain[:4]]
+    for row in range(1, len(asked)):
+        mine = slice(4 * row, 4 * row + 4)
+        assert [c.token_ids for c in plain[mine]] != free, asked[row]  # the penalty does something
+        accepted = sum(c.accepted for c in drafted[mine])
+        print(f"{asked[row]}: {accepted} of {4 * 96} tokens were drafted")
+        assert accepted > 0, asked[row]
+    assert sum(c.accepted for c in plain) == 0
+
+
 def test_the_third_turn_of_a_chat_starts_nearly_as_fast_as_the_first(llm):
     # a text of its own: another test's prompt may rest in a slot and be reused by the first turn
     messages = [{"role": "user", "content": f"Read this: {PASSAGES[1]} {PASSAGES[0]} What is it about?"}]

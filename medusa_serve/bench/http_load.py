@@ -29,34 +29,31 @@ PAUSE_S = 0.2  # a client whose request failed waits so long: a refused one woul
 
 
 class Sample(NamedTuple):
-    """One request; times in seconds since the load began. due: when it was to be sent · first: its first token, None
-    where none came · status: "200" for a whole answer; else the HTTP status, an error event's code, "cut" for a stream
-    without an end, "unreachable" or "timeout" """
+    """One request, its answer read until the connection closed; times in seconds since the load began. due: when it was
+    to be sent · first: its first token, None where none came · status: "200" for a whole answer; else the HTTP status,
+    an error event's code, "cut" for a stream without an end, "unreachable" or "timeout" · terminals: events that end an
+    answer, a completion or an error · dones: [DONE] lines"""
 
     due: float
     first: float | None
     end: float
     tokens: int
     status: str
+    terminals: int = 0
+    dones: int = 0
 
     @property
     def ok(self) -> bool:
         return self.status == "200"
 
-
-class Stream(NamedTuple):
-    """One answer read until its connection closed. status: as a Sample's · terminals: events that end an answer, a
-    completion or an error · dones: [DONE] lines"""
-
-    status: str
-    terminals: int
-    dones: int
-    tokens: int
-
     @property
     def accepted(self) -> bool:
-        """The server began to answer: exactly one terminal event is due."""
+        """The server began to answer: exactly one terminal event is due, and one [DONE]."""
         return self.terminals > 0 or self.dones > 0 or self.status in ("200", "cut")
+
+    @property
+    def ended_once(self) -> bool:
+        return self.terminals == self.dones == 1
 
 
 @dataclass(frozen=True)
@@ -90,46 +87,6 @@ def open_loop(target: Target, due: Sequence[float], start: int) -> list[Sample]:
     return asyncio.run(_open(target, due, start))
 
 
-def whole_streams(target: Target, clients: int, start: int, seconds: float) -> list[Stream]:
-    """A closed loop that reads every answer until the server closes the connection, and counts how often it ended."""
-    return asyncio.run(_whole_streams(target, clients, itertools.count(start), seconds))
-
-
-async def _whole_streams(target: Target, clients: int, numbers: Iterator[int], seconds: float) -> list[Stream]:
-    until, streams = time.perf_counter() + seconds, list[Stream]()
-
-    async def client() -> None:
-        while time.perf_counter() < until:
-            streams.append(await _whole(target, next(numbers)))
-            if streams[-1].status != "200":
-                await asyncio.sleep(PAUSE_S)
-
-    await asyncio.gather(*(client() for _ in range(clients)))
-    return streams
-
-
-async def _whole(target: Target, number: int) -> Stream:
-    status, terminals, dones, tokens = "cut", 0, 0, 0
-    try:
-        async with asyncio.timeout(ANSWER_S), aclosing(_events(target, target.body(number), to_end=True)) as events:
-            async for told in events:
-                if isinstance(told, str):
-                    dones += told == "200"
-                    status = told if status == "cut" else status
-                elif "error" in told:
-                    status, terminals = str(told["error"]["code"] or told["error"]["type"]), terminals + 1
-                else:
-                    tokens += sum(told["tokens"])
-                    terminals += "finish_reason" in told
-    except TimeoutError:
-        status = "timeout"
-    except OSError:
-        status = "cut" if tokens else "unreachable"
-    except (ValueError, LookupError, TypeError, EOFError):
-        status = "cut"
-    return Stream(status, terminals, dones, tokens)
-
-
 def arrivals(rate: float, seed: int, requests: int | None, seconds: float) -> list[float]:
     """Times of a Poisson process of `rate` a second, the same for the same seed: `requests`, or those within `seconds`;
     at least one."""
@@ -150,7 +107,7 @@ async def _closed(
     async def client() -> None:
         while next(left) <= requests if requests is not None else time.perf_counter() - began < seconds:
             due = time.perf_counter() - began
-            samples.append(await _request(target, next(numbers), due, began))
+            samples.append(await request(target, next(numbers), due, began))
             if not samples[-1].ok:
                 await asyncio.sleep(PAUSE_S)
 
@@ -163,7 +120,7 @@ async def _open(target: Target, due: Sequence[float], start: int) -> list[Sample
 
     async def one(number: int, at: float) -> Sample:
         await asyncio.sleep(at - (time.perf_counter() - began))
-        return await _request(target, start + number, at, began)
+        return await request(target, start + number, at, began)
 
     return list(await asyncio.gather(*(one(number, at) for number, at in enumerate(due))))
 
@@ -171,33 +128,34 @@ async def _open(target: Target, due: Sequence[float], start: int) -> list[Sample
 # ---- one request -----------------------------------------------------------------------------------------------------
 
 
-async def _request(target: Target, number: int, due: float, began: float) -> Sample:
-    first, tokens, status = None, 0, "cut"
+async def request(target: Target, number: int, due: float, began: float, patience_s: float = ANSWER_S) -> Sample:
+    """Send one and read its answer, for `patience_s` at most. began: the load, by perf_counter"""
+    first, status, tokens, terminals, dones = None, "cut", 0, 0, 0
     try:
-        async with asyncio.timeout(ANSWER_S), aclosing(_events(target, target.body(number))) as events:
+        async with asyncio.timeout(patience_s), aclosing(_events(target, target.body(number))) as events:
             async for told in events:
                 if isinstance(told, str):  # the HTTP status of a refusal, or the end
-                    status = told
-                    break
-                if "error" in told:
-                    status = str(told["error"]["code"] or told["error"]["type"])
-                    break
-                tokens += sum(told["tokens"])
-                if first is None and tokens:
-                    first = time.perf_counter() - began
+                    dones += told == "200"
+                    status = told if status == "cut" else status
+                elif "error" in told:
+                    status, terminals = str(told["error"]["code"] or told["error"]["type"]), terminals + 1
+                else:
+                    tokens, terminals = tokens + sum(told["tokens"]), terminals + ("finish_reason" in told)
+                    if first is None and tokens:
+                        first = time.perf_counter() - began
     except TimeoutError:
         status = "timeout"
     except OSError:
-        status = "cut" if tokens else "unreachable"
+        if status == "cut" and not tokens:
+            status = "unreachable"
     except (ValueError, LookupError, TypeError, EOFError):
         status = "cut"  # the stream ended within an event, or it is none of ours
-    return Sample(due, first, time.perf_counter() - began, tokens, status)
+    return Sample(due, first, time.perf_counter() - began, tokens, status, terminals, dones)
 
 
-async def _events(
-    target: Target, body: dict[str, Any], *, to_end: bool = False
-) -> AsyncGenerator[dict[str, Any] | str]:
-    """The events of one answer, then "200"; the status alone where it is another. to_end: go on behind [DONE]"""
+async def _events(target: Target, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any] | str]:
+    """The events of one answer, "200" for its [DONE], and what comes behind that; the status alone where it is
+    another."""
     parts = urlsplit(target.url)
     tls = ssl.create_default_context() if parts.scheme == "https" else None
     port = parts.port or (443 if tls else 80)
@@ -210,12 +168,7 @@ async def _events(
             yield status
             return
         async for event in _split(_pieces(reader, chunked)):
-            if event == b"[DONE]":
-                yield status
-                if not to_end:
-                    return
-                continue
-            yield json.loads(event)
+            yield status if event == b"[DONE]" else json.loads(event)
     finally:
         writer.close()
         with suppress(OSError):

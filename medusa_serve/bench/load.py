@@ -5,24 +5,21 @@ open loop    requests at random times, at shares of the capacity that the closed
 burst        500 requests within a second
 storms       five times 200 clients that leave within half a second
 
-All come over loopback from a process of their own. After each the invariants are checked: every accepted request was
-counted with one outcome, no slot is lost, /health says ok and a canary says within 5 s what it said before.
+All come over loopback from a process of their own. After each the invariants are checked (invariants.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
+import secrets
 import statistics
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,16 +29,16 @@ from ..server.config import ServerConfig
 from . import http_load
 from .command import end_options, run_bench
 from .http_load import Sample, Target, percentile, summary
+from .invariants import REFUSED, Invariants
 
-REFUSED = frozenset({"429", "503"})
 SHARES = (0.5, 0.8, 1.0, 2.0, 4.0)  # of the capacity; those below 1 must not be refused
 LAG_S = 0.01  # the server's event loop is asked so often how late it is
 LAG_P99_MS = 50.0
-CANARY_S = 5.0
 RULE = (
     "Greedy streamed answers of at most {tokens} tokens to the built-in questions, numbered; clients in a process of "
     "their own. capacity: answers a second of the closed loop. lag: how much later than asked for the server's event "
-    "loop wakes, every 10 ms, during all loads. canary_s: a fixed prompt's answer after each load."
+    "loop wakes, every 10 ms, during all loads. canary_s: a fixed prompt's answer after each load. Compared with the "
+    "state after a burst that is not counted."
 )
 
 
@@ -73,20 +70,11 @@ class LoadConfig:
 
 def storm(target: Target, count: int, start: int, seed: int) -> list[Sample]:
     """`count` requests at once whose clients leave within half a second, whatever has come by then."""
-    draw = random.Random(seed)
+    draw, began = random.Random(seed), time.perf_counter()
 
     async def one(number: int, stay_s: float) -> Sample:
-        began = time.perf_counter()
-        status = "left"
-        events = http_load._events(target, target.body(number))
-        with suppress(OSError, ValueError, EOFError, asyncio.TimeoutError):
-            async with asyncio.timeout(stay_s):
-                async for told in events:
-                    if isinstance(told, str):
-                        status = told
-        with suppress(OSError):
-            await events.aclose()
-        return Sample(0.0, None, time.perf_counter() - began, 0, status)
+        sample = await http_load.request(target, number, 0.0, began, stay_s)
+        return sample._replace(status="left") if sample.status == "timeout" else sample
 
     async def go() -> list[Sample]:
         return list(await asyncio.gather(*(one(start + n, draw.uniform(0.0, 0.5)) for n in range(count))))
@@ -105,7 +93,8 @@ class Lag:
 
     def begin(self) -> None:
         """Within the loop."""
-        self._task = asyncio.get_running_loop().create_task(self._probe())
+        self.loop = asyncio.get_running_loop()
+        self._task = self.loop.create_task(self._probe())
 
     async def _probe(self) -> None:
         loop = asyncio.get_running_loop()
@@ -124,11 +113,11 @@ class Lag:
 
 
 @contextmanager
-def served(llm: Any, lag: Lag) -> Iterator[str]:
-    """The app over `llm` on a free loopback port, in a thread of its own."""
+def served(llm: Any, lag: Lag, key: str) -> Iterator[str]:
+    """The app over `llm` on a free loopback port, in a thread of its own. key: the owner's"""
     from ..server.serve import Server, bind
 
-    config = ServerConfig(port=0)
+    config = ServerConfig(port=0, api_key=key)
     ready: list[str] = []
 
     def tell(url: str) -> None:
@@ -150,50 +139,6 @@ def served(llm: Any, lag: Lag) -> Iterator[str]:
             thread.join()
 
 
-class Invariants:
-    """What must hold whenever nothing runs."""
-
-    def __init__(self, llm: Any, url: str) -> None:
-        self._llm, self._url = llm, url
-        self._golden = self._canary()
-
-    def _canary(self) -> str:
-        body = json.dumps({"prompt": "The canary says:", "max_tokens": 8}).encode()
-        request = urllib.request.Request(f"{self._url}/generate", body, {"Content-Type": "application/json"})
-        until = time.monotonic() + CANARY_S
-        while True:
-            try:
-                with urllib.request.urlopen(request, timeout=60) as reply:
-                    return str(json.load(reply)["text"])
-            except urllib.error.HTTPError as error:
-                # clients that left in the last second may be in the queue still, until their absence is noticed
-                if str(error.code) not in REFUSED or time.monotonic() > until:
-                    raise
-            time.sleep(0.05)
-
-    def check(self) -> dict[str, Any]:
-        """→ what was seen, `held` among it."""
-        began = time.monotonic()
-        while self._figures()["in_flight"] and time.monotonic() - began < 60:
-            time.sleep(0.02)
-        asked = time.monotonic()
-        same = self._canary() == self._golden
-        canary_s = time.monotonic() - asked
-        while self._figures()["in_flight"] and time.monotonic() - began < 60:
-            time.sleep(0.02)
-        rest_s, figures = time.monotonic() - began, self._figures()
-        counted = figures["accepted_requests"] == sum(figures["outcomes"].values()) and not figures["in_flight"]
-        with urllib.request.urlopen(f"{self._url}/health", timeout=10) as reply:
-            healthy = reply.status == 200
-        time.sleep(0.6)  # idle turns of the engine audit its slots; a lost one would end it
-        alive = self._llm.manager.status().state == "ok" and not figures["restarts"]
-        held = counted and same and healthy and alive and canary_s < CANARY_S
-        return {"held": held, "rest_s": round(rest_s, 2), "canary_s": round(canary_s, 2)}
-
-    def _figures(self) -> dict[str, Any]:
-        return dict(self._llm.manager.metrics.snapshot())
-
-
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
@@ -203,10 +148,11 @@ def bench_load(engine: EngineConfig, config: LoadConfig) -> dict[str, Any]:
     from .engine import read_prompts
     from .facts import command, facts
 
-    lag = Lag()
-    with LLM(engine) as llm, served(llm, lag) as url, http_load.clients() as run:
-        target = Target(url, read_prompts().questions, config.tokens, chat=llm.codec.has_chat_template)
-        loads = list(_loads(run, target, config, Invariants(llm, url), lag))
+    lag, key = Lag(), secrets.token_urlsafe()
+    with LLM(engine) as llm, served(llm, lag, key) as url, http_load.clients() as run:
+        target = Target(url, read_prompts().questions, config.tokens, chat=llm.codec.has_chat_template, key=key)
+        with closing(Invariants(llm, url, lag.loop, key)) as invariants:
+            loads = list(_loads(run, target, config, invariants, lag))
         limits = llm.manager.limits()
         health = llm.describe()
     result = {
@@ -236,8 +182,13 @@ def _loads(
         samples = run(function, target, *arguments)
         start += len(samples)
         took = {"load": name, **facts, **_counted(samples), "took_s": round(time.monotonic() - began, 1)}
-        return took | {"lag_ms": lag.told(since), "invariants": invariants.check()}
+        return took | {"lag_ms": lag.told(since), "invariants": invariants.check(samples)}
 
+    burst = [n / config.burst for n in range(config.burst)]
+    # as many connections as there will be: what they need once is there, from now on nothing may grow
+    start += len(run(http_load.open_loop, target, burst, start))
+    lag.seconds.clear()
+    invariants.begin()
     closed = load(
         "closed", {"clients": config.clients}, http_load.closed_loop, config.clients, start, None, config.seconds
     )
@@ -246,8 +197,7 @@ def _loads(
         rate = max(0.01, share * closed["answers_per_second"])
         due = http_load.arrivals(rate, config.seed, None, config.open_seconds)
         yield load("open", {"share": share, "rate": round(rate, 3)}, http_load.open_loop, due, start)
-    due = [n / config.burst for n in range(config.burst)]
-    yield load("burst", {"requests_in_1_s": config.burst}, http_load.open_loop, due, start)
+    yield load("burst", {"requests_in_1_s": config.burst}, http_load.open_loop, burst, start)
     for number in range(config.storms):
         yield load("storm", {"number": number + 1}, storm, config.storm, start, config.seed + number)
     line.leave()

@@ -105,6 +105,13 @@ class Panel:
             self._worker.start()
 
     def _guarded(self, job: Callable[[], None]) -> None:
+        try:
+            self._tried(job)
+        finally:
+            self._controls.end()
+            self._tried(self._show)
+
+    def _tried(self, job: Callable[[], None]) -> None:
         """A button's call has nobody to raise to: what fails is said in the panel."""
         try:
             job()
@@ -115,9 +122,6 @@ class Panel:
         except Exception as error:
             log.exception("The panel failed.")
             self._controls.say(f"This failed ({type(error).__name__}); server.logs() says more.")
-        finally:
-            self._controls.end()
-            self._show()
 
     def _answer(self) -> None:
         params = SamplingParams(speculation=self._controls.speculation.value, **self._sampling())

@@ -23,7 +23,7 @@ from tests.test_heads_commands import HIDDEN, LONG, SHORT, chain_folder, chain_h
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
-TOKENS, ROUND, LOOPING, LONG_ONE = 25, 7, 3, 1  # of an answer; evaluation prompts by kind
+TOKENS, ROUND, LOOPING, LONG_ONE = 25, 4, 2, 1  # of an answer; evaluation prompts by kind
 
 
 def held_out(make: Callable[[int], str], count: int) -> list[str]:
@@ -113,7 +113,7 @@ def test_figures_do_not_depend_on_how_many_are_answered_at_once(world: dict[str,
     for sequences in ("1", "3"):
         out = tmp_path / f"{sequences}.json"
         sizes = ("--nodes", "4,8", "--temperatures", "0,0.7", "--sequences", sequences)
-        assert accept(world, "mixed", out, *sizes, tokens=24) == 0
+        assert accept(world, "mixed", out, *sizes, tokens=12) == 0
         assert f"{sequences} at once" in json.loads(out.read_text())["rule"]
         found.append({key: {n: x for n, x in row.items() if n != "decode_ms"} for key, row in figures(out).items()})
     assert found[0] == found[1]

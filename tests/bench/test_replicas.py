@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from medusa_serve.bench.http_load import Stream, Target, _split, whole_streams
+from medusa_serve.bench.http_load import Sample, Target, _split, closed_loop
 from medusa_serve.bench.replicas import ReplicasBenchConfig, changes, count, ratios, table
 from medusa_serve.bench.shapes import ByteCodec, random_llm
 from medusa_serve.config import EngineConfig
@@ -23,8 +23,8 @@ def test_streams_are_read_to_their_end_and_ends_are_counted() -> None:
         return hello(name, ids, params)
 
     with serving(HandLLM(HandManager(script))) as url:
-        streams = whole_streams(Target(url, ["x"], 8), 1, 0, 0.5)
-    assert streams[:2] == [Stream("200", 1, 1, 6), Stream("generation_failed", 1, 1, 1)]
+        samples = closed_loop(Target(url, ["x"], 8), 1, 0, 2, 0.0)
+    assert [sample[3:] for sample in samples] == [(6, "200", 1, 1), (1, "generation_failed", 1, 1)]
 
 
 def test_comments_of_a_silent_server_are_no_events() -> None:
@@ -40,12 +40,15 @@ def test_comments_of_a_silent_server_are_no_events() -> None:
 
 def test_requests_without_exactly_one_end_are_seen() -> None:
     streams = [
-        Stream("200", 1, 1, 6),
-        Stream("200", 2, 1, 6),  # ended twice
-        Stream("cut", 0, 0, 3),  # never ended
-        Stream("generation_failed", 1, 1, 3),
-        Stream("queue_full", 0, 0, 0),
-        Stream("429", 0, 0, 0),  # refused: nothing is due
+        Sample(0.0, 1.0, 2.0, *told)
+        for told in (
+            (6, "200", 1, 1),
+            (6, "200", 2, 1),  # ended twice
+            (3, "cut", 0, 0),  # never ended
+            (3, "generation_failed", 1, 1),
+            (0, "queue_full", 0, 0),
+            (0, "429", 0, 0),  # refused: nothing is due
+        )
     ]
     told = count(streams)
     assert (told["requests"], told["accepted"], told["one_terminal"], told["whole"]) == (6, 4, 2, 2)

@@ -169,6 +169,36 @@ def test_what_fails_is_said_and_the_panel_goes_on(panel: Panel, server: Any, mon
     assert panel._controls.note.value == ""
 
 
+@pytest.mark.parametrize("blocking", [False, True])
+def test_a_widget_callback_that_raises_leaves_the_server_alone(server: Any, blocking: bool) -> None:
+    """A user's observer runs within the panel's thread, or within the click: neither is the server's."""
+    httpx = pytest.importorskip("httpx", reason="the server's tests need httpx: pip install -e '.[test]'")
+    body = {"prompt": "a", "max_tokens": 8}
+    text, raised = server.generate("a", raw=True, max_tokens=8).text, []
+    panel = Panel(server, blocking=blocking)
+
+    def broken(change: Any) -> None:
+        answer = httpx.post(f"{server.url}/generate", json=body).json()  # while it is raised
+        raised.append(answer["text"])
+        raise ValueError("a user's callback")
+
+    panel._controls.transcript.observe(broken, "value")
+    try:
+        ask(panel, "a", max_tokens=20)
+        assert raised
+        assert set(raised) == {text}
+        assert "This failed (ValueError)" in panel._controls.note.value
+        assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
+        assert server.stats()["in_flight"] == 0
+        panel._controls.transcript.unobserve(broken, "value")
+        panel._controls.clear.click()
+        ask(panel, "a", max_tokens=4)
+        assert panel._conversation.turns[-1].text == server.generate("a", max_tokens=4).text
+        assert panel._controls.note.value == ""
+    finally:
+        panel.close()
+
+
 def test_blocking_answers_inside_the_click_and_an_interrupt_keeps_the_text(server: Any) -> None:
     panel = Panel(server, blocking=True)
     try:

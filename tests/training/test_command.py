@@ -5,12 +5,7 @@ pytest tests/training/test_command.py
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +13,8 @@ import pytest
 
 from medusa_serve.training import pipeline
 from medusa_serve.training.shards import read_answers
-from tests.test_cli import ROOT, refused, run
+from tests.inprocess import main_while, stop
+from tests.test_cli import refused, run
 from tests.tiny import save_tiny_folder
 
 
@@ -63,24 +59,6 @@ def test_an_output_in_the_way_is_refused_before_the_model_is_loaded(
     refused(capsys, "cannot be made", *given, str(tmp_path / "p.txt" / "heads"))
 
 
-@contextmanager
-def training(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "medusa_serve", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
 def test_an_interrupted_training_goes_on_when_the_same_command_is_given_again(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,13 +68,13 @@ def test_an_interrupted_training_goes_on_when_the_same_command_is_given_again(
     given += ["--model", str(folder), "--device", "cpu", "--minutes"]
     kept = []
     for seen in ("answers ", " step "):
-        with training(*given, "9") as process:
-            assert process.stderr is not None
-            while seen not in (line := process.stderr.readline()):
-                assert line, process.communicate()
-            process.send_signal(signal.SIGINT)
-            err = process.communicate(timeout=60)[1]
-        assert process.returncode == 130
+
+        def interrupt(told: Iterator[str], seen: str = seen) -> None:
+            assert any(seen in line for line in told)
+            stop()
+
+        code, err = main_while(interrupt, *given, "9", stream="stderr")
+        assert code == 130
         lines = [line for line in err.splitlines() if line.startswith("medusa_serve: ")]
         assert lines == ["medusa_serve: interrupted, nothing is lost: the same command goes on from here"]
         assert "Traceback" not in err

@@ -38,7 +38,14 @@ def test_prompts_become_heads(folder, prompt_file, tmp_path, capsys):
     engine = EngineConfig(model=str(folder), device="cpu", dtype="float32")
     notes = []
     measured = train_from_prompts(
-        engine, prompt_file, minutes=0.15, out=tmp_path / "heads", note=notes.append, report_seconds=1.0, **SMALL
+        engine,
+        prompt_file,
+        minutes=0.05,
+        answer_tokens=12,
+        out=tmp_path / "heads",
+        note=notes.append,
+        report_seconds=1.0,
+        **SMALL,
     )
     assert (tmp_path / "heads" / "heads.safetensors").is_file()
     assert len(read_answers(tmp_path / "heads.answers")) > 20
@@ -69,7 +76,7 @@ def test_memory_that_is_too_small_for_a_step_is_said_before_the_first(folder, pr
 
     monkeypatch.setattr(Run, "gradients", limited)
     engine = EngineConfig(model=str(folder), device="cpu", dtype="float32")
-    given = {"minutes": 0.1, "out": tmp_path / "heads", "note": str, **SMALL}  # 300 answer tokens on a busy machine
+    given = {"minutes": 0.05, "answer_tokens": 12, "out": tmp_path / "heads", "note": str, **SMALL}
     with pytest.raises(LoadError, match="2048 answer rows does not fit into memory; batch_rows 256 does") as caught:
         train_from_prompts(engine, prompt_file, batch_rows=2048, **given)
     assert "\n" not in caught.value.message
@@ -95,8 +102,8 @@ def test_slots_are_halved_until_they_fit(folder, tmp_path, monkeypatch):
     assert notes[0] == "8 sequences at once do not fit into memory; going on with 4"
 
 
-ARGS = ["--device", "cpu", "--dtype", "float32", "--distill-seconds", "3", "--max-tokens", "16", "--max-prompt", "300",
-        "--minutes-sequential", "0.03", "--minutes-medusa", "0.03", "--depth", "2", "--inner", "16", "--readout", "8",
+ARGS = ["--device", "cpu", "--dtype", "float32", "--distill-seconds", "3", "--max-tokens", "12", "--max-prompt", "300",
+        "--minutes-sequential", "0.02", "--minutes-medusa", "0.02", "--depth", "2", "--inner", "16", "--readout", "8",
         "--draft-vocab", "100", "--slots", "8", "--held-out", "8",
         "--hidden-inputs=-1,1", "--batch-rows", "64", "--width", "24"]  # fmt: skip
 
