@@ -86,10 +86,11 @@ def storm(target: Target, count: int, start: int, seed: int) -> list[Sample]:
 
 
 class Lag:
-    """How late an event loop wakes, in seconds."""
+    """How late an event loop wakes, in seconds: `now` since `start`, `loads` during all loads that `end` has ended."""
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
+        self.now: list[float] = []
+        self.loads: list[float] = []
 
     def begin(self) -> None:
         """Within the loop."""
@@ -101,15 +102,23 @@ class Lag:
         while True:
             due = loop.time() + LAG_S
             await asyncio.sleep(LAG_S)
-            self.seconds.append(loop.time() - due)
+            self.now.append(loop.time() - due)
 
-    def told(self, since: int = 0) -> dict[str, float]:
-        late = self.seconds[since:] or [0.0]
-        return {
-            "p50": round(statistics.median(late) * 1000, 2),
-            "p99": round(percentile(late, 99) * 1000, 2),
-            "max": round(max(late) * 1000, 2),
-        }
+    def start(self) -> None:
+        """A load begins. What went before it, such as a garbage collection for the invariants, does not count."""
+        time.sleep(2 * LAG_S)
+        self.now = []
+
+    def end(self) -> dict[str, float]:
+        """The load is over."""
+        self.loads += self.now
+        return told_ms(self.now)
+
+
+def told_ms(seconds: list[float]) -> dict[str, float]:
+    late = seconds or [0.0]
+    figures = {"p50": statistics.median(late), "p99": percentile(late, 99), "max": max(late)}
+    return {name: round(value * 1000, 2) for name, value in figures.items()}
 
 
 @contextmanager
@@ -163,7 +172,7 @@ def bench_load(engine: EngineConfig, config: LoadConfig) -> dict[str, Any]:
         "engine": health | {"max_queue": limits["max_queue"]},
         "options": {name: getattr(config, name) for name in config.__dataclass_fields__},
         "loads": loads,
-        "lag_ms": lag.told(),
+        "lag_ms": told_ms(lag.loads),
     }
     return result | {"bars": bars(result)}
 
@@ -178,16 +187,17 @@ def _loads(
     def load(name: str, facts: dict[str, Any], function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
         nonlocal start
         line.show(f"{name} {' '.join(map(str, facts.values()))}")
-        since, began = len(lag.seconds), time.monotonic()
+        lag.start()
+        began = time.monotonic()
         samples = run(function, target, *arguments)
         start += len(samples)
-        took = {"load": name, **facts, **_counted(samples), "took_s": round(time.monotonic() - began, 1)}
-        return took | {"lag_ms": lag.told(since), "invariants": invariants.check(samples)}
+        took_s, lag_ms = round(time.monotonic() - began, 1), lag.end()
+        seen = {"took_s": took_s, "lag_ms": lag_ms, "invariants": invariants.check(samples)}
+        return {"load": name, **facts, **_counted(samples), **seen}
 
     burst = [n / config.burst for n in range(config.burst)]
     # as many connections as there will be: what they need once is there, from now on nothing may grow
     start += len(run(http_load.open_loop, target, burst, start))
-    lag.seconds.clear()
     invariants.begin()
     closed = load(
         "closed", {"clients": config.clients}, http_load.closed_loop, config.clients, start, None, config.seconds

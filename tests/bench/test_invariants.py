@@ -7,7 +7,6 @@ import contextlib
 import logging
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,8 +31,6 @@ def invariants(llm: FakeLLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[
     monkeypatch.setattr(module, "SETTLE_S", 0.3)
     monkeypatch.setattr("medusa_serve.engine.batch_manager.IDLE_WAIT_S", 0.01)
     with serving(llm, ServerConfig(port=0, api_key=KEY)) as url:
-        for _ in range(2):  # its threads start when they are first needed
-            running(url)._tokenizers.submit(time.sleep, 0.02)
         made = Invariants(llm, url, running(url).servers[0].get_loop(), KEY)
         with contextlib.closing(made):
             yield made, url
@@ -115,8 +112,9 @@ def test_what_is_left_behind_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     with fake_llm() as llm, invariants(llm, monkeypatch) as (made, _), contextlib.ExitStack() as stack:
         loop, over = made._loop, threading.Event()
         task = asyncio.run_coroutine_threadsafe(asyncio.sleep(60), loop)
-        threads = [threading.Thread(target=over.wait)]
-        threads[0].start()
+        threads = [threading.Thread(target=over.wait) for _ in range(3)]
+        for thread in threads:
+            thread.start()
         for number in range(3):
             stack.enter_context((tmp_path / str(number)).open("w"))
         broken = made.check([])["broken"]
@@ -127,7 +125,8 @@ def test_what_is_left_behind_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         ]
         task.cancel()
         over.set()
-        threads[0].join()
+        for thread in threads:
+            thread.join()
 
 
 def test_what_grows_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
