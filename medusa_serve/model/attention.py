@@ -89,6 +89,11 @@ class View:
         return splitk.ancestor_bits(self.tree)
 
     @cached_property
+    def flat_columns(self) -> torch.Tensor:
+        """`columns`, without gaps in memory."""
+        return self.columns.contiguous()
+
+    @cached_property
     def sees(self) -> torch.Tensor:
         """(B, N, N) bool: the tree, however it is given."""
         if self.tree is not None:

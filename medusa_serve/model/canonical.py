@@ -14,6 +14,7 @@ from numba import carray, njit
 
 from .attention import View
 from .native import OPTIONS, exponential, half, pointer, wide
+from .native_ops import _rotate, _write_rows
 
 TILE = 4  # queries that read a key together
 LANES = 16
@@ -21,7 +22,12 @@ LANES = 16
 
 def fits(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, view: View) -> bool:
     slabs = keys.is_contiguous() and values.is_contiguous()
-    return query.dtype == keys.dtype == torch.bfloat16 and slabs and query.stride(3) == 1 and view.num_new <= 64
+    return (
+        query.dtype == keys.dtype == torch.bfloat16
+        and slabs
+        and query.stride(3) == 1
+        and (view.causal or view.num_new <= 64)
+    )
 
 
 def canonical_attention(
@@ -39,6 +45,39 @@ def canonical_attention(
         query.data_ptr(), query.stride(0), query.stride(1), query.stride(2),
         keys.data_ptr(), values.data_ptr(), out.data_ptr(), scratch.data_ptr(),
         view.slots.data_ptr(), view.length.data_ptr(), view.positions.data_ptr(), view.positions.stride(0), bits,
+        rows, new, heads, kv_heads, columns, dim, value_dim, room, scaling, window or 0,
+    )  # fmt: skip
+    return out
+
+
+def rotated_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slabs: tuple[torch.Tensor, torch.Tensor],
+    view: View,
+    scaling: float,
+    window: int | None,
+) -> torch.Tensor:
+    """What a layer does between its products, as one call: rotary positions, the slab's new rows, attention.
+
+    query, key, value (1, heads or kv_heads, B·N, dim), cos, sin (1, B·N, dim) → (1, B·N, heads, value dim)"""
+    keys, values = slabs
+    _, heads, tokens, dim = query.shape
+    _, columns, kv_heads, value_dim = values.shape
+    rows, new = view.positions.shape
+    out = torch.empty(1, tokens, heads, value_dim, dtype=torch.bfloat16)
+    room = view.width + TILE
+    scratch = torch.empty(TILE * (room + dim + value_dim) + tokens * (heads + kv_heads) * dim)
+    _rotate_and_attend(
+        query.data_ptr(), query.stride(1), query.stride(2), key.data_ptr(), key.stride(1), key.stride(2),
+        value.data_ptr(), value.stride(1), value.stride(2),
+        cos.data_ptr(), cos.stride(1), sin.data_ptr(), sin.stride(1),
+        keys.data_ptr(), values.data_ptr(), out.data_ptr(), scratch.data_ptr(),
+        view.slots.data_ptr(), view.length.data_ptr(), view.positions.data_ptr(), view.positions.stride(0),
+        view.flat_columns.data_ptr(), 0 if view.causal else view.bits.data_ptr(),
         rows, new, heads, kv_heads, columns, dim, value_dim, room, scaling, window or 0,
     )  # fmt: skip
     return out
@@ -176,3 +215,26 @@ def _place(index, new, group, kv):
     """(token, head) of a packed query; behind the last one, the last again."""
     index = min(index, new * group - 1)
     return index // group, kv * group + index % group
+
+
+@njit(cache=True, nogil=True, **OPTIONS)
+def _rotate_and_attend(
+    query_at, query_head, query_token, key_at, key_head, key_token, value_at, value_head, value_token,
+    cos_at, cos_row, sin_at, sin_row, keys_at, values_at, out_at, scratch_at,
+    slots_at, length_at, positions_at, positions_row, columns_at, bits_at,
+    rows, new, heads, kv_heads, columns, dim, value_dim, room, scaling, window,
+):  # fmt: skip
+    tokens = rows * new
+    turned = scratch_at + 4 * TILE * (room + dim + value_dim)
+    turned_key = turned + 2 * tokens * heads * dim
+    _rotate(query_at, cos_at, sin_at, turned, query_head, query_token, cos_row, sin_row, heads, tokens, dim)
+    _rotate(key_at, cos_at, sin_at, turned_key, key_head, key_token, cos_row, sin_row, kv_heads, tokens, dim)
+    width = kv_heads * dim
+    _write_rows(keys_at, slots_at, columns_at, turned_key, new * width, dim, width, rows, kv_heads, new, dim, columns)
+    apart = (new * value_token, value_head, value_token)
+    _write_rows(values_at, slots_at, columns_at, value_at, *apart, rows, kv_heads, new, value_dim, columns)
+    _attend(
+        turned, new * heads * dim, dim, heads * dim, keys_at, values_at, out_at, scratch_at,
+        slots_at, length_at, positions_at, positions_row, bits_at,
+        rows, new, heads, kv_heads, columns, dim, value_dim, room, scaling, window,
+    )  # fmt: skip

@@ -211,6 +211,28 @@ class TreeForward:
         out = attend(cache.view.unpack(query), keys, values, cache.view, scaling, window, exact=self.exact)
         return cache.view.pack(out).contiguous()
 
+    def attend_rotated(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        scaling: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """The same with the rotary positions before it, where a layer's are its last step; on a CPU one kernel."""
+        from .native_ops import rotate
+
+        view, slabs = self._slab_cache.view, (self.cache.keys[layer], self.cache.values[layer])
+        if self.exact and query.stride(3) == key.stride(3) == value.stride(3) == cos.stride(2) == sin.stride(2) == 1:
+            from .canonical import fits, rotated_attention
+
+            if fits(query, *slabs, view):
+                return rotated_attention(query, key, value, cos, sin, slabs, view, scaling, window)
+        return self.attend_in(layer, rotate(query, cos, sin), rotate(key, cos, sin), value, scaling, window)
+
     @contextlib.contextmanager
     def traced_with(self, attention: Callable[..., torch.Tensor]) -> Iterator[None]:
         """Meanwhile layers call `attention` (query, key, value, scaling, window or 0) and write no cache."""

@@ -40,6 +40,7 @@ class Int4Linear(nn.Module):
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
         self.in_features, self.out_features = scales.shape[1] * GROUP, packed.shape[1]
+        self._parts: list[tuple[Tensor, Tensor]] | None = None  # views, each of which costs as much as a kernel's call
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Int4Linear | None:
@@ -80,22 +81,28 @@ class Int4Linear(nn.Module):
             torch.cat([layer.packed for layer in layers], dim=1), torch.cat([layer.scales for layer in layers], dim=2)
         )
         for layer, rows in zip(layers, whole.packed.split(sizes, dim=1), strict=True):
-            layer.packed = rows
+            layer.packed, layer._parts = rows, None
         return whole
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // self.in_features
-        if rows <= MAX_ROWS and self.bias is None and x.dtype == torch.bfloat16 and x.is_contiguous():
-            return self._product(x.view(rows, -1)).view(*x.shape[:-1], -1)
+        if x.dim() == 3 and x.shape[0] == 1 and x.shape[1] <= MAX_ROWS and x.dtype == torch.bfloat16:
+            out = self._product(x[0].contiguous())[None]
+            return out if self.bias is None else out + self.bias
         flat = x.reshape(-1, self.in_features).bfloat16().contiguous()
         parts = [self._product(rows) for rows in flat.split(MAX_ROWS)]
         out = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.bias
 
     def _product(self, x: Tensor) -> Tensor:
-        out = torch._weight_int4pack_mm_for_cpu(x, self.packed[0], GROUP, self.scales[0])
-        for packed, scales in zip(self.packed[1:], self.scales[1:], strict=True):
-            out = out + torch._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales)
+        parts = self._parts
+        if parts is None or torch.compiler.is_compiling():
+            parts = list(zip(self.packed, self.scales, strict=True))
+            self._parts = None if torch.compiler.is_compiling() else parts
+        out = None
+        for packed, scales in parts:
+            part = torch._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales)
+            out = part if out is None else out + part
+        assert out is not None
         return out
 
     def dense(self) -> Tensor:

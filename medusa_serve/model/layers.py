@@ -156,7 +156,12 @@ class _Operator:
         def shape(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:
             return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
-        self.attend = attend
+        def attend_rotated(
+            query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, scaling: float, window: int
+        ) -> Tensor:
+            return forward.attend_rotated(self.layer, query, key, value, cos, sin, scaling, window or None)
+
+        self.attend, self.attend_rotated = attend, attend_rotated  # without the dispatcher, where nobody compiles
         self._library.impl(name, attend, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{SPACE}::{name}", shape, lib=self._library)
         self.call: Callable[..., Tensor] = getattr(taken, name).default

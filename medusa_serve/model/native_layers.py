@@ -116,6 +116,11 @@ class _Native:
         for node in list(graph.nodes):
             if node.target is attention.call:
                 node.target = attention.attend
+                query, key, *rest = node.args
+                turns = native_ops.rotate
+                if _is(query, turns) and _is(key, turns) and query.args[1:] == key.args[1:]:
+                    node.target = attention.attend_rotated
+                    node.args = (query.args[0], key.args[0], rest[0], *query.args[1:], *rest[1:])
         graph.eliminate_dead_code()
         _cheapen(graph)
         kept = [place for place in places if place.users]
