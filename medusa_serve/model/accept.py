@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from . import splitk
+from .attention import has_numba
 from .filters import Sampling, pick
 from .fused_pick import pick_nodes
 from .logprobs import logprobs_of
@@ -49,6 +50,12 @@ def accept(logits: torch.Tensor, draft: Draft, max_depth: int, sampling: Samplin
     """
     rows, num_nodes = draft.tokens.shape
     device = logits.device
+    plain = not sampling.sampled and sampling.penalties is None and not sampling.logprobs
+    if plain and device.type == "cpu" and has_numba():
+        from .native_step import fits, greedy_walk
+
+        if fits(logits):
+            return Walk(*greedy_walk(logits, draft.tokens, draft.parents, max_depth, *limits))
     each = torch.arange(rows, device=device)
     alive = torch.zeros(rows, num_nodes, dtype=torch.bool, device=device)
     alive[:, 0] = True

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import LoadError
 from . import splitk
+from .attention import has_numba
 from .draft import Drafter, MedusaDrafter, noisy
 from .filters import Sampling
 from .fused_search import FusedPool, top_children
@@ -169,6 +170,13 @@ class _ContextDrafter(Generic[State]):
         token_map = self.heads.token_map
         if splitk.available(logits.device):
             return Children(*top_children(logits, depth, length, self.tau, token_map, sampling, self._num_ranks))
+        if not sampling.sampled and has_numba() and not torch.compiler.is_compiling():
+            from .native_step import best_children, fits
+
+            if fits(logits):
+                tau = self.tau[0, : logits.shape[1]] if depth is None else self.tau[0, depth : depth + 1]
+                ids, logp = best_children(logits, tau, self._num_ranks)
+                return Children(ids if token_map is None else token_map[ids], logp)
         depths = slice(logits.shape[1]) if depth is None else slice(depth, depth + 1)
         position = length[:, None] + 1 + torch.arange(self.heads.max_depth, device=length.device)[depths]
         scores = logits.float()

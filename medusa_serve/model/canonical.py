@@ -189,7 +189,9 @@ def _attend(
                             if (bits[b, n] >> j) & 1:
                                 scores[i, place] = scores[i, length + j]
                                 place += 1
-                    weight[i] = _softmax(scores[i, first[i] :], total[i] - first[i], scale, lanes)
+                    count = total[i] - first[i]
+                    row = carray(pointer(scratch_at + 4 * (i * room + first[i])), (count,), np.float32)
+                    weight[i] = _softmax(row, count, scale, lanes)
                     for t in range(first[i], min(begin, shared)):
                         _weigh_one(scores[i, t], values[t, kv], sums[i])
                 if begin < shared:

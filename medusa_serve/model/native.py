@@ -74,7 +74,8 @@ def half(x):
 def exponential(x):
     """e^x of a float32 up to 0 (Cephes' polynomial, relative error 2e-7); below -87 as of -87. NaN stays one."""
     x = x if not x < np.float32(-87.0) else np.float32(-87.0)
-    n = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
+    steps = np.int32(x * np.float32(1.44269504088896341) - np.float32(0.5))  # towards 0: to the nearest
+    n = np.float32(steps)
     r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
     p = np.float32(1.9875691500e-4)
     p = p * r + np.float32(1.3981999507e-3)
@@ -83,4 +84,4 @@ def exponential(x):
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
     p = p * r * r + r + np.float32(1.0)
-    return p * number_of((np.int32(n) + np.int32(127)) << np.int32(23))
+    return p * number_of((steps + np.int32(127)) << np.int32(23))
