@@ -140,6 +140,8 @@ class Panel:
             stream.close()  # an interrupt ends the sequence too
             turn.stopped = live.completion is None
             self._show(live)
+        if self._server.warning:
+            self._controls.say(self._server.warning)
 
     def _compare(self) -> None:
         last = self._conversation.turns[-1]

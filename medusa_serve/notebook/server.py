@@ -22,6 +22,7 @@ from .background import Background, listen
 from .batching import Batching, one_and_many
 from .compare import Comparison, compare
 from .logs import RingLog
+from .quota import Quota
 
 Prompt = str | Sequence[dict[str, str]]
 STOP_S = CLOSE_S + 12.0  # beyond the drain: the sockets', and a step that hangs
@@ -50,6 +51,7 @@ class Server:
         sock = listen(config, any_port=asked.any_port)
         self._lock = threading.RLock()
         self._tunnel: Any = None
+        self._quota: Quota | None = None
         self._panel: Any = None
         self._stopped = False
         self._log = RingLog()
@@ -89,6 +91,11 @@ class Server:
     def public_url(self) -> str | None:
         """Of the tunnel, while there is one."""
         return self._tunnel.url if self._tunnel is not None else None
+
+    @property
+    def warning(self) -> str | None:
+        """A sentence where the tunnel has used most of what ngrok's free plan allows a month."""
+        return self._quota.warning if self._quota is not None else None
 
     @property
     def api_key(self) -> str | None:
@@ -245,6 +252,7 @@ class Server:
     def open_tunnel(self, *, token: str | None = None, domain: str | None = None) -> str:
         """A public https address of this server, through ngrok, which a second call gives again. Raises TunnelError;
         then no key is asked for that was not before."""
+        from ..model.default_model import cache_folder
         from .tunnel import open_tunnel
 
         with self._lock:
@@ -253,12 +261,15 @@ class Server:
                 had_key = web.api_key is not None
                 web.require_key()
                 try:
-                    self._tunnel = open_tunnel(self._port, token=token, domain=domain, on_url=web.allow_host)
+                    self._quota = self._quota or Quota(cache_folder(), web.traffic)
+                    hooks: Any = {"on_url": web.allow_host, "on_check": self._quota.note}
+                    self._tunnel = open_tunnel(self._port, token=token, domain=domain, **hooks)
                 except BaseException:
                     if not had_key:
                         web.release_key()
                     raise
-                print(f"public at {self._tunnel.url}\n{self._tunnel.notice}")
+                self._quota.note()
+                print("\n".join(filter(None, (f"public at {self._tunnel.url}", self._tunnel.notice, self.warning))))
             return str(self._tunnel.url)
 
     def close_tunnel(self) -> None:

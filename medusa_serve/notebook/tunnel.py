@@ -37,6 +37,7 @@ def open_tunnel(
     token: str | None = None,
     domain: str | None = None,
     on_url: Callable[[str], None] | None = None,
+    on_check: Callable[[], None] | None = None,
     patience_s: float = PATIENCE_S,
 ) -> Tunnel:
     """A public address for http://127.0.0.1:port, whose server must ask for a key. Raises TunnelError.
@@ -44,11 +45,12 @@ def open_tunnel(
     token       else from NGROK_AUTHTOKEN in the environment, Colab's or Kaggle's secrets
     domain      one of the account's; the free plan has one, which is taken when none is named
     on_url      called with the address, and again if a reopened tunnel has another (from its thread)
+    on_check    called now and then while it is open, and at its end
     patience_s  for refusals that pass by themselves, as of an address that an earlier run still holds
     """
     require_key_at(port)
     name = None if domain is None else domain.strip().removeprefix("https://").rstrip("/")
-    return Tunnel(port, ngrok_token(token), name or None, on_url, patience_s)
+    return Tunnel(port, ngrok_token(token), name or None, on_url, on_check, patience_s)
 
 
 class Tunnel:
@@ -58,10 +60,16 @@ class Tunnel:
     """
 
     def __init__(
-        self, port: int, token: str, domain: str | None, on_url: Callable[[str], None] | None, patience_s: float
+        self,
+        port: int,
+        token: str,
+        domain: str | None,
+        on_url: Callable[[str], None] | None,
+        on_check: Callable[[], None] | None,
+        patience_s: float,
     ) -> None:
         self.port, self.problem, self.url = port, None, ""
-        self._token, self._domain, self._on_url = token, domain, on_url
+        self._token, self._domain, self._on_url, self._on_check = token, domain, on_url, on_check
         self._closed = threading.Event()
         self._lock = threading.Lock()
         if clean_up(port):
@@ -84,6 +92,7 @@ class Tunnel:
     def close(self) -> None:
         """May be called twice."""
         self._closed.set()
+        self._check()
         if not self._lock.acquire(timeout=0.1):
             clean_up(self.port)  # it is being reopened: that fails now
             self._lock.acquire()
@@ -106,8 +115,13 @@ class Tunnel:
                 self._on_url(agent.url)
         return agent
 
+    def _check(self) -> None:
+        if self._on_check is not None:
+            self._on_check()
+
     def _watch(self) -> None:
         while not self._closed.wait(CHECK_S):
+            self._check()
             if not self._agent.is_up() and not self._reopen():
                 return
 

@@ -28,6 +28,7 @@ from .request_id import RequestId
 from .schemas import Health, documented
 from .streaming import Switchboard
 from .tgi import add_tgi
+from .traffic import CountTraffic, Traffic
 from .watch import Heartbeat, Watch
 
 
@@ -36,7 +37,8 @@ def create_app(source: ServedLLM | BackgroundLoad, config: ServerConfig) -> Fast
     keys, hosts = Keys(config.api_key, config.guest_keys), Hosts(config.host, config.allowed_hosts)
     spent = Window(config.guest_tokens_per_minute, MINUTE)
     switchboard, tokenizers = Switchboard(Watch(config), spent.add), ThreadPoolExecutor(2, "medusa-tokenize")
-    desk = Desk(lambda: loaded(source), config, keys, hosts, switchboard, tokenizers)
+    traffic = Traffic()
+    desk = Desk(lambda: loaded(source), config, keys, hosts, traffic, switchboard, tokenizers)
     app = FastAPI(
         title="medusa_serve",
         docs_url="/docs" if config.is_loopback else None,
@@ -58,6 +60,7 @@ def create_app(source: ServedLLM | BackgroundLoad, config: ServerConfig) -> Fast
     app.add_middleware(BodyLimit, config=config)
     app.add_middleware(GuestLimits, config=config, spent=spent)
     app.add_middleware(KeyGuard, keys=keys, tries_per_minute=config.wrong_keys_per_minute)
+    app.add_middleware(CountTraffic, traffic=traffic)
     app.add_middleware(HostGuard, hosts=hosts)
     app.add_middleware(LastResort)
     app.add_middleware(CountAnswers, counter=answers)

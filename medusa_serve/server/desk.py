@@ -20,6 +20,7 @@ from .hosts import Hosts
 from .limits import CHARS_PER_TOKEN
 from .loading import ServedLLM
 from .streaming import EventStream, Switchboard, Tickets, Voice, answer
+from .traffic import Traffic
 
 LEFT = 499  # nobody reads it: the client is gone
 
@@ -32,6 +33,7 @@ class Desk:
     config: ServerConfig
     keys: Keys
     hosts: Hosts
+    traffic: Traffic
     switchboard: Switchboard
     tokenizers: ThreadPoolExecutor  # two threads: tokenising may take long, the event loop must not, nor all the cores
 

@@ -35,9 +35,9 @@ class Hosts:
         for name in allowed:
             self.allow(name)
 
-    def allow(self, host: str) -> None:
-        """Answer to this name too, given alone or as a URL; "*.example.com": to all names below it. Any thread.
-        Raises InvalidConfig."""
+    def allow(self, host: str) -> str:
+        """Answer to this name too, given alone or as a URL; "*.example.com": to all names below it. Any thread. → the
+        name. Raises InvalidConfig."""
         name = str(host).strip().lower().removesuffix("/").rpartition("://")[2].partition("/")[0]
         name = name if _address(name) is not None else name_of(name.encode()) or ""
         if _address(name) is None and not _NAME.fullmatch(name):
@@ -46,6 +46,7 @@ class Hosts:
             self._suffixes |= {name[1:]}
         else:
             self._names |= {name}
+        return name
 
     def __contains__(self, name: str) -> bool:
         if name in self._names or any(name.endswith(suffix) for suffix in self._suffixes):

@@ -65,7 +65,7 @@ class Server(uvicorn.Server):
         app = create_app(source, config)
         desk: Desk = app.state.desk
         self._switchboard, self._keys, self._hosts = desk.switchboard, desk.keys, desk.hosts
-        self._tokenizers = desk.tokenizers
+        self._tokenizers, self._traffic = desk.tokenizers, desk.traffic
         super().__init__(
             uvicorn.Config(
                 app,
@@ -113,7 +113,11 @@ class Server(uvicorn.Server):
 
     def allow_host(self, host: str) -> None:
         """Answer to this name in Host headers too: a tunnel's name or URL; "*.example.com": all names below it."""
-        self._hosts.allow(host)
+        self._traffic.names.add(self._hosts.allow(host))
+
+    def traffic(self) -> tuple[int, int]:
+        """(requests, bytes of answers) so far by the names that were allowed here."""
+        return self._traffic.requests, self._traffic.sent
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)

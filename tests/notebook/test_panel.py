@@ -169,6 +169,14 @@ def test_what_fails_is_said_and_the_panel_goes_on(panel: Panel, server: Any, mon
     assert panel._controls.note.value == ""
 
 
+def test_what_the_tunnel_has_used_up_is_said_after_an_answer(
+    panel: Panel, server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(server), "warning", "Most of this month's requests are used.")
+    ask(panel, "a", max_tokens=2)
+    assert panel._controls.note.value == "Most of this month&#x27;s requests are used."
+
+
 @pytest.mark.parametrize("blocking", [False, True])
 def test_a_widget_callback_that_raises_leaves_the_server_alone(server: Any, blocking: bool) -> None:
     """A user's observer runs within the panel's thread, or within the click: neither is the server's."""

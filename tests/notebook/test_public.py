@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,8 +68,13 @@ def test_a_server_without_a_key_gets_one_when_it_goes_public(folder: str, clean:
     assert server.open_tunnel() == url
     assert post(url, server.api_key) == 200
     assert post(server.url, None) == 401
+    assert server.warning is None
     server.stop()
     wait_for(lambda: not clean.alive(), 10)
+    [quota] = Path(os.environ["MEDUSA_SERVE_CACHE"]).glob("ngrok-*.json")
+    counted = json.loads(quota.read_text())
+    assert counted["requests"] >= 1
+    assert counted["bytes"] > 100
 
 
 @pytest.mark.parametrize(("options", "says"), [({}, "no ngrok token"), ({"token": TOKEN}, "ERR_NGROK_107")])

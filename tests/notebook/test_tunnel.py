@@ -43,6 +43,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     monkeypatch.setenv("MEDUSA_FAKE_NGROK", str(state))
     monkeypatch.setenv("PYNGROK_NGROK_PATH", str(FAKE))
     monkeypatch.setenv("TMPDIR", str(temp))
+    monkeypatch.setenv("MEDUSA_SERVE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", None)
     for name in ("NGROK_AUTHTOKEN", "NGROK_API_KEY"):
         monkeypatch.delenv(name, raising=False)
