@@ -9,6 +9,7 @@ split    a model over all GPUs, layer by layer: its greedy tokens beside those o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -221,13 +222,16 @@ def kill_one(running: Cluster) -> None:
 
 def told_by_health(url: str) -> Row:
     """The status code of GET /health and how many replicas run by its word; code 0 where nothing answers."""
+    code, body = 0, {}
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=15) as response:
             code, body = response.status, json.loads(response.read())
     except urllib.error.HTTPError as error:
-        code, body = error.code, json.loads(error.read() or b"{}")
+        code = error.code
+        with contextlib.suppress(OSError, ValueError):  # Ray's own words, while there is no application
+            body = json.loads(error.read())
     except (OSError, ValueError, HTTPException):
-        code, body = 0, {}
+        pass
     return {"code": code, "running": body.get("replicas", {}).get("running", 0)}
 
 

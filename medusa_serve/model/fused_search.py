@@ -51,8 +51,8 @@ def top_children(
     base_ids = tokens if token_map is None else token_map
     _tile_best[(programs, tiles)](
         logits, scores, ids, shares[0], shares[1], tau, length, sampling.temperature, sampling.seed, base_ids,
-        logits.stride(0), logits.stride(1), vocab, depth or 0,
-        PLACES=places, DEPTHS=tau.shape[1], BY_PLACE=depth is None, SAMPLED=sampling.sampled,
+        logits.stride(0), logits.stride(1), vocab, places, depth or 0,
+        DEPTHS=tau.shape[1], BY_PLACE=depth is None, SAMPLED=sampling.sampled,
         MAPPED=token_map is not None, RANKS=num_ranks, TILE=TILE, num_warps=4,
     )  # fmt: skip
     _join_tiles[(programs,)](
@@ -130,16 +130,16 @@ if triton is not None:
         log1p = tl.where(v < 1e-3, -v * (1.0 + v * (0.5 + v * 0.33333333)), tl.log(1.0 - v))
         return -tl.log(-log1p)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["places", "depth"])  # a variant for each would be compiled: seconds, for nothing
     def _tile_best(
         logits, scores, ids, peaks, sums, tau, lengths, temperatures, seeds, base_ids,
-        row_stride, place_stride, vocab, depth,
-        PLACES: tl.constexpr, DEPTHS: tl.constexpr, BY_PLACE: tl.constexpr, SAMPLED: tl.constexpr,
+        row_stride, place_stride, vocab, places, depth,
+        DEPTHS: tl.constexpr, BY_PLACE: tl.constexpr, SAMPLED: tl.constexpr,
         MAPPED: tl.constexpr, RANKS: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
         """One tile of one place: its best RANKS, its peak, and Σ exp(score - peak)."""
         at, tile = tl.program_id(0), tl.program_id(1)
-        row, place = at // PLACES, at % PLACES
+        row, place = at // places, at % places
         if BY_PLACE:
             depth = place
         index = tile * TILE + tl.arange(0, TILE)
@@ -189,7 +189,7 @@ if triton is not None:
             tl.store(logp + at * RANKS + rank, best - total)
             x = tl.where(index == where, float("-inf"), x)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["filled", "pool_size", "depth"])
     def _grow(
         beams, above, tokens, logp, pool_tokens, pool_parents, pool_depths, pool_scores,
         next_beams, next_above, next_beam, next_token, tokens_stride, logp_stride, filled, pool_size, depth,
@@ -219,7 +219,7 @@ if triton is not None:
             tl.store(next_token + row * WIDTH + i, tl.load(tokens + (where % RANKS if SHARED else where)))
             score = tl.where(index == where, float("-inf"), score)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["size"])
     def _best(
         pool_tokens, pool_parents, pool_depths, pool_scores, places, tokens, parents, depths, size,
         COUNT: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,

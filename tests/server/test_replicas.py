@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +183,66 @@ def test_the_readmes_yaml_is_what_serve_run_takes() -> None:
     [told] = ServeDeploySchema.model_validate(yaml.safe_load(block)).applications
     assert told.import_path == f"{app.__module__}:{app.__name__}"
     assert type(app(told.args)).__name__ == "Application"
+
+
+@pytest.mark.ray
+def test_serve_run_starts_a_file_and_scales_with_the_requests_in_progress(tmp_path: Path) -> None:
+    import yaml
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    folder = save_tiny_folder(tmp_path / "tiny")
+    ours = {"model": str(folder), "device": "cpu", "dtype": "float32", "slots": 8, "cpus": 0.5}
+    args = {**ours, "replicas": 1, "max_replicas": 2, "target_ongoing": 1}
+    application = {"name": "medusa", "import_path": "medusa_serve.server.ray_app:app", "args": args}
+    config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
+    url, command = f"http://127.0.0.1:{port}", [str(Path(sys.executable).with_name("serve")), "run", "serve.yaml"]
+    answered: list[int] = []
+    over = threading.Event()
+
+    def ask_again() -> None:
+        body = json.dumps({"prompt": "a", "max_tokens": 200, "ignore_eos": True}).encode()
+        head = {"Content-Type": "application/json"}
+        while not over.is_set():
+            with urllib.request.urlopen(urllib.request.Request(f"{url}/generate", body, head), timeout=60) as answer:
+                answered.append(json.loads(answer.read())["usage"]["completion_tokens"])
+
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+    with (
+        open(tmp_path / "log", "w") as log,
+        subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log) as server,
+    ):
+        try:
+            until(lambda: replicas_of(url).get("running") == 1, 120)
+            with ThreadPoolExecutor(8) as pool:
+                asking = [pool.submit(ask_again) for _ in range(8)]
+                try:
+                    until(lambda: replicas_of(url).get("wanted") == 2, 150)
+                    until(lambda: replicas_of(url).get("running") == 2, 240)  # it loads on a core that is busy
+                finally:
+                    over.set()
+            for each in asking:
+                each.result()  # no request failed meanwhile
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(timeout=120)
+    assert set(answered) == {200}
+
+
+def replicas_of(url: str) -> dict[str, int]:
+    """By /health; nothing before there is one."""
+    with suppress(OSError, ValueError), urllib.request.urlopen(f"{url}/health", timeout=15) as response:
+        told: dict[str, int] = json.loads(response.read())["replicas"]
+        return told
+    return {}
+
+
+def until(true: Callable[[], Any], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.5)
 
 
 # ---- a replica ------------------------------------------------------------------------------------------------------
