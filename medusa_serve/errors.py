@@ -120,3 +120,9 @@ class TunnelError(MedusaServeError):
     def __init__(self, message: str, *, ngrok: int | None = None) -> None:
         super().__init__(message)
         self.ngrok = ngrok
+
+
+def reason_of(error: BaseException) -> str:
+    """What a foreign error says, in one line that can stand within a sentence."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, reason_of
 
 TEMPLATE_LIMIT = 1 << 20  # characters that a chat template may make of one short message
 
@@ -98,8 +98,3 @@ class Codec:
         if size > TEMPLATE_LIMIT:
             self.notes.append(f"no chat because the model's chat template makes {size} characters of one short message")
         return size <= TEMPLATE_LIMIT
-
-
-def reason_of(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import reason_of
+
 STEPS = ("advance", "features", "_begin")  # the last one where heads have it
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}  # of the features' norm
 ROWS = (1, 5)  # of the check: one row, and any number of rows, are compiled apart
@@ -47,7 +49,7 @@ def fuse_heads(heads: Any, hidden_width: int) -> str:
         error = max(float((a - b).norm() / b.norm()) for a, b in zip(got, wanted, strict=True))
         why = "" if error <= TOLERANCE.get(heads.output.weight.dtype, 0.05) else f"their features differ by {error:.1%}"
     except Exception as reason:  # two compilers' code: whatever it raises
-        why = (str(reason).strip().splitlines() or [""])[0][:200] or type(reason).__name__
+        why = reason_of(reason)
     if why:
         for name in steps:
             delattr(heads, name)

@@ -7,10 +7,9 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoadError
+from ..errors import LoadError, reason_of
 from ..presets import PRESETS, Preset
 from .checkpoint_files import HEAD_FILES
-from .codec import reason_of
 
 HEADS_ONLY = ["config.json", *HEAD_FILES, "model*.safetensors*", "pytorch_model*.bin*"]
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..errors import reason_of
 from .attention import tree_view
 from .tree import Tree
 
@@ -119,7 +120,7 @@ def fuse_layers(forward: TreeForward, check: Callable[[], float], *, wanted: boo
             forward.layers = FusedLayers(forward, decoder_layers(forward.model), compiled=compiled)
             error = check()
         except Exception as reason:  # tracing and compiling run a model's and two compilers' code: whatever they raise
-            why = why or (str(reason).strip().splitlines() or [""])[0][:200] or type(reason).__name__
+            why = why or reason_of(reason)
             if forward.layers is not None:
                 forward.layers.close()
                 forward.layers = None

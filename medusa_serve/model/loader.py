@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ..config import DEFAULT_MODEL, EngineConfig
-from ..errors import LoadError
+from ..errors import LoadError, reason_of
 from ..presets import PRESETS, nearest
-from .codec import Codec, reason_of
+from .codec import Codec
 from .default_model import cache_folder, ensure_default_model
 from .formats import choose_format
 from .gpu import why_unusable

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ..errors import reason_of
 from . import native_ops
 from .forward import TreeForward, decoder_layers
 from .int4 import Int4Linear
@@ -44,8 +45,7 @@ def native_layers(forward: TreeForward, check: Callable[[], float]) -> str:
         if forward.layers is not None:
             forward.layers.close()
             forward.layers, forward.packs = None, False
-        why = (str(reason).strip().splitlines() or [""])[0][:200] or type(reason).__name__
-        return f"decoder layers stay as they are ({why})"
+        return f"decoder layers stay as they are ({reason_of(reason)})"
     kernels = forward.layers.kernels
     return f"decoder layers are traced, {kernels} of their operations are kernels ({error:.1e} apart)"
 
