@@ -21,7 +21,7 @@ import torch
 
 from . import splitk
 from .between import between
-from .packed import MIN_BLOCKS, Packed, pack, views
+from .packed import MIN_BLOCKS, Packed, flat_size, pack, views
 from .tables import PLAIN, Needs
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ class StepGraphs:
         device = runner.device
         self._slots = torch.arange(runner.num_slots, device=device)
         self._active = torch.zeros(runner.num_slots, dtype=torch.bool, device=device)
-        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        # a graph and the facts that it writes; or, where there was no memory for one, what makes them
+        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph | None, torch.Tensor | Callable[[], torch.Tensor]]] = {}
         self._inputs: dict[int, torch.Tensor] = {}  # of prefill passes, by blocks
         self._seen: set[tuple[int, int, Needs]] = set()  # rows, width and needs of steps that were asked for
         self._owed: dict[Any, float] = {}  # ms that others have cost in the place of a missing step
@@ -79,26 +80,42 @@ class StepGraphs:
         if active and key not in self._graphs:
             key = self._stand_in(key)
         rows = key[0]
-        self._have(key)
+        try:
+            self._have(key)
+        except torch.OutOfMemoryError as error:
+            if not active:
+                raise
+            self._stay_eager(key, self._body(key), _step_name(key), error)
         order, chosen = self._order(host_slots, rows), set(host_slots)
-        on = [active and slot in chosen for slot in order]
-        self._slots[:rows].copy_(torch.tensor(order).pin_memory(), non_blocking=True)
-        self._active[:rows].copy_(torch.tensor(on).pin_memory(), non_blocking=True)
-        graph, facts = self._graphs[key]
-        graph.replay()
-        return facts
+        self._put(self._slots[:rows], torch.tensor(order))
+        self._put(self._active[:rows], torch.tensor([active and slot in chosen for slot in order]))
+        return self._play(key)
+
+    def _body(self, key: tuple[int, int, Shape, Needs]) -> Callable[[], torch.Tensor]:
+        rows, width, shape, needs = key
+        slots, on = self._slots[:rows], self._active[:rows]
+        return lambda: self._runner.step(slots, on, list(range(rows)), [0] * rows, width, shape, needs)
 
     def _have(self, key: tuple[int, int, Shape, Needs]) -> None:
         """Capture the step unless it is there."""
-        rows, width, shape, needs = key
-
-        def body() -> torch.Tensor:
-            slots, on = self._slots[:rows], self._active[:rows]
-            return self._runner.step(slots, on, list(range(rows)), [0] * rows, width, shape, needs)
-
         if key not in self._graphs:  # with every row inactive, neither warm-up nor capture changes a sequence
             self._active.zero_()
-            self._capture(key, body, f"a step of {rows} rows × {shape.num_nodes} nodes")
+            self._capture(key, self._body(key), _step_name(key))
+
+    def _stay_eager(self, key: Any, body: Callable[[], torch.Tensor], what: str, error: Exception) -> None:
+        """There was no memory to capture this: it is launched kernel by kernel from now on."""
+        log.warning("For want of memory %s is not captured, and slower: %s", what, error)
+        self._graphs[key] = (None, body)
+
+    def _play(self, key: Any) -> torch.Tensor:
+        graph, facts = self._graphs[key]
+        if graph is None:
+            return facts()  # type: ignore[operator]
+        graph.replay()
+        return facts  # type: ignore[return-value]
+
+    def _put(self, place: torch.Tensor, values: torch.Tensor) -> None:
+        place.copy_(values.pin_memory(), non_blocking=True)
 
     def _stand_in(self, key: tuple[int, int, Shape, Needs]) -> tuple[int, int, Shape, Needs]:
         """The step of the fewest more rows that is there, until that has cost a capture; else the step itself."""
@@ -155,6 +172,7 @@ class StepGraphs:
         self.run(list(range(rows)), runner.tables.history.shape[1], shape, PLAIN, active=False)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         graph = self._graphs[self._key(rows, runner.tables.history.shape[1], shape, PLAIN)][0]
+        assert graph is not None  # else `run` has raised
         times = []
         for _ in range(repeats):
             begin.record()
@@ -178,26 +196,31 @@ class StepGraphs:
 
     def prefill(self, packed: Packed, needs: Needs) -> torch.Tensor:
         """One packed prefill pass; → the facts of its R rows, overwritten by the next one."""
-        blocks, rows = len(packed.slots), len(packed.rows)
-        self._have_prefill(blocks, needs)
-        inputs = views(self._inputs[blocks], blocks, rows)
-        inputs.flat.copy_(packed.flat.pin_memory(), non_blocking=True)
-        graph, facts = self._graphs["prefill", blocks, needs]
-        graph.replay()
-        return facts
+        blocks = len(packed.slots)
+        key, inputs = ("prefill", blocks, needs), self._inputs_of(blocks)
+        try:
+            self._have_prefill(blocks, needs)
+        except torch.OutOfMemoryError as error:
+            self._stay_eager(key, self._prefill_body(inputs, needs), f"a prefill of {blocks} blocks", error)
+        self._put(inputs.flat, packed.flat)
+        return self._play(key)
+
+    def _inputs_of(self, blocks: int) -> Packed:
+        rows, size = self._runner.prefill_rows, flat_size(blocks, self._runner.prefill_rows)
+        if blocks not in self._inputs:
+            self._inputs[blocks] = torch.empty(size, dtype=torch.int64, device=self._runner.device)
+        return views(self._inputs[blocks], blocks, rows)
+
+    def _prefill_body(self, inputs: Packed, needs: Needs) -> Callable[[], torch.Tensor]:
+        return lambda: self._runner.prefill_step(inputs, self._runner.tables.history.shape[1], needs)
 
     def _have_prefill(self, blocks: int, needs: Needs) -> None:
         """Capture the pass unless it is there; with no row in it, it changes nothing."""
         runner, key = self._runner, ("prefill", blocks, needs)
-        if key in self._graphs:
-            return
-        empty = pack([], runner.prefill_rows, runner.num_slots, least=blocks)
-        if blocks not in self._inputs:
-            self._inputs[blocks] = torch.empty_like(empty.flat, device=runner.device)
-        inputs = views(self._inputs[blocks], blocks, runner.prefill_rows)
-        inputs.flat.copy_(empty.flat)
-        width = runner.tables.history.shape[1]
-        self._capture(key, lambda: runner.prefill_step(inputs, width, needs), f"a prefill of {blocks} blocks")
+        if key not in self._graphs:
+            inputs = self._inputs_of(blocks)
+            inputs.flat.copy_(pack([], runner.prefill_rows, runner.num_slots, least=blocks).flat)
+            self._capture(key, self._prefill_body(inputs, needs), f"a prefill of {blocks} blocks")
 
     def blocks(self, least: int, needs: Needs) -> int:
         """Blocks of a prefill pass of `least`: the next captured size up to four times that, else a power of two."""
@@ -226,6 +249,10 @@ class StepGraphs:
     def close(self) -> None:
         self._graphs.clear()
         del self._runner
+
+
+def _step_name(key: tuple[int, int, Shape, Needs]) -> str:
+    return f"a step of {key[0]} rows × {key[2].num_nodes} nodes"
 
 
 def _power_of_two(least: int, most: int | None = None) -> int:

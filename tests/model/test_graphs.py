@@ -11,6 +11,7 @@ import torch
 
 from medusa_serve.model import graphs
 from medusa_serve.model.graphs import FIRST_GRAPHS, PREFILL_BLOCKS, StepGraphs
+from medusa_serve.model.packed import Run, pack
 from medusa_serve.model.plan import Shape
 from medusa_serve.model.tables import PLAIN, Needs
 
@@ -28,7 +29,7 @@ class Noted(StepGraphs):
             tables=SimpleNamespace(history=history), num_slots=SLOTS, prefill_rows=SLOTS, device="cpu", step_ms={}
         )
         self._graphs, self._seen, self._owed, self._inputs = {}, set(), {}, {}
-        self._active = torch.zeros(SLOTS, dtype=torch.bool)
+        self._slots, self._active = torch.arange(SLOTS), torch.zeros(SLOTS, dtype=torch.bool)
         self._device_lengths, self._most, self._capture_ms = True, graphs.MOST_GRAPHS, 100.0
 
     def _capture(self, key, body, what):
@@ -114,3 +115,32 @@ def test_without_times_or_for_other_needs_nothing_stands_in(idle):
 def test_a_prefill_pass_is_at_most_four_times_too_large(idle, least, captured, blocks):
     idle._graphs = {("prefill", size, PLAIN): None for size in captured}
     assert idle.blocks(least, PLAIN) == blocks
+
+
+def test_without_memory_for_a_capture_the_step_runs_uncaptured_and_that_is_said_once(idle, caplog):
+    def full(key, body, what):
+        raise torch.OutOfMemoryError("out of memory")
+
+    def step(slots, active, host_slots, host_length, width, shape, needs):
+        asked.append((slots.tolist(), active.tolist(), shape))
+        return torch.tensor(len(asked))
+
+    asked, idle._capture, idle._runner.step = [], full, step
+    idle._put = lambda place, values: place.copy_(values)
+    facts = [int(idle.run([7, 3, 9], WIDTH, SHAPES[1], PLAIN)) for _ in range(2)]
+    assert facts == [1, 2]
+    assert asked == [([7, 3, 9, 0], [True, True, True, False], SHAPES[1])] * 2
+    assert caplog.text.count("For want of memory a step of 4 rows × 8 nodes is not captured, and slower") == 1
+    with pytest.raises(torch.OutOfMemoryError):  # a measurement is of a captured step, or none
+        idle.run([0], WIDTH, SHAPES[1], PLAIN, active=False)
+
+
+def test_a_prefill_pass_without_memory_for_a_capture_runs_uncaptured(idle, caplog):
+    def full(key, body, what):
+        raise torch.OutOfMemoryError("out of memory")
+
+    idle._capture, idle._runner.prefill_step = full, lambda packed, width, needs: packed.tokens[0, :3].clone()
+    idle._put = lambda place, values: place.copy_(values)
+    packed = pack([Run(3, 0, [5, 6, 7], True)], SLOTS, SLOTS)
+    assert [idle.prefill(packed, PLAIN).tolist() for _ in range(2)] == [[5, 6, 7]] * 2
+    assert caplog.text.count("For want of memory a prefill of 8 blocks is not captured, and slower") == 1
