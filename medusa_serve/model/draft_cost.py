@@ -36,7 +36,7 @@ def limit_vocabulary(heads: Heads, base_output: Any, wanted: int | None, *, orde
         output.token_map = None
         output.attach(base_output)
     else:
-        output.attach(base_output, torch.arange(wanted) if own is None else own[:wanted])
+        output.keep_first(wanted)
     return [f"drafts from {output.vocab_size} tokens, {have} without draft_vocab"]
 
 

@@ -78,6 +78,16 @@ class OutputLayer(nn.Module):
             self.weight, self.bias = weight.detach()[rows], None if bias is None else bias.detach()[rows]
             self.scale = None if scale is None else scale[rows]
 
+    def keep_first(self, count: int) -> None:
+        """The first `count` tokens of the draft vocabulary alone. Tied and attached."""
+        assert self.weight is not None
+        self.token_map = (
+            torch.arange(count, device=self.weight.device) if self.token_map is None else self.token_map[:count]
+        )
+        self.weight = self.weight[:count]
+        self.bias = None if self.bias is None else self.bias[:count]
+        self.scale = None if self.scale is None else self.scale[:count]
+
     def to_int8(self) -> None:
         """A shared weight of its own size in int8, which the base's output layer does not see."""
         assert self.weight is not None
