@@ -56,9 +56,6 @@ class Sample(NamedTuple):
         return self.terminals == self.dones == 1
 
 
-Stream = Sample
-
-
 @dataclass(frozen=True)
 class Target:
     """Where requests go and what each says: the texts in turn, each with its request's number before it, so that no two
@@ -88,10 +85,6 @@ def closed_loop(target: Target, clients: int, start: int, requests: int | None, 
 def open_loop(target: Target, due: Sequence[float], start: int) -> list[Sample]:
     """Requests at the times `due` (seconds), whether or not earlier ones have ended. Their times count from then."""
     return asyncio.run(_open(target, due, start))
-
-
-def whole_streams(target: Target, clients: int, start: int, seconds: float) -> list[Sample]:
-    return closed_loop(target, clients, start, None, seconds)
 
 
 def arrivals(rate: float, seed: int, requests: int | None, seconds: float) -> list[float]:

@@ -32,7 +32,7 @@ from ..types import SamplingParams
 from . import http_load
 from .acceptance import numbers
 from .command import end_options, run_bench, write
-from .http_load import Stream, Target, summary
+from .http_load import Sample, Target, summary
 from .shapes import SHAPES, random_llm
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class Trouble:
 
     def __init__(self, running: Cluster, run: RunLoad, target: Target, config: ReplicasBenchConfig, start: int) -> None:
         self.running, self.config, self.start = running, config, start
-        self.streams: list[Stream] = []
+        self.streams: list[Sample] = []
         self.health: list[Row] = []
         self.began = time.perf_counter()
         self._run, self._target, self._stop = run, target, threading.Event()
@@ -194,7 +194,7 @@ class Trouble:
 
     def _load(self) -> None:
         while not self._stop.is_set():
-            new = self._run(http_load.whole_streams, self._target, max(self.config.clients), self.start, 4.0)
+            new = self._run(http_load.closed_loop, self._target, max(self.config.clients), self.start, None, 4.0)
             self.start += len(new)
             self.streams += new
 
@@ -241,14 +241,14 @@ def changes(health: list[Row]) -> list[Row]:
     return [told for told, word, before in zip(health, words, [None, *words], strict=False) if word != before]
 
 
-def count(streams: list[Stream]) -> Row:
+def count(streams: list[Sample]) -> Row:
     accepted = [stream for stream in streams if stream.accepted]
     return {
         "requests": len(streams),
         "accepted": len(accepted),
         "whole": sum(stream.status == "200" for stream in streams),
         "lost": dict(sorted(Counter(stream.status for stream in streams if stream.status != "200").items())),
-        "one_terminal": sum(stream.terminals == 1 and stream.dones == 1 for stream in accepted),
+        "one_terminal": sum(stream.ended_once for stream in accepted),
     }
 
 
