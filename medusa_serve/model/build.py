@@ -196,4 +196,4 @@ def _may_trace(forward: TreeForward, config: EngineConfig) -> bool:
     """Whether the layers' passes on a CPU are to be traced: not where they are compiled whole, or left as they are."""
     model = forward.model
     wanted = config.compile is None and model.device.type == "cpu" and model.dtype == torch.bfloat16
-    return wanted and has_numba() and not forward.is_split
+    return wanted and has_numba() and forward.attends and not forward.is_split

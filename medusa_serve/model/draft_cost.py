@@ -10,7 +10,7 @@ import torch
 from ..errors import LoadError
 from .formats import best_format, format_times
 from .heads import Heads
-from .int8 import WIDTH, quantize_linears
+from .int8 import quantize_linears
 
 CPU_VOCAB = (
     16384  # the output layer is most of what a draft reads; these tokens are 97 % of the default model's answers
@@ -47,19 +47,21 @@ def make_fast(heads: Heads) -> list[str]:
     weight = output.weight
     assert weight is not None
     if output.scale is None:
-        formats = {torch.float32: ("float32", "bfloat16", "int8"), torch.bfloat16: ("bfloat16", "int8")}.get(
-            weight.dtype
-        )
+        some = {torch.float32: ("float32", "bfloat16", "int8"), torch.bfloat16: ("bfloat16", "int8", "int4")}
+        formats = some.get(weight.dtype)
         if weight.device.type != "cpu" or formats is None or weight.numel() < WORTH_IT:
             return []
         matrix = weight if weight.dim() == 2 else weight[0]
-        formats = formats if matrix.shape[1] % WIDTH == 0 else formats[:-1]
-        best = best_format(format_times([matrix.detach()], rows=2), formats)
+        times = format_times([matrix.detach()], rows=2)
+        best = best_format(times, tuple(name for name in formats if name in times))
     else:
         best = "int8"
-    if getattr(torch, best) == weight.dtype and output.scale is None:
+    if output.scale is None and getattr(torch, best, None) == weight.dtype:
         return []
     heads.to(torch.bfloat16)
+    if best == "int4":
+        output.to_int4()
+        quantize_linears(heads)
     if best == "int8":
         output.to_int8()
         quantize_linears(heads)

@@ -110,6 +110,23 @@ class Int4Linear(nn.Module):
         return self._product(torch.eye(self.in_features, dtype=torch.bfloat16)).T.contiguous()
 
 
+def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (out, in) float → the nearest of 16 steps between each group's ends, as `packed` and `scales` of one part:
+    for drafts, which need not be exact."""
+    groups = weight.float().unflatten(1, (-1, GROUP))
+    low = groups.amin(dim=2)
+    scale = (groups.amax(dim=2) - low) / 15
+    steps, scales = _part(_steps(groups - low[..., None], scale), scale, low + 8 * scale)
+    return torch._convert_weight_to_int4pack_for_cpu(steps, 2)[None], scales.transpose(0, 1).contiguous()[None]
+
+
+def int4_product(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    """x (…, in) → (…, out) bfloat16, by weights of one part."""
+    flat = x.reshape(-1, x.shape[-1]).bfloat16().contiguous()
+    out = [torch._weight_int4pack_mm_for_cpu(rows, packed[0], GROUP, scales[0]) for rows in flat.split(MAX_ROWS)]
+    return (out[0] if len(out) == 1 else torch.cat(out)).view(*x.shape[:-1], -1)
+
+
 def few_bit_parts(weight: Tensor) -> list[tuple[Tensor, Tensor]] | None:
     """weight (out, in) float32 → of each part steps (out, in) int32 from 0 to 15, and scales (out, in / 32, 2)
     bfloat16; None where the weights lie on no such steps."""

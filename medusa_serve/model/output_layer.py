@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LoadError
-from .int4 import Int4Linear
+from .int4 import Int4Linear, int4_product, rounded
 from .int8 import WIDTH, Int8Linear, int8_product, quantized
 
 
@@ -21,7 +21,7 @@ class OutputLayer(nn.Module):
     token map once, contiguous, so that each step reads V' rows instead of gathering among V.
     """
 
-    weight: Tensor | None  # float, or int8 with the scale of each row
+    weight: Tensor | None  # float, int8 with the scale of each row, or int4 as Int4Linear's of one part
     scale: Tensor | None
     bias: Tensor | None
     token_map: Tensor | None
@@ -97,13 +97,23 @@ class OutputLayer(nn.Module):
             self.register_buffer("weight", weight, persistent=False)
             self.scale = scale
 
+    def to_int4(self) -> None:
+        """The same in int4, rounded: for drafts alone."""
+        assert self.weight is not None
+        if self.scale is None and self.weight.dim() == 2:
+            weight, scale = rounded(self.weight.detach())
+            del self.weight
+            self.register_buffer("weight", weight, persistent=False)
+            self.scale = scale
+
     def forward(self, x: Tensor, head: int | None = None) -> Tensor:
         """[R, H] → [R, V'] (`head` picks the weight where each head has its own), or [R, K, H] → [R, K, V']."""
         weight, bias = self.weight, self.bias
         if weight is None:
             raise RuntimeError("tied heads must be attached to a base model first")
         if self.scale is not None:
-            out = int8_product(x, weight, self.scale)
+            product = int4_product if weight.dtype == torch.uint8 else int8_product
+            out = product(x, weight, self.scale)
             return out if bias is None else out + bias
         x = x.to(weight.dtype)
         if weight.dim() == 2:

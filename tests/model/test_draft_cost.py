@@ -114,3 +114,25 @@ def test_heads_of_an_int8_base_draft_in_int8(monkeypatch):
     features = torch.randn(3, HIDDEN)
     want = layer(features)[:, made.token_map]
     assert torch.equal(made.project(features), want)
+
+
+def test_a_bfloat16_output_layer_may_draft_in_int4(monkeypatch):
+    """Rounded to 16 steps a group of 32: drafts alone read it, so the base's layer keeps its numbers."""
+    torch.manual_seed(0)
+    made = SequentialHeads(HIDDEN, inner=64, readout=32, token_map=torch.arange(59, 11, -1)).eval()
+    made.requires_grad_(False).bfloat16()
+    layer = torch.nn.Linear(HIDDEN, VOCAB, bias=False).bfloat16()
+    made.attach(layer, torch.randn(VOCAB, HIDDEN).bfloat16())
+    features = torch.randn(2, 3, HIDDEN).bfloat16()
+    exact = made.project(features).float()
+    monkeypatch.setattr(draft_cost, "WORTH_IT", 1)
+    times = dict.fromkeys(formats.PASSES, 1.0) | {"int8": 0.5, "int4": 0.3}
+    monkeypatch.setattr(draft_cost, "format_times", lambda weights, rows: times)
+    (note,) = make_fast(made)
+    assert "int4" in note
+    assert made.output.weight.dtype == torch.uint8
+    assert made.output.vocab_size == 48
+    assert layer.weight.dtype == torch.bfloat16
+    got = made.project(features)
+    assert got.shape == exact.shape
+    assert float((got.float() - exact).norm() / exact.norm()) < 0.1
