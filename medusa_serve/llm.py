@@ -4,6 +4,7 @@ start here."""
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -194,7 +195,11 @@ def _forecast(runner: Any) -> tuple[int, float, float] | None:
 def _elsewhere(work: Callable[[], Result]) -> Result:
     """Do it in a thread of its own, which ends. Each thread that computes keeps OpenMP workers; where those of two
     threads are more than the cores, they sleep after every product instead of waiting for the next one, and the
-    engine's steps take twice as long (measured on two cores)."""
+    engine's steps take twice as long (measured on two cores). So does the calling thread give up its own."""
+    if "torch" in sys.modules:
+        from .model.workers import give_up_workers
+
+        give_up_workers()
     done: list[Result] = []
     failed: list[BaseException] = []
 
