@@ -19,7 +19,7 @@ def chosen(llm: Any, seconds: float) -> str:
         f"  slots     {facts['slots']} × {facts['max_context']} tokens",
         f"  drafts    {' and '.join(facts['drafts']) or 'none'}",
         f"  nodes     {nodes}" + (", as many as pay at each step" if len(facts["nodes"]) > 2 else ""),
-        f"  expected  {expected(llm.forecast, timed_later=llm.heads_name != 'none' and llm.device != 'cpu')}",
+        f"  expected  {expected(llm.forecast, llm.heads_name != 'none', llm.device)}",
     ]
     if facts["heads"] == "none":
         lines.append("  no heads are loaded: notebooks/02_train_heads.ipynb trains some for this model")
@@ -41,10 +41,12 @@ def device(name: str) -> str:
     return f"{facts.name} ({facts.total / 2**30:.1f} GiB, capability {'.'.join(map(str, facts.capability))}{others})"
 
 
-def expected(forecast: tuple[int, float, float] | None, *, timed_later: bool) -> str:
+def expected(forecast: tuple[int, float, float] | None, has_heads: bool, device: str) -> str:
     """forecast: LLM.forecast"""
-    if forecast is None and timed_later:
+    if forecast is None and has_heads and device != "cpu":
         return "steps are timed while the engine idles; then speculation is used as far as it pays"
+    if forecast is None and has_heads:
+        return "no forecast: steps are timed only of a model that is large enough, and where nodes are to be chosen"
     if forecast is None:
         return "no forecast: without heads it depends on how much of the answer stands in the prompt"
     nodes, tokens, speedup = forecast
