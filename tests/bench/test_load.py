@@ -17,7 +17,10 @@ SMALL = LoadConfig(clients=4, seconds=0.5, open_seconds=0.3, burst=12, storms=1,
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = save_tiny_folder(tmp_path_factory.mktemp("tiny"))
-    return bench_load(EngineConfig(model=str(folder), device="cpu", slots=4), SMALL)
+    with pytest.MonkeyPatch.context() as patch:  # an engine that audits its slots more often need not be waited for
+        patch.setattr("medusa_serve.engine.batch_manager.IDLE_WAIT_S", 0.02)
+        patch.setattr("medusa_serve.bench.invariants.AUDIT_S", 0.1)
+        return bench_load(EngineConfig(model=str(folder), device="cpu", slots=4), SMALL)
 
 
 def test_a_small_run(small: dict[str, Any]) -> None:
