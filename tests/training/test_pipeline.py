@@ -40,7 +40,7 @@ def test_prompts_become_heads(folder, prompt_file, tmp_path, capsys):
     measured = train_from_prompts(
         engine,
         prompt_file,
-        minutes=0.05,
+        minutes=0.1,
         answer_tokens=12,
         out=tmp_path / "heads",
         note=notes.append,
