@@ -156,6 +156,15 @@ def test_awaited_text_is_the_same_and_leaving_cancels(server: Any) -> None:
     assert server.stats()["in_flight"] == 0
 
 
+def test_one_prompt_beside_many(server: Any) -> None:
+    prompts = ["Name a colour", "a", "b"]
+    found = asyncio.run(server.one_and_many(prompts, max_tokens=6))
+    assert [one.text for one in found.answers] == [server.generate(text, max_tokens=6).text for text in prompts]
+    assert found.gain == found.together / found.alone > 0
+    assert "3 prompts at once" in str(found)
+    assert "(8 decode at a time)" in str(found)
+
+
 def test_repr_has_lines_to_copy(server: Any) -> None:
     text = repr(server)
     assert server.url in text
