@@ -23,8 +23,6 @@ from .loading import BackgroundLoad, ServedLLM, loaded
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 8  # connections that one turn of the loop accepts: a burst of new clients must not hold up open streams
-BACKLOG = 1024  # connections that wait to be accepted
 CLOSE_S = 2  # after the drain: for clients to read their last event
 
 
@@ -83,7 +81,6 @@ class Server(uvicorn.Server):
                 log_config=None,
                 log_level="warning",
                 timeout_graceful_shutdown=CLOSE_S,
-                backlog=AT_ONCE,  # asyncio accepts so many a turn, and would let no more wait
             )
         )
 
@@ -124,8 +121,6 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
-        for sock in sockets or ():
-            sock.listen(BACKLOG)
         if self._on_ready is not None and sockets:
             self._on_ready(url_of(sockets[0]))
 

@@ -1,6 +1,5 @@
 """Binding, and stopping by a signal as a process."""
 
-import contextlib
 import os
 import signal
 import socket
@@ -8,17 +7,15 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from medusa_serve.errors import InvalidConfig
 from medusa_serve.server.config import ServerConfig
-from medusa_serve.server.connection import Connection
-from medusa_serve.server.serve import AT_ONCE, bind, url_of
+from medusa_serve.server.serve import bind, url_of
 
-from .standins import HandLLM, HandManager, events, open_post, running, serving, unchunk, wait_for
+from .standins import HandLLM, HandManager, events, open_post, serving, unchunk
 
 httpx = pytest.importorskip("httpx", reason="the server's tests need httpx: pip install -e '.[test]'")
 
@@ -37,34 +34,6 @@ def test_bind() -> None:
         bind(ServerConfig(host="192.0.2.1", port=0))
     with pytest.raises(InvalidConfig, match="Cannot listen on no.such.host.invalid"):
         bind(ServerConfig(host="no.such.host.invalid", port=0))
-
-
-def test_a_burst_of_connections_is_accepted_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted by turns of the loop; while it is blocked they wait, and none is lost."""
-    turns, made = [0], list[int]()
-    connection_made = Connection.connection_made
-
-    def counted(self: Connection, transport: object) -> None:
-        made.append(turns[0])
-        connection_made(self, transport)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Connection, "connection_made", counted)
-    with serving(HandLLM()) as url, contextlib.ExitStack() as stack:
-        loop = running(url).servers[0].get_loop()
-
-        def turn() -> None:
-            turns[0] += 1
-            loop.call_soon(turn)
-
-        loop.call_soon_threadsafe(turn)
-        loop.call_soon_threadsafe(time.sleep, 0.3)
-        host, port = url.removeprefix("http://").split(":")
-        socks = [stack.enter_context(socket.create_connection((host, int(port)), 5)) for _ in range(60)]
-        wait_for(lambda: len(made) == len(socks))
-        assert max(Counter(made).values()) <= AT_ONCE
-        for sock in socks:
-            sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        assert all(sock.recv(15) == b"HTTP/1.1 200 OK" for sock in socks)
 
 
 def test_headers_too_large_are_refused() -> None:
