@@ -7,7 +7,8 @@ from typing import Any
 
 from ..errors import MedusaServeError
 
-WIDE = "100%"
+WIDE = "auto"  # as wide as there is room, borders too
+LABELS = {"description_width": "7em"}
 
 
 class Controls:
@@ -19,7 +20,9 @@ class Controls:
         self.transcript = w.HTML()
         self.live = w.HTML()
         self.note = w.HTML()
-        self.system = w.Text(description="System", placeholder="a system message, or nothing", layout=wide)
+        self.system = w.Text(
+            description="System", placeholder="a system message, or nothing", layout=wide, style=LABELS
+        )
         self.prompt = w.Textarea(placeholder="Ask something", rows=3, layout=wide)
         self.send = w.Button(description="Send", button_style="primary", icon="paper-plane")
         self.stop = w.Button(description="Stop", icon="stop", disabled=True)
@@ -27,12 +30,14 @@ class Controls:
         self.clear = w.Button(description="Clear", icon="trash")
         compare = {"description": "Compare with plain decoding", "icon": "balance-scale", "layout": {"width": "auto"}}
         self.compare = w.Button(tooltip="The last prompt with speculation and without, same seed", **compare)
-        self.temperature = w.FloatSlider(description="Temperature", value=0.0, min=0.0, max=2.0, step=0.05)
-        self.top_p = w.FloatSlider(description="Top-p", value=1.0, min=0.05, max=1.0, step=0.05)
+        self.temperature = w.FloatSlider(
+            description="Temperature", value=0.0, min=0.0, max=2.0, step=0.05, style=LABELS
+        )
+        self.top_p = w.FloatSlider(description="Top-p", value=1.0, min=0.05, max=1.0, step=0.05, style=LABELS)
         most = max(8, max_context // 2)
-        self.max_tokens = w.IntSlider(description="Max tokens", value=min(256, most), min=1, max=most)
-        self.seed = w.Text(description="Seed", placeholder="drawn")
-        self.speculation = w.Checkbox(description="Speculation", value=True)
+        self.max_tokens = w.IntSlider(description="Max tokens", value=min(256, most), min=1, max=most, style=LABELS)
+        self.seed = w.Text(description="Seed", placeholder="drawn", style=LABELS)
+        self.speculation = w.Checkbox(description="Speculation", value=True, style=LABELS)
         self._legend = w.HTML(legend)
         settings = w.VBox([self.system, self.temperature, self.top_p, self.max_tokens, self.seed, self.speculation])
         self._settings = w.Accordion([settings], selected_index=None)

@@ -36,14 +36,15 @@ def legend() -> str:
 
 
 def transcript(turns: Sequence[Turn], dropped: int) -> str:
-    """The conversation, the newest turn last."""
+    """The conversation, the newest turn last and in sight: a reversed column is shown from its end."""
     note = ""
     if dropped:
         note = (
             '<div style="font-style:italic;opacity:.8">The context is full: the '
             f"{dropped} oldest messages are no longer sent to the model.</div>"
         )
-    return f'<div style="max-height:28em;overflow-y:auto">{note}{"".join(map(_turn, turns))}</div>'
+    style = "max-height:28em;overflow-y:auto;display:flex;flex-direction:column-reverse"
+    return f'<div style="{style}"><div>{note}{"".join(map(_turn, turns))}</div></div>'
 
 
 def _turn(turn: Turn) -> str:

@@ -24,7 +24,7 @@ def chosen(llm: Any, seconds: float) -> str:
     if facts["heads"] == "none":
         lines.append("  no heads are loaded: notebooks/02_train_heads.ipynb trains some for this model")
     because = textwrap.fill(
-        "; ".join(llm.notes), 118, initial_indent="  because   ", subsequent_indent=12 * " ",
+        "; ".join(llm.notes), 96, initial_indent="  because   ", subsequent_indent=12 * " ",
         break_on_hyphens=False, break_long_words=False,
     )  # fmt: skip
     return "\n".join([*lines, because])

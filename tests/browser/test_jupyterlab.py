@@ -95,6 +95,7 @@ def test_a_person_runs_all_and_uses_the_panel(lab: str, visit: Callable[..., Any
     assert "(stopped)" not in panel.text()
     assert panel.root.locator(".widget-html span[title$='tokens in one step']").count() > 0, "no run is tinted"
     assert len(whole) > len(stopped.rpartition("Model:")[2])
+    assert panel.end_is_in_sight()
 
     panel.button("Compare with plain decoding").click()
     panel.root.locator(".widget-html", has_text="with and without speculation").wait_for(timeout=ANSWER_S * 1000)
@@ -127,6 +128,13 @@ class Panel:
 
     def text(self) -> str:
         return str(self.root.locator(".widget-html").first.inner_text())
+
+    def end_is_in_sight(self) -> bool:
+        """Of a conversation that may be longer than its box: its last line lies within it."""
+        box = self.root.locator(".widget-html").first.locator("div[style*='overflow-y']")
+        last = box.locator("> div > div").last
+        inner, outer = last.bounding_box(), box.bounding_box()
+        return bool(inner["y"] + inner["height"] <= outer["y"] + outer["height"] + 1)
 
     def answer(self) -> str:
         return self.text().rpartition("Model:")[2].strip()
