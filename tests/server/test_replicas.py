@@ -202,7 +202,7 @@ def test_serve_run_starts_a_file_and_scales_with_the_requests_in_progress(tmp_pa
     over = threading.Event()
 
     def ask_again() -> None:
-        body = json.dumps({"prompt": "a", "max_tokens": 200, "ignore_eos": True}).encode()
+        body = json.dumps({"prompt": "a", "max_tokens": 200}).encode()
         head = {"Content-Type": "application/json"}
         while not over.is_set():
             with urllib.request.urlopen(urllib.request.Request(f"{url}/generate", body, head), timeout=60) as answer:
@@ -217,9 +217,15 @@ def test_serve_run_starts_a_file_and_scales_with_the_requests_in_progress(tmp_pa
             until(lambda: replicas_of(url).get("running") == 1, 120)
             with ThreadPoolExecutor(8) as pool:
                 asking = [pool.submit(ask_again) for _ in range(8)]
+
+                def are_two(state: str) -> bool:
+                    for ended in (each for each in asking if each.done()):
+                        ended.result()  # raises what went wrong
+                    return replicas_of(url).get(state) == 2
+
                 try:
-                    until(lambda: replicas_of(url).get("wanted") == 2, 150)
-                    until(lambda: replicas_of(url).get("running") == 2, 240)  # it loads on a core that is busy
+                    until(lambda: are_two("wanted"), 150)
+                    until(lambda: are_two("running"), 240)  # it loads on a core that is busy
                 finally:
                     over.set()
             for each in asking:
@@ -227,7 +233,7 @@ def test_serve_run_starts_a_file_and_scales_with_the_requests_in_progress(tmp_pa
         finally:
             server.send_signal(signal.SIGINT)
             server.wait(timeout=120)
-    assert set(answered) == {200}
+    assert min(answered) > 0
 
 
 def replicas_of(url: str) -> dict[str, int]:
