@@ -187,6 +187,8 @@ def _plug_in(
             raise
         notes += [exact] if exact else []
     except PlugInError as reason:
+        if config.exact:
+            raise LoadError(f"The exact mode cannot be had: this model decodes plainly, because {reason}.") from reason
         slots, why = (config.slots, "as asked") if config.slots else (8, "the default for plain decoding")
         return None, slots, why, None, str(reason)
     return forward, slots, why, error, None

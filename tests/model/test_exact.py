@@ -5,9 +5,12 @@ import random
 import pytest
 import torch
 
+from medusa_serve.bench.families import tiny
+from medusa_serve.config import EngineConfig
 from medusa_serve.errors import LoadError
 from medusa_serve.model import attention, exact
 from medusa_serve.model.attention import chain_view, reference_attention, tree_view
+from medusa_serve.model.build import build_runner
 from medusa_serve.model.canonical import canonical_attention
 from medusa_serve.model.forward import TreeForward
 from medusa_serve.model.int4 import use_few_bits
@@ -160,3 +163,11 @@ def test_without_numba_it_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(exact, "has_numba", lambda: False)
     assert "Numba" in (exact.make_exact(forward, None, SLOTS) or "")
     assert not forward.exact
+
+
+def test_a_model_that_decodes_plainly_has_no_exact_mode():
+    config = EngineConfig(slots=2, max_context=64, exact=True)
+    with pytest.raises(
+        LoadError, match=r"cannot be had: this model decodes plainly, because some layers keep a recurr"
+    ):
+        build_runner(tiny("mamba"), config, eos_ids=[], max_positions=256)
