@@ -111,8 +111,9 @@ def test_answers_with_more_or_less_than_one_end_are_seen(monkeypatch: pytest.Mon
 def test_what_is_left_behind_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with fake_llm() as llm, invariants(llm, monkeypatch) as (made, _), contextlib.ExitStack() as stack:
         loop, over = made._loop, threading.Event()
-        task = asyncio.run_coroutine_threadsafe(asyncio.sleep(60), loop)
-        threads = [threading.Thread(target=over.wait) for _ in range(3)]
+        # three: while answers are watched there is a task for that, and it may have been there at the beginning
+        tasks = [asyncio.run_coroutine_threadsafe(asyncio.sleep(60), loop) for _ in range(3)]
+        threads = [threading.Thread(target=over.wait, daemon=True) for _ in range(3)]
         for thread in threads:
             thread.start()
         for number in range(3):
@@ -123,7 +124,8 @@ def test_what_is_left_behind_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: 
             "I…: … threads, not …",
             "I…: … open files, not …",
         ]
-        task.cancel()
+        for task in tasks:
+            task.cancel()
         over.set()
         for thread in threads:
             thread.join()
