@@ -148,17 +148,18 @@ class BatchManager:
         """Where the engine stands; cheap, never waits for a step."""
         activity, thread = self._runner.activity, self._thread
         gone = thread is not None and thread.ident is not None and not thread.is_alive()
-        told = partial(EngineStatus, heartbeat_age_s=self._pulse.age_s())
+        running, waiting = self._load()
+        told = partial(EngineStatus, running=running, waiting=waiting, heartbeat_age_s=self._pulse.age_s())
         if self._closing:
-            return told("closed", *self._load(), message=self._death)
+            return told("closed", message=self._death)
         if gone or self._death is not None:
-            return told("failed", *self._load(), message=self._death or "The engine thread is gone.")
+            return told("failed", message=self._death or "The engine thread is gone.")
         if self._restarting:
-            return told("restarting", *self._load(), message="The engine starts again after an error.")
+            return told("restarting", message="The engine starts again after an error.")
         trouble = self._pulse.trouble(self.metrics.median_turn_s) if activity is None else None
         if trouble is not None:
-            return told("stalled", *self._load(), message=trouble)
-        return told("draining" if self._draining else "ok", *self._load(), message=activity)
+            return told("stalled", message=trouble)
+        return told("draining" if self._draining else "ok", message=activity)
 
     def drain(self, grace_s: float) -> bool:
         """Refuse new sequences and let the accepted ones finish; after `grace_s` those left get ShuttingDown.
