@@ -6,6 +6,7 @@ import contextlib
 import gc
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -167,17 +168,14 @@ def _plug_in(
             except Exception as second:  # a model's own code, called in a way it may not know: whatever it raises
                 raise first from second
             notes.append(f"the tree is a mask for this model's own attention, because {first}; no step is captured")
+        packed = partial(check, forward, prompts, wanted, slots, packed=True)
         if model.device.type == "cuda" and forward.can_capture and config.compile is not False:
             with torch.inference_mode():  # as the engine's passes: what is compiled holds for its kind of tensors
-                note = fuse_layers(
-                    forward, lambda: check(forward, prompts, wanted, slots, packed=True), wanted=config.compile
-                )
-                notes.append(note)
+                notes.append(fuse_layers(forward, packed, wanted=config.compile))
         if _may_trace(forward, config):
             from .native_layers import native_layers
 
             with torch.inference_mode():
-                packed = lambda: check(forward, prompts, wanted, slots, packed=True)  # noqa: E731
                 notes.append(native_layers(forward, packed))
         try:
             unasked = config.exact is None and (config.compile or not forward.attends)
