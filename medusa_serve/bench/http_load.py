@@ -1,7 +1,7 @@
 """Clients of POST /generate in one event loop: when each answer's tokens came. Standard library alone.
 
-It runs in a process of its own (`clients`), which is ready before it is asked: clients that shared the interpreter with
-the server would take the engine's time.
+It runs in processes of its own (`clients`), which are ready before they are asked: clients that shared the interpreter
+with the server would take the engine's time.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 MAX_LINE = 1 << 20  # bytes of a header, or of one event
 ANSWER_S = 600.0  # an answer that takes longer is an error
 PERCENTILES = (50, 95, 99)
+APART = 1_000_000  # numbers of requests between two processes of clients
 PAUSE_S = 0.2  # a client whose request failed waits so long: a refused one would spin
 
 
@@ -246,15 +247,29 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-# ---- the process -----------------------------------------------------------------------------------------------------
+# ---- the processes ---------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def clients() -> Iterator[Callable[..., list[Sample]]]:
-    """A call that runs a load (closed_loop, open_loop) with its arguments in the process of the clients."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+def clients(processes: int = 1) -> Iterator[Callable[..., list[Sample]]]:
+    """A call that runs a load (closed_loop, open_loop) with its arguments in a process of the clients; a closed loop
+    for a time is shared out among `processes`, since one reads only so many events a second."""
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(time.sleep, [0.5] * processes))  # all are there, none of them took two of these
 
         def run(load: Callable[..., list[Sample]], *arguments: Any) -> list[Sample]:
-            return pool.submit(load, *arguments).result()
+            split = load is closed_loop and arguments[3] is None
+            parts = shared(*arguments, processes=processes) if split else [arguments]
+            futures = [pool.submit(load, *part) for part in parts]
+            return [sample for future in futures for sample in future.result()]
 
         yield run
+
+
+def shared(
+    target: Target, clients: int, start: int, requests: None, seconds: float, *, processes: int
+) -> list[tuple[Target, int, int, None, float]]:
+    """A closed loop's arguments for each process that gets a client; each numbers its requests from a place of its own,
+    so that no two prompts are the same."""
+    counts = [clients // processes + (place < clients % processes) for place in range(processes)]
+    return [(target, count, start + place * APART, requests, seconds) for place, count in enumerate(counts) if count]

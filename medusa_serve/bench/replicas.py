@@ -42,9 +42,10 @@ Row = dict[str, Any]
 RunLoad = Callable[..., list[Any]]
 PARTS = ("scaling", "kill", "update", "split")
 RULE = (
-    "Greedy streamed answers of at most {tokens} tokens, through one address; clients in a process of their own, each "
-    "of which sends its next request when its last one has ended, for {seconds:g} s. scaling: tokens_per_second, "
-    "percentiles of whole answers; ratio: all replicas over one. kill, update: each stream is read to its end; "
+    "Greedy streamed answers of at most {tokens} tokens, through one address; clients in {processes} processes apart, "
+    "each of which sends its next request when its last one has ended, for {seconds:g} s. scaling: "
+    "tokens_per_second, percentiles of whole answers; ratios: all replicas over one, with the same clients in all, and "
+    "with the same clients for each replica. kill, update: each stream is read to its end; "
     "terminals: events that end an answer (a completion or an error), of which each accepted request must have one; "
     "lost: requests without a whole answer. split: {split_tokens} greedy tokens of a model over all GPUs and on one."
 )
@@ -54,11 +55,13 @@ BACK_S = 150.0  # a replica that needs longer to come back is reported as lost
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicasBenchConfig:
-    """replicas: copies · clients: streaming clients, closed loops · seconds: of each load · tokens: of an answer ·
-    random: a key of SHAPES, built of random weights · parts: what is measured"""
+    """replicas: copies · clients: streaming clients, closed loops · processes: that these are shared out among ·
+    seconds: of each load · tokens: of an answer · random: a key of SHAPES, built of random weights · parts: what is
+    measured"""
 
     replicas: int = 2
     clients: tuple[int, ...] = (16, 64)
+    processes: int = 1
     seconds: float = 10.0
     tokens: int = 96
     random: str | None = None
@@ -66,6 +69,7 @@ class ReplicasBenchConfig:
 
     def __post_init__(self) -> None:
         check_int(self, "replicas", 2, 64)
+        check_int(self, "processes", 1, 64)
         check_int(self, "tokens", 2, 2**20)
         if not self.clients or not all(1 <= count <= 1024 for count in self.clients):
             raise InvalidConfig("clients must be numbers from 1 to 1024.", param="clients")
@@ -86,10 +90,10 @@ def bench_replicas(engine: EngineConfig, config: ReplicasBenchConfig, keep: Call
 
     # a closed loop is never refused
     engine = replace(engine, max_queue=max((engine.max_queue, *config.clients)))
-    names = ("replicas", "clients", "seconds", "tokens", "random", "parts")
+    names = ("replicas", "clients", "processes", "seconds", "tokens", "random", "parts")
     result = {
         "kind": "replicas",
-        "rule": RULE.format(tokens=config.tokens, seconds=config.seconds, split_tokens=SPLIT_TOKENS),
+        "rule": RULE.format(split_tokens=SPLIT_TOKENS, **{name: getattr(config, name) for name in names}),
         "machine": facts(),
         "command": command(),
         "options": {name: getattr(config, name) for name in names},
@@ -114,7 +118,7 @@ def _under_ray(engine: EngineConfig, config: ReplicasBenchConfig, add: Callable[
     load = partial(random_llm, shape=config.random) if config.random else None
     line, start = ProgressLine(every_elsewhere=0.0), 0
     patient = ServerConfig(port=0, queue_s=3600, first_token_s=3600, total_s=3600)
-    with cluster(patient) as running, http_load.clients() as run:
+    with cluster(patient) as running, http_load.clients(config.processes) as run:
         shares = running.shares(config.replicas, engine)
         chat = config.random is None and engine.model == DEFAULT_MODEL
         target = Target(running.url, read_prompts().questions, config.tokens, chat=chat)
@@ -151,12 +155,16 @@ def _under_ray(engine: EngineConfig, config: ReplicasBenchConfig, add: Callable[
 
 
 def ratios(loads: dict[int, list[Row]]) -> list[Row]:
-    """tokens/s of the many over one, for each number of clients."""
-    one, many = loads[min(loads)], loads[max(loads)]
-    return [
-        {"clients": a["clients"], "tokens_per_second": round(b["tokens_per_second"] / a["tokens_per_second"], 3)}
-        for a, b in zip(one, many, strict=True)
-    ]
+    """tokens/s of the many over one, for each number of clients: with as many clients in all, and, where that was
+    measured, with as many clients for each replica."""
+    one, many = min(loads), max(loads)
+    rate = {count: {row["clients"]: row["tokens_per_second"] for row in loads[count]} for count in (one, many)}
+    found = []
+    for clients, alone in rate[one].items():
+        each = rate[many].get(clients * many // one)
+        row = {"clients": clients, "tokens_per_second": round(rate[many][clients] / alone, 3)}
+        found.append(row | ({"each": round(each / alone, 3)} if each else {}))
+    return found
 
 
 # ---- trouble under load ------------------------------------------------------------------------------------------
@@ -306,7 +314,8 @@ def table(result: Row) -> str:
             f"{row['replicas']:8}{row['clients']:9}{row['whole']:9}{row['tokens_per_second']:11.1f}{cells}  {errors}"
         )
     for row in result.get("ratios", []):
-        lines.append(f"all replicas over one, {row['clients']} clients: {row['tokens_per_second']:.2f}x")
+        each = f"; {row['clients']} for each replica: {row['each']:.2f}x" if "each" in row else ""
+        lines.append(f"all replicas over one, {row['clients']} clients: {row['tokens_per_second']:.2f}x{each}")
     for part in ("kill", "update"):
         if part in result:
             lines.append(_trouble_line(part, result[part]))
@@ -333,6 +342,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-context", type=int, metavar="N", help="tokens of a slot")
     parser.add_argument("--replicas", type=int, metavar="N", help="copies of the model (2)")
     parser.add_argument("--clients", type=numbers(int), metavar="N,…", help="closed loops of streams (16,64)")
+    parser.add_argument("--processes", type=int, metavar="N", help="that the clients are shared out among (1)")
     parser.add_argument("--seconds", type=float, metavar="T", help="of each load (10)")
     parser.add_argument("--tokens", type=int, metavar="N", help="of an answer at most (96)")
     parser.add_argument("--random", metavar="SHAPE", help=f"random weights instead of a model: {', '.join(SHAPES)}")

@@ -60,7 +60,10 @@ def test_health_is_told_once_a_change_and_ratios_go_by_clients() -> None:
     health = [{"at_s": float(at), "code": code, "running": n} for at, (code, n) in enumerate(words)]
     assert [told["at_s"] for told in changes(health)] == [0.0, 2.0, 3.0, 4.0]
     loads = {n: [{"clients": c, "tokens_per_second": n * 10.0 + c} for c in (1, 2)] for n in (1, 2)}
-    assert [row["tokens_per_second"] for row in ratios(loads)] == [round(21 / 11, 3), round(22 / 12, 3)]
+    assert ratios(loads) == [
+        {"clients": 1, "tokens_per_second": round(21 / 11, 3), "each": 2.0},
+        {"clients": 2, "tokens_per_second": round(22 / 12, 3)},
+    ]
 
 
 def test_a_random_model_speaks_letters() -> None:
@@ -71,7 +74,7 @@ def test_a_random_model_speaks_letters() -> None:
     assert (answer.completion_tokens, len(answer.text), llm.heads_name) == (5, 5, "none")
 
 
-NONSENSE = [{"replicas": 1}, {"clients": ()}, {"seconds": 0}, {"parts": ("x",)}, {"random": "x"}]
+NONSENSE = [{"replicas": 1}, {"clients": ()}, {"processes": 0}, {"seconds": 0}, {"parts": ("x",)}, {"random": "x"}]
 
 
 @pytest.mark.parametrize("given", NONSENSE)

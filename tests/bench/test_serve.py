@@ -21,7 +21,18 @@ import pytest
 
 from medusa_serve import cli
 from medusa_serve.bench import serve
-from medusa_serve.bench.http_load import Sample, Target, arrivals, closed_loop, open_loop, percentile, summary
+from medusa_serve.bench.http_load import (
+    APART,
+    Sample,
+    Target,
+    arrivals,
+    clients,
+    closed_loop,
+    open_loop,
+    percentile,
+    shared,
+    summary,
+)
 from medusa_serve.bench.serve import ServeConfig, bench_serve, table
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import GenerationFailed, InvalidConfig, LoadError, QueueFull
@@ -175,6 +186,22 @@ def test_a_closed_loop_ends_with_its_seconds_and_an_open_answer_is_waited_for() 
     assert len(samples) == 4
     assert all(s.ok and s.due < 0.15 for s in samples)
     assert max(s.end for s in samples) >= 0.2
+
+
+def test_clients_are_shared_out_among_processes_and_no_two_prompts_are_the_same() -> None:
+    with scripted(whole, delay=0.1) as (server, target), clients(processes=2) as load:
+        samples = load(closed_loop, target, 3, 5, None, 0.35)
+        rest = load(closed_loop, target, 3, 0, 2, 0.0)
+    assert server.most == 3
+    assert len(rest) == 2
+    texts = [body["messages"][0]["content"] for body in server.bodies]
+    assert len(texts) == len(set(texts)) == len(samples) + 2
+    assert {int(text.partition(".")[0]) // APART for text in texts} == {0, 1}
+    assert [part[1:3] for part in shared(target, 3, 5, None, 1.0, processes=4)] == [
+        (1, 5),
+        (1, 5 + APART),
+        (1, 5 + 2 * APART),
+    ]
 
 
 def test_an_open_loop_does_not_wait_for_the_server() -> None:
