@@ -84,25 +84,15 @@ class Block(NamedTuple):
 def bench_step(engine: EngineConfig, config: StepConfig) -> dict[str, Any]:
     """All cells with the floor. Raises LoadError: what cannot be loaded or does not fit, trees that cannot be
     filled."""
-    from ..model.build import build_runner
     from .facts import command, facts
 
     loaded, drafter, name = _loaded(engine, config)
     reads, blocks, memory = read_rates(loaded.device), list[Block](), list[Row]()
     for nodes in [n for n in sorted(config.nodes) if n > 1] or [1]:
         forget_peak(loaded.device)
-        plan = _plan(engine, config, nodes, drafter)
-        built = build_runner(
-            loaded.model, plan, eos_ids=[], max_positions=loaded.max_positions, drafter=copy.copy(drafter)
-        )
-        try:
-            if nodes not in built.runner.node_choices:
-                raise LoadError(f"There is nothing to measure: {built.notes[-1]}.")
-            step_ms(built.runner, max(config.rows), nodes, config)
-            memory += [{"nodes": nodes, **memory_of(loaded.model, built.runner)}]  # before there is a second runner
-            blocks += measure(built.runner, nodes, config)
-        finally:
-            built.runner.close()
+        row, found = _cells(loaded, engine, config, nodes, drafter)
+        memory += [row]
+        blocks += found
         reads += read_rates(loaded.device)
     size, rate = read_bytes(loaded.model), statistics.median(reads)
     floor = {"weight_bytes": size, "bytes_per_second": round(rate), "ms": size / rate * 1000}
@@ -118,6 +108,25 @@ def bench_step(engine: EngineConfig, config: StepConfig) -> dict[str, Any]:
         "memory": memory,
         "rows": rows_of(blocks, floor["ms"]),
     }
+
+
+def _cells(
+    loaded: LoadedModel, engine: EngineConfig, config: StepConfig, nodes: int, drafter: Any
+) -> tuple[Row, list[Block]]:
+    """A runner's memory, and its steps with trees of so many nodes beside plain ones. Nothing of it is kept, so that
+    the next one's memory is its own."""
+    from ..model.build import build_runner
+
+    plan = _plan(engine, config, nodes, drafter)
+    built = build_runner(loaded.model, plan, eos_ids=[], max_positions=loaded.max_positions, drafter=copy.copy(drafter))
+    try:
+        if nodes not in built.runner.node_choices:
+            raise LoadError(f"There is nothing to measure: {built.notes[-1]}.")
+        step_ms(built.runner, max(config.rows), nodes, config)
+        memory = {"nodes": nodes, **memory_of(loaded.model, built.runner)}  # before there is a second runner
+        return memory, measure(built.runner, nodes, config)
+    finally:
+        built.runner.close()
 
 
 def _plan(engine: EngineConfig, config: StepConfig, nodes: int, drafter: Any) -> EngineConfig:

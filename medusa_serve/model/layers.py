@@ -10,6 +10,7 @@ number get functions of their own.
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -151,22 +152,29 @@ class _Operator:
         name = next(f"attend_{number}" for number in count() if not hasattr(taken, f"attend_{number}"))
         self._library.define(f"{name}(Tensor query, Tensor key, Tensor value, float scaling, int window) -> Tensor")
 
+        me = weakref.ref(self)  # torch keeps what is registered with it for good, and a model with it
+
         def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:
-            return forward.attend_in(self.layer, query, key, value, scaling, window or None)
+            own = me()
+            assert own is not None
+            return own.attend(query, key, value, scaling, window)
 
         def shape(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:
             return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
-        def attend_rotated(
-            query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, scaling: float, window: int
-        ) -> Tensor:
-            return forward.attend_rotated(self.layer, query, key, value, cos, sin, scaling, window or None)
-
-        self.attend, self.attend_rotated = attend, attend_rotated  # without the dispatcher, where nobody compiles
         self._library.impl(name, attend, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{SPACE}::{name}", shape, lib=self._library)
         self.call: Callable[..., Tensor] = getattr(taken, name).default
         self._forward = forward
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:
+        """The operator without the dispatcher, where nobody compiles."""
+        return self._forward.attend_in(self.layer, query, key, value, scaling, window or None)
+
+    def attend_rotated(
+        self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, scaling: float, window: int
+    ) -> Tensor:
+        return self._forward.attend_rotated(self.layer, query, key, value, cos, sin, scaling, window or None)
 
     def tracing(self) -> Any:
         return self._forward.traced_with(self.call)

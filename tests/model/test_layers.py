@@ -3,6 +3,9 @@
 pytest tests/model/test_layers.py
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -64,6 +67,20 @@ def test_a_merged_weight_is_in_memory_once():
     FusedLayers(forward, decoder_layers(forward.model), compiled=False)
     weights = [layer.get_submodule(name).weight for name in QKV]
     assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+
+
+def test_nothing_is_kept_of_what_was_closed():
+    def closed() -> list[weakref.ref]:
+        forward = forward_of("llama")
+        forward.layers = FusedLayers(forward, decoder_layers(forward.model), compiled=False)
+        passes(forward)
+        parts = [forward, forward.model, forward.cache, forward.layers, forward.layers._weights[1][False][1]]
+        forward.close()
+        return [weakref.ref(part) for part in parts]
+
+    refs = closed()
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 5
 
 
 def test_layers_that_differ_have_functions_of_their_own():
