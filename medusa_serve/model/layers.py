@@ -181,6 +181,7 @@ class _Operator:
 
     def close(self) -> None:
         self._library._destroy()
+        del self._forward  # export keeps the traced graphs of the process, and they name this operator
 
 
 class _Traced:

@@ -108,7 +108,7 @@ class Sampled(Strict):
     top_p: float | None = shown_as(1.0, exclusiveMinimum=0, maximum=1)
     top_k: Whole | None = shown_as(0, minimum=0, maximum=2**31 - 1)
     min_p: float | None = shown_as(0.0, minimum=0, maximum=1)
-    seed: Whole | None = shown_as(None, minimum=0, maximum=MAX_SEED)
+    seed: Whole | None = shown_as(None, minimum=0, exclusiveMaximum=MAX_SEED + 1)  # MAX_SEED itself is no double
     stop: Text | list[Text] | None = Field(None, json_schema_extra=stop_shown)
     repetition_penalty: float | None = shown_as(1.0, exclusiveMinimum=0, maximum=100)
     presence_penalty: float | None = shown_as(0.0, minimum=-2, maximum=2)

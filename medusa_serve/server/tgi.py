@@ -42,7 +42,7 @@ class TgiParameters(Strict):
     temperature: float | None = shown_as(None, minimum=0, maximum=100)
     top_p: float | None = shown_as(None, exclusiveMinimum=0, maximum=1)
     top_k: Whole | None = shown_as(None, minimum=0, maximum=2**31 - 1)
-    seed: Whole | None = shown_as(None, minimum=0, maximum=MAX_SEED)
+    seed: Whole | None = shown_as(None, minimum=0, exclusiveMaximum=MAX_SEED + 1)
     stop: list[Text] | None = Field(default=None, json_schema_extra=stops_shown)
     repetition_penalty: float | None = shown_as(None, exclusiveMinimum=0, maximum=100)
     frequency_penalty: float | None = shown_as(None, minimum=-2, maximum=2)

@@ -1,5 +1,8 @@
 """A CPU's traced layers and their kernels give what the model's own modules and torch's operations give."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,6 +110,20 @@ def test_a_build_says_what_runs_and_an_option_leaves_the_layers():
         assert any(note.startswith("exact:") for note in built.notes)
         assert built.runner.forward.packs is told
         built.runner.close()
+
+
+def test_nothing_is_kept_of_a_runner_that_was_closed():
+    def closed() -> list[weakref.ref]:
+        model = tiny_model("llama", torch.bfloat16)
+        runner = build_runner(model, EngineConfig(), eos_ids=[], max_positions=512).runner
+        forward = runner.forward
+        parts = [model, forward, forward.cache, forward.layers, model.lm_head.weight]
+        runner.close()
+        return [weakref.ref(part) for part in parts]
+
+    refs = closed()
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 5
 
 
 def test_layers_that_do_not_pass_the_test_stay_as_they_are(monkeypatch):

@@ -171,4 +171,6 @@ def test_the_openapi_page_is_honest() -> None:
     assert "ValidationError" not in str(page)
     fields = page["components"]["schemas"]["GenerateRequest"]
     assert fields["additionalProperties"] is False
+    # a bound that a double holds, so that clients without whole numbers of 64 bits read the same one
+    assert {"type": "integer", "minimum": 0, "exclusiveMaximum": 2**63} in fields["properties"]["seed"]["anyOf"]
     assert {"type": "integer", "minimum": 1, "maximum": 2**31 - 1} in fields["properties"]["max_tokens"]["anyOf"]
