@@ -129,8 +129,9 @@ def _under_ray(engine: EngineConfig, config: ReplicasBenchConfig, add: Callable[
             running.deploy(engine, ReplicasConfig(replicas=count, **shares), load)
             if "scaling" not in config.parts:
                 continue
-            run(http_load.closed_loop, target, 2 * count, start, 4 * count, 0.0)  # warms up
-            start += 4 * count
+            start += len(
+                run(http_load.closed_loop, target, max(config.clients), start, None, config.seconds)
+            )  # warms up
             loads[count] = []
             add({"engine": running.facts()["facts"]})
             for clients in config.clients:
