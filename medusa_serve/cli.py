@@ -14,7 +14,21 @@ from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from . import __version__, heads_commands
-from .bench import acceptance, decode, drafting, families, load, peers, plot, quant, replicas, serve, speed_table, step
+from .bench import (
+    acceptance,
+    decode,
+    drafting,
+    families,
+    load,
+    peers,
+    plot,
+    quant,
+    replicas,
+    same_text,
+    serve,
+    speed_table,
+    step,
+)
 from .config import DEFAULT_MODEL, DTYPES, EngineConfig
 from .errors import InvalidConfig, InvalidRequest, MedusaServeError
 from .server import serve_command
@@ -123,6 +137,7 @@ def _add_bench(commands: Any) -> None:
         (load, "load", "a server under more load than it can take, and what must hold then"),
         (serve, "serve", "an HTTP server under load: first token, time per token, percentiles"),
         (decode, "decode", "tokens per second by number of sequences, with and without speculation"),
+        (same_text, "same-text", "how often a greedy answer parts from plain decoding, and at which ties"),
         (step, "step", "a decode step by rows and nodes, beside the time that reading the weights takes"),
     ):
         _add_model_options(parser := add(name, text))

@@ -120,7 +120,7 @@ def bench_decode(engine: EngineConfig, config: DecodeConfig) -> dict[str, Any]:
         about = auto.describe()
         if not about["drafts"]:
             raise LoadError("There is nothing to compare: this engine has neither heads nor lookup to draft from.")
-        prompts = _prompts(auto, config)
+        prompts = asked_prompts(auto, config.prompts, config.tokens)
         for turn in turns(config):
             sample = _measure(engines.get(turn.mode.tree), turn, prompts, config)
             if not turn.counts:  # nobody captures steps beside those who are measured
@@ -187,15 +187,15 @@ def turns(config: DecodeConfig) -> Iterator[Turn]:
                 yield from (Turn(count, mode, number, counted) for count in counts for mode in mine)
 
 
-def _prompts(llm: LLM, config: DecodeConfig) -> list[Question]:
+def asked_prompts(llm: LLM, source: str | None, tokens: int) -> list[Question]:
     """As the server would send them, in an order in which categories mix; without those that do not fit."""
     from ..training import prompts as files
     from .engine import read_prompts
 
-    if config.prompts is None:
-        return _questions(llm, [files.Prompt(text) for text in read_prompts().questions], config.tokens)
-    chosen = files.split(files.read_prompts(config.prompts))[1]
-    return sorted(_questions(llm, chosen, config.tokens), key=lambda asked: asked.seed)
+    if source is None:
+        return _questions(llm, [files.Prompt(text) for text in read_prompts().questions], tokens)
+    chosen = files.split(files.read_prompts(source))[1]
+    return sorted(_questions(llm, chosen, tokens), key=lambda asked: asked.seed)
 
 
 def _measure(llm: LLM, turn: Turn, prompts: Sequence[Question], config: DecodeConfig) -> Sample:

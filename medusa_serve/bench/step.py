@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
 
 from ..config import DEFAULT_MODEL, MAX_NODES, EngineConfig, check_int
 from ..errors import InvalidConfig, LoadError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ..model.runner import ModelRunner
 
 Row = dict[str, Any]
+ATTENTION = ("auto", "sdpa")
 RULE = (
     "ms: of a step with `batch` sequences of {length} tokens each, by the clock, in blocks of {steps}. device_ms: "
     "between CUDA events around it. Blocks in turn, the median of {rounds} rounds, what comes first thrown away. "
@@ -44,7 +46,8 @@ RULE = (
 class StepConfig:
     """rows: B, sequences of a step · nodes: N, 1 is measured in any case · length: tokens behind each sequence ·
     rounds, after one that warms up · steps: of a block · temperature: above 0, the same steps also with rows sampled
-    at it and top_p 0.9 · random: a key of SHAPES, built of random weights"""
+    at it and top_p 0.9 · attention: auto, or sdpa: what a GPU takes for which Triton has no kernels, as a T4 ·
+    random: a key of SHAPES, built of random weights"""
 
     rows: tuple[int, ...] = (1, 2, 4, 8)
     nodes: tuple[int, ...] = (1, 4, 8, 16, 64)
@@ -52,6 +55,7 @@ class StepConfig:
     rounds: int = 5
     steps: int = 8
     temperature: float = 0.0
+    attention: str = "auto"
     random: str | None = None
 
     def __post_init__(self) -> None:
@@ -62,6 +66,8 @@ class StepConfig:
         check_int(self, "steps", 1, 1000)
         if not 0 <= self.temperature <= 100:  # not a number is neither
             raise InvalidConfig("temperature must be a number from 0 to 100.", param="temperature")
+        if self.attention not in ATTENTION:
+            raise InvalidConfig(f"attention must be one of {', '.join(ATTENTION)}.", param="attention")
         if self.random is not None and self.random not in SHAPES:
             raise InvalidConfig(f"random must be one of {', '.join(SHAPES)}, not {self.random!r}.", param="random")
 
@@ -84,6 +90,15 @@ class Block(NamedTuple):
 def bench_step(engine: EngineConfig, config: StepConfig) -> dict[str, Any]:
     """All cells with the floor. Raises LoadError: what cannot be loaded or does not fit, trees that cannot be
     filled."""
+    from ..model import splitk
+
+    if config.attention == "auto":
+        return _bench(engine, config)
+    with mock.patch.object(splitk, "available", return_value=False):
+        return _bench(engine, config)
+
+
+def _bench(engine: EngineConfig, config: StepConfig) -> dict[str, Any]:
     from .facts import command, facts
 
     loaded, drafter, name = _loaded(engine, config)
@@ -96,7 +111,8 @@ def bench_step(engine: EngineConfig, config: StepConfig) -> dict[str, Any]:
         reads += read_rates(loaded.device)
     size, rate = read_bytes(loaded.model), statistics.median(reads)
     floor = {"weight_bytes": size, "bytes_per_second": round(rate), "ms": size / rate * 1000}
-    options = {name: getattr(config, name) for name in ("length", "rounds", "steps", "temperature", "random")}
+    names = ("length", "rounds", "steps", "temperature", "attention", "random")
+    options = {name: getattr(config, name) for name in names}
     return {
         "kind": "step",
         "rule": RULE.format(**options),
@@ -255,6 +271,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, metavar="N", help="interleaved repetitions; the median counts (5)")
     add("--steps", type=int, metavar="N", help="of a block that is timed (8)")
     add("--temperature", type=float, metavar="T", help="also with all rows sampled at T, top_p 0.9")
+    add("--attention", choices=ATTENTION, help="sdpa: as on a GPU for which Triton has no kernels (auto)")
     add("--random", metavar="SHAPE", help=f"random weights instead of a model: {', '.join(SHAPES)}")
     add("--max-context", type=int, metavar="N", help="tokens of a slot (what the run needs)")
     end_options(parser, run)
