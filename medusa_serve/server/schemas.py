@@ -38,7 +38,14 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _seed(value: int) -> int:
+    return value % (MAX_SEED + 1) if 0 <= value <= MOST_SEED else value
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]
+# 2^63 as programs write it that hold numbers as doubles, OpenAI's own page among them; what is past 2^63 - 1 wraps around
+MOST_SEED = 9_223_372_036_854_776_000
+Seed = Annotated[int, BeforeValidator(_whole), AfterValidator(_seed)]
 
 
 def shown_as(default: Any, /, **bounds: Any) -> Any:
@@ -108,7 +115,7 @@ class Sampled(Strict):
     top_p: float | None = shown_as(1.0, exclusiveMinimum=0, maximum=1)
     top_k: Whole | None = shown_as(0, minimum=0, maximum=2**31 - 1)
     min_p: float | None = shown_as(0.0, minimum=0, maximum=1)
-    seed: Whole | None = shown_as(None, minimum=0, exclusiveMaximum=MAX_SEED + 1)  # MAX_SEED itself is no double
+    seed: Seed | None = shown_as(None, minimum=0, maximum=MOST_SEED)
     stop: Text | list[Text] | None = Field(None, json_schema_extra=stop_shown)
     repetition_penalty: float | None = shown_as(1.0, exclusiveMinimum=0, maximum=100)
     presence_penalty: float | None = shown_as(0.0, minimum=-2, maximum=2)

@@ -12,10 +12,22 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 
 from ..engine.text import Detokenizer
 from ..errors import InvalidRequest
-from ..types import MAX_LOGPROBS, MAX_SEED, Completion, Delta, SamplingParams, TextCodec, TokenLogprob
+from ..types import MAX_LOGPROBS, Completion, Delta, SamplingParams, TextCodec, TokenLogprob
 from .body import json_only
 from .desk import Desk, Order, admit, ready, reply
-from .schemas import GENERATION, GenerateRequest, Strict, Text, Whole, documented, params_of, shown_as, stops_shown
+from .schemas import (
+    GENERATION,
+    MOST_SEED,
+    GenerateRequest,
+    Seed,
+    Strict,
+    Text,
+    Whole,
+    documented,
+    params_of,
+    shown_as,
+    stops_shown,
+)
 from .unsupported import refuse, shown
 
 TGI_NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -42,7 +54,7 @@ class TgiParameters(Strict):
     temperature: float | None = shown_as(None, minimum=0, maximum=100)
     top_p: float | None = shown_as(None, exclusiveMinimum=0, maximum=1)
     top_k: Whole | None = shown_as(None, minimum=0, maximum=2**31 - 1)
-    seed: Whole | None = shown_as(None, minimum=0, exclusiveMaximum=MAX_SEED + 1)
+    seed: Seed | None = shown_as(None, minimum=0, maximum=MOST_SEED)
     stop: list[Text] | None = Field(default=None, json_schema_extra=stops_shown)
     repetition_penalty: float | None = shown_as(None, exclusiveMinimum=0, maximum=100)
     frequency_penalty: float | None = shown_as(None, minimum=-2, maximum=2)

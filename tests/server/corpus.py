@@ -8,6 +8,8 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from medusa_serve.server.schemas import MOST_SEED
+
 MARK = "zqxj"  # stands in every value a client could find echoed
 OWN, TEXT, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
 ENDPOINTS = (OWN, TEXT, CHAT)
@@ -21,11 +23,12 @@ class Case(NamedTuple):
 
 
 NO_NUMBER = ("NaN", "Infinity", "-Infinity", "1e999", '"5"', '"NaN"', "true", "[1]", "{}", '""', f'"{MARK}"')
-NO_WHOLE = (*NO_NUMBER, "1.5", "-1", "9" * 400, str(2**63), str(2**70), "1e300")
+NO_SEED = (*NO_NUMBER, "1.5", "-1", "9" * 400, str(MOST_SEED + 1), str(2**70), "1e300")
+NO_WHOLE = (*NO_SEED, str(2**63))
 WHOLE = {  # field: values that are wrong, values that are right
     "max_tokens": ((*NO_WHOLE, "0", str(2**31), str(CONTEXT)), ("1", "5.0", "100", "null")),
     "top_k": ((*NO_WHOLE, str(2**31)), ("0", "1", "3.0", str(2**31 - 1), "null")),
-    "seed": (NO_WHOLE, ("0", "1.0", str(2**63 - 1), "null")),
+    "seed": (NO_SEED, ("0", "1.0", str(2**63 - 1), str(2**63), str(MOST_SEED), "null")),
 }
 REAL = {
     "temperature": ((*NO_NUMBER, "-0.1", "100.5"), ("0", "-0.0", "5e-324", "1e-4", "2", "100", "null")),

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from medusa_serve.server.config import ServerConfig
+from medusa_serve.server.schemas import MOST_SEED
 
 from .standins import HandLLM, ask, error_of
 
@@ -49,7 +50,7 @@ WRONG: list[tuple[str, str | None]] = [  # body, param
     (f'{{"messages": [{{"role": "user", "content": "{SURROGATE}"}}]}}', "messages[0].content"),
     (json.dumps({"messages": [{"role": "assistant", "content": MARK}]}), "messages"),
     *((raw("max_tokens", v), "max_tokens") for v in (*NUMBERS, "0", "-1", "1.5", str(2**31))),
-    *((raw("seed", v), "seed") for v in (*NUMBERS, "-1", str(2**63), "1.5")),
+    *((raw("seed", v), "seed") for v in (*NUMBERS, "-1", str(MOST_SEED + 1), "1.5")),
     *((raw("top_k", v), "top_k") for v in (*NUMBERS, "-1", "2.5", str(2**31))),
     *((raw("temperature", v), "temperature") for v in (*NUMBERS, "-0.1", "100.5")),
     *((raw("top_p", v), "top_p") for v in (*NUMBERS, "0", "-1", "1.01")),

@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from medusa_serve.errors import GenerationFailed, QueueFull, ShuttingDown
+from medusa_serve.server.schemas import MOST_SEED
 from medusa_serve.types import Delta, SamplingParams
 
 from .standins import HandLLM, HandManager, ask, error_of, events, generate, hello
@@ -53,6 +54,13 @@ def test_every_parameter_arrives() -> None:
     assert generate(llm, body).status_code == 200
     want = SamplingParams(5, 1.0, 0.5, 3, 0.1, 2**63 - 1, ("x", "yz"), False)
     assert llm.manager.calls[0][1] == want
+
+
+@pytest.mark.parametrize(("sent", "seed"), [(2**63 - 1, 2**63 - 1), (2**63, 0), (float(2**63), 0), (MOST_SEED, 192)])
+def test_a_seed_that_a_double_rounded_up_wraps_around(sent: float, seed: int) -> None:
+    llm = HandLLM()
+    assert generate(llm, {"prompt": "a", "seed": sent}).status_code == 200
+    assert llm.manager.calls[0][1].seed == seed
 
 
 def test_null_means_absent_and_zero_top_k_is_off() -> None:
@@ -171,6 +179,5 @@ def test_the_openapi_page_is_honest() -> None:
     assert "ValidationError" not in str(page)
     fields = page["components"]["schemas"]["GenerateRequest"]
     assert fields["additionalProperties"] is False
-    # a bound that a double holds, so that clients without whole numbers of 64 bits read the same one
-    assert {"type": "integer", "minimum": 0, "exclusiveMaximum": 2**63} in fields["properties"]["seed"]["anyOf"]
+    assert {"type": "integer", "minimum": 0, "maximum": MOST_SEED} in fields["properties"]["seed"]["anyOf"]
     assert {"type": "integer", "minimum": 1, "maximum": 2**31 - 1} in fields["properties"]["max_tokens"]["anyOf"]
