@@ -43,7 +43,7 @@ def _seed(value: int) -> int:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
-# 2^63 as programs write it that hold numbers as doubles, OpenAI's own page among them; what is past 2^63 - 1 wraps around
+# 2^63 as programs write it that hold numbers as doubles (as does OpenAI's page): what is past 2^63 - 1 wraps around
 MOST_SEED = 9_223_372_036_854_776_000
 Seed = Annotated[int, BeforeValidator(_whole), AfterValidator(_seed)]
 

@@ -179,5 +179,5 @@ def test_the_openapi_page_is_honest() -> None:
     assert "ValidationError" not in str(page)
     fields = page["components"]["schemas"]["GenerateRequest"]
     assert fields["additionalProperties"] is False
-    assert {"type": "integer", "minimum": 0, "maximum": MOST_SEED} in fields["properties"]["seed"]["anyOf"]
+    assert {"type": "integer", "minimum": 0, "maximum": float(MOST_SEED)} in fields["properties"]["seed"]["anyOf"]
     assert {"type": "integer", "minimum": 1, "maximum": 2**31 - 1} in fields["properties"]["max_tokens"]["anyOf"]
