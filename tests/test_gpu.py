@@ -106,4 +106,5 @@ def test_half_precision_differs_at_near_ties_alone(dtype, backend, monkeypatch):
         best = logits.max(dim=-1)
         assert float((best.values - logits.gather(1, chosen[:, None])[:, 0]).max()) < NEAR * rounding
         wrong, count = wrong + int((best.indices != chosen).sum()), count + len(answer)
-    assert 0 < wrong < 0.1 * count
+    assert wrong < 0.1 * count
+    assert wrong or dtype is torch.float16, "bfloat16 rounds so much that some of 720 tokens must differ"

@@ -2,7 +2,8 @@
 
 A Hugging Face forward launches hundreds of small kernels; from Python that takes ten times as long as running them.
 Captured once and replayed, a step costs what the device needs. Capture happens on the batch manager's thread, between
-steps, in thread-local mode: a notebook's main thread may use CUDA meanwhile (as transformers' own batching does).
+steps, in thread-local mode: a notebook's main thread may use CUDA meanwhile (as transformers' own batching does), and
+what it breaks by waiting for the whole device is captured later.
 
 A capture is a pause for all that decode. So an idle engine captures ahead, and a step that is missing is made by one of
 more rows until that has cost as much as the capture (the ski-rental rule).
@@ -21,6 +22,7 @@ import torch
 
 from . import splitk
 from .between import between
+from .capture import CaptureFailed, capture
 from .packed import MIN_BLOCKS, Packed, flat_size, pack, views
 from .tables import PLAIN, Needs
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from .runner import ModelRunner
 
 log = logging.getLogger(__name__)
+TRIES = 3  # captures of a pass that something else breaks; then it stays as it is
 PREPARED, MOST_GRAPHS = 2048, 96  # rows x nodes of a step, and graphs at all, up to which an idle engine captures more
 FIRST_GRAPHS = 24  # of them, before anybody has asked for anything
 PREFILL_BLOCKS = (8, 16, 32, 64)  # of the prefill passes among them
@@ -46,10 +49,11 @@ class StepGraphs:
         device = runner.device
         self._slots = torch.arange(runner.num_slots, device=device)
         self._active = torch.zeros(runner.num_slots, dtype=torch.bool, device=device)
-        # a graph and the facts that it writes; or, where there was no memory for one, what makes them
+        # a graph and the facts that it writes; or, where it could not be captured, what makes them
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph | None, torch.Tensor | Callable[[], torch.Tensor]]] = {}
         self._inputs: dict[int, torch.Tensor] = {}  # of prefill passes, by blocks
         self._seen: set[tuple[int, int, Needs]] = set()  # rows, width and needs of steps that were asked for
+        self._failed: dict[Any, int] = {}  # captures of it that something else broke
         self._owed: dict[Any, float] = {}  # ms that others have cost in the place of a missing step
         self._capture_ms = 0.0  # of the last capture
         self._most = MOST_GRAPHS  # that an idle engine captures; 0 once the memory was full
@@ -80,16 +84,15 @@ class StepGraphs:
         if active and key not in self._graphs:
             key = self._stand_in(key)
         rows = key[0]
-        try:
+        made: Callable[[], torch.Tensor] = partial(self._play, key)
+        if active:
+            made = self._had(key, partial(self._have, key), self._body(key), _step_name(key))
+        else:
             self._have(key)
-        except torch.OutOfMemoryError as error:
-            if not active:
-                raise
-            self._stay_eager(key, self._body(key), _step_name(key), error)
         order, chosen = self._order(host_slots, rows), set(host_slots)
         self._put(self._slots[:rows], torch.tensor(order))
         self._put(self._active[:rows], torch.tensor([active and slot in chosen for slot in order]))
-        return self._play(key)
+        return made()
 
     def _body(self, key: tuple[int, int, Shape, Needs]) -> Callable[[], torch.Tensor]:
         rows, width, shape, needs = key
@@ -102,10 +105,19 @@ class StepGraphs:
             self._active.zero_()
             self._capture(key, self._body(key), _step_name(key))
 
-    def _stay_eager(self, key: Any, body: Callable[[], torch.Tensor], what: str, error: Exception) -> None:
-        """There was no memory to capture this: it is launched kernel by kernel from now on."""
-        log.warning("For want of memory %s is not captured, and slower: %s", what, error)
-        self._graphs[key] = (None, body)
+    def _had(
+        self, key: Any, have: Callable[[], None], body: Callable[[], torch.Tensor], what: str
+    ) -> Callable[[], torch.Tensor]:
+        """What makes the facts of a pass: its replay, or the pass kernel by kernel where it could not be captured, for
+        want of memory for good, else this once."""
+        try:
+            have()
+        except (torch.OutOfMemoryError, CaptureFailed) as error:
+            if isinstance(error, CaptureFailed) and self._failed[key] < TRIES:
+                return body
+            log.warning("%s is not captured, and slower: %s", what.capitalize(), error)
+            self._graphs[key] = (None, body)
+        return partial(self._play, key)
 
     def _play(self, key: Any) -> torch.Tensor:
         graph, facts = self._graphs[key]
@@ -135,10 +147,12 @@ class StepGraphs:
         """Capture one pass that may be asked for; → whether there are more of them. All slots must be free: between
         requests there is time, in the middle of an answer a capture is a pause."""
         ahead = self._ahead(list(shapes))
-        capture = next(ahead, None)
-        if capture is not None:
+        make = next(ahead, None)
+        if make is not None:
             try:
-                capture()
+                make()
+            except CaptureFailed as error:
+                log.info("A capture is tried again later: %s", error)
             except torch.cuda.OutOfMemoryError as error:  # then each is captured when it is needed, and may fail there
                 log.warning("Nothing is captured ahead any more: %s", error)
                 self._most = 0
@@ -164,6 +178,7 @@ class StepGraphs:
 
     def _is_due(self, key: tuple[Any, ...], most: int) -> bool:
         small = key[0] == "prefill" or key[0] * key[2].num_nodes <= PREPARED
+        small = small and self._failed.get(key, 0) < TRIES
         return small and key not in self._graphs and len(self._graphs) < min(most, self._most)
 
     def time(self, rows: int, shape: Shape, repeats: int) -> float:
@@ -198,12 +213,10 @@ class StepGraphs:
         """One packed prefill pass; → the facts of its R rows, overwritten by the next one."""
         blocks = len(packed.slots)
         key, inputs = ("prefill", blocks, needs), self._inputs_of(blocks)
-        try:
-            self._have_prefill(blocks, needs)
-        except torch.OutOfMemoryError as error:
-            self._stay_eager(key, self._prefill_body(inputs, needs), f"a prefill of {blocks} blocks", error)
+        have, body = partial(self._have_prefill, blocks, needs), self._prefill_body(inputs, needs)
+        made = self._had(key, have, body, f"a prefill of {blocks} blocks")
         self._put(inputs.flat, packed.flat)
-        return self._play(key)
+        return made()
 
     def _inputs_of(self, blocks: int) -> Packed:
         rows, size = self._runner.prefill_rows, flat_size(blocks, self._runner.prefill_rows)
@@ -231,18 +244,14 @@ class StepGraphs:
         runner, began = self._runner, time.perf_counter()
         runner.activity = f"capturing {what}"
         try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                body()  # kernels are compiled, workspaces made
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                facts = body()
+            graph, facts = capture(body, runner.device, self._pool)
             self._pool = self._pool or graph.pool()
             self._graphs[key] = (graph, facts)
             self._owed.pop(key, None)
             self._capture_ms = (time.perf_counter() - began) * 1000
+        except CaptureFailed:
+            self._failed[key] = self._failed.get(key, 0) + 1
+            raise
         finally:
             runner.activity = None
 

@@ -15,6 +15,7 @@ from ..config import MAX_NODES
 from ..types import PrefillChunk, SamplingParams, StepOutput
 from .accept import Limits, Walk, accept, ended, pick_all
 from .attention import View, chain_view, tree_view
+from .capture import CaptureFailed, give_back, settle
 from .draft import Drafter
 from .filters import Sampling
 from .forward import PlainForward, TreeForward
@@ -365,7 +366,7 @@ class ModelRunner:
         try:
             if self.to_time is not None and not self.to_time.turn():
                 self.to_time = None
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, CaptureFailed) as error:
             log.warning("Steps are not timed: %s", error)
             self.to_time = None
         return self.to_time is not None or self._graphs.prepare(self._shapes.values())
@@ -392,10 +393,10 @@ class ModelRunner:
 
     def close(self) -> None:
         if self._graphs is not None:
-            torch.cuda.synchronize(self.device)  # a step may be under way
+            settle(self.device)  # a step may be under way
             self._graphs.close()
         self.forward.close()
         del self.forward, self.tables, self.drafter, self._graphs
         gc.collect()
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            give_back()

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .capture import CaptureFailed
 from .formats import SMALL
 from .measured import machine_key, recall, remember
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from .runner import ModelRunner
 
 log = logging.getLogger(__name__)
+TRIES = 5  # captures that something else breaks, until times are done without
 ROWS = {"cpu": (1, 4, 8), "cuda": (1, 8, 64)}  # between and past them, times lie on lines
 MOST = {"cpu": 32, "cuda": 2048}  # rows x nodes of a step that is measured
 
@@ -35,7 +37,7 @@ def time_steps(runner: ModelRunner, what: str, cache: Path) -> str:
         return "steps were timed at an earlier start"
     timer = StepTimer(runner, cells, cache, key)
     if runner.overlaps:
-        timer.measure(max(cells, key=lambda cell: cell[0] * cell[1]))
+        timer.tried(max(cells, key=lambda cell: cell[0] * cell[1]))
         runner.to_time = timer
         return "steps are timed while the engine idles"
     while timer.turn():
@@ -50,16 +52,23 @@ class StepTimer:
     def __init__(self, runner: ModelRunner, cells: list[tuple[int, int]], cache: Path, key: str) -> None:
         self._runner, self._cells, self._cache, self._key = runner, cells, cache, key
         self._ms: dict[tuple[int, int], float] = {}
+        self._failed = 0
 
-    def measure(self, cell: tuple[int, int]) -> None:
-        self._ms[cell] = self._runner.time_step(*cell)
+    def tried(self, cell: tuple[int, int]) -> bool:
+        """Measure a cell; → whether that could be done. Raises CaptureFailed at the last try."""
+        try:
+            self._ms[cell] = self._runner.time_step(*cell)
+        except CaptureFailed:
+            self._failed += 1
+            if self._failed == TRIES:
+                raise
+            return False
+        return True
 
     def turn(self) -> bool:
         """Measure the next cell; → whether there are more of them. All slots must be free."""
         missing = [cell for cell in self._cells if cell not in self._ms]
-        if missing:
-            self.measure(missing[0])
-        if len(missing) > 1:
+        if missing and (not self.tried(missing[0]) or len(missing) > 1):
             return True
         self._runner.step_ms = {cell: self._ms[cell] for cell in self._cells}
         rounded = {f"{b}x{n}": round(ms, 4) for (b, n), ms in self._runner.step_ms.items()}

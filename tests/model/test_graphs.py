@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from medusa_serve.model import graphs
-from medusa_serve.model.graphs import FIRST_GRAPHS, PREFILL_BLOCKS, StepGraphs
+from medusa_serve.model.capture import CaptureFailed
+from medusa_serve.model.graphs import FIRST_GRAPHS, PREFILL_BLOCKS, TRIES, StepGraphs
 from medusa_serve.model.packed import Run, pack
 from medusa_serve.model.plan import Shape
 from medusa_serve.model.tables import PLAIN, Needs
@@ -28,7 +29,7 @@ class Noted(StepGraphs):
         self._runner = SimpleNamespace(
             tables=SimpleNamespace(history=history), num_slots=SLOTS, prefill_rows=SLOTS, device="cpu", step_ms={}
         )
-        self._graphs, self._seen, self._owed, self._inputs = {}, set(), {}, {}
+        self._graphs, self._seen, self._owed, self._inputs, self._failed = {}, set(), {}, {}, {}
         self._slots, self._active = torch.arange(SLOTS), torch.zeros(SLOTS, dtype=torch.bool)
         self._device_lengths, self._most, self._capture_ms = True, graphs.MOST_GRAPHS, 100.0
 
@@ -130,7 +131,7 @@ def test_without_memory_for_a_capture_the_step_runs_uncaptured_and_that_is_said_
     facts = [int(idle.run([7, 3, 9], WIDTH, SHAPES[1], PLAIN)) for _ in range(2)]
     assert facts == [1, 2]
     assert asked == [([7, 3, 9, 0], [True, True, True, False], SHAPES[1])] * 2
-    assert caplog.text.count("For want of memory a step of 4 rows × 8 nodes is not captured, and slower") == 1
+    assert caplog.text.count("A step of 4 rows × 8 nodes is not captured, and slower: out of memory") == 1
     with pytest.raises(torch.OutOfMemoryError):  # a measurement is of a captured step, or none
         idle.run([0], WIDTH, SHAPES[1], PLAIN, active=False)
 
@@ -143,4 +144,37 @@ def test_a_prefill_pass_without_memory_for_a_capture_runs_uncaptured(idle, caplo
     idle._put = lambda place, values: place.copy_(values)
     packed = pack([Run(3, 0, [5, 6, 7], True)], SLOTS, SLOTS)
     assert [idle.prefill(packed, PLAIN).tolist() for _ in range(2)] == [[5, 6, 7]] * 2
-    assert caplog.text.count("For want of memory a prefill of 8 blocks is not captured, and slower") == 1
+    assert caplog.text.count("A prefill of 8 blocks is not captured, and slower: out of memory") == 1
+
+
+def test_a_capture_that_something_else_broke_is_tried_again(idle, caplog):
+    def broken(key, body, what):
+        idle._failed[key] = idle._failed.get(key, 0) + 1
+        raise CaptureFailed("somebody waited for the device")
+
+    steps = []
+    idle._capture, idle._put = broken, lambda place, values: place.copy_(values)
+    idle._runner.step = lambda slots, active, *rest: steps.append(active.tolist()) or torch.tensor(len(steps))
+    key = (1, WIDTH, SHAPES[1], PLAIN)
+    idle._failed[key] = TRIES - 2
+    assert int(idle.run([5], WIDTH, SHAPES[1], PLAIN)) == 1
+    assert key not in idle._graphs, "the next step may be captured"
+    assert not caplog.text
+    assert int(idle.run([5], WIDTH, SHAPES[1], PLAIN)) == 2
+    assert idle._graphs[key][0] is None
+    assert "A step of 1 rows × 8 nodes is not captured, and slower: somebody waited" in caplog.text
+    assert steps == [[True]] * 2
+
+
+def test_an_idle_engine_gives_up_a_capture_that_breaks_again_and_again(idle):
+    tried = []
+
+    def broken(key, body, what):
+        tried.append(key)
+        idle._failed[key] = idle._failed.get(key, 0) + 1
+        raise CaptureFailed("somebody waited for the device")
+
+    idle._capture = broken
+    assert not captured_ahead(idle)
+    assert max(tried.count(key) for key in tried) == TRIES
+    assert (1, WIDTH, SHAPES[0], PLAIN) in tried

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from medusa_serve.model.capture import CaptureFailed
 from medusa_serve.model.plan import Shape, expected_tokens, held_by
-from medusa_serve.model.step_times import time_steps, worth_timing
+from medusa_serve.model.step_times import TRIES, time_steps, worth_timing
 from medusa_serve.model.tree import most_probable
 from tests.oracles import DEFAULT_RANKS
 
@@ -72,6 +73,32 @@ def test_where_steps_are_captured_all_but_the_largest_wait_until_the_engine_idle
     again.overlaps = True
     assert "earlier" in time_steps(again, "a model", tmp_path)
     assert (again.asked, again.step_ms, again.to_time) == ([], runner.step_ms, None)
+
+
+def test_a_measurement_that_something_else_broke_is_made_again(tmp_path):
+    runner, broken = Timed(), []
+    runner.overlaps = True
+
+    def broken_now_and_then(rows, nodes):
+        if len(broken) < TRIES - 1:
+            broken.append((rows, nodes))
+            raise CaptureFailed("somebody waited for the device")
+        return float(rows + nodes)
+
+    runner.time_step = broken_now_and_then
+    time_steps(runner, "a model", tmp_path)
+    while runner.to_time.turn():
+        pass
+    assert len(runner.step_ms) == 7
+    assert broken == [(6, 4), *[(1, 1)] * (TRIES - 2)]
+    broken.clear()
+    again = Timed()
+    again.overlaps, again.time_step = True, broken_now_and_then
+    time_steps(again, "another model", tmp_path)
+    again.time_step = lambda rows, nodes: (_ for _ in ()).throw(CaptureFailed("again"))
+    assert all(again.to_time.turn() for _ in range(TRIES - 2))
+    with pytest.raises(CaptureFailed, match="again"):
+        again.to_time.turn()
 
 
 def test_only_where_there_is_a_choice_that_matters():

@@ -1,0 +1,61 @@
+"""A pass as a CUDA graph: one capture at a time in a process, all on one stream, and one that was broken from outside
+may be tried again.
+
+A capture ends invalid when another thread waits for the whole device meanwhile (torch.cuda.synchronize in a notebook's
+cell, a compiler that times kernels, another engine's capture). What belongs to a stream, cuBLAS's workspaces of some
+32 MB among it, stays for the life of the process: a stream for each capture would cost as much each time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+TURN = threading.RLock()  # torch's capturing is the process's, whichever engine asks
+
+
+class CaptureFailed(RuntimeError):
+    """Something else in this process kept the pass from being captured; the device is well."""
+
+
+def capture(body: Callable[[], Any], device: torch.device, pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Run body, so that its kernels are compiled, and again into a graph; → the graph and what the second run gave.
+    Raises CaptureFailed, torch.OutOfMemoryError, and what body raises."""
+    here = torch.cuda.current_stream(device)
+    with TURN:
+        side = _stream(device)
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            body()
+        here.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                made = body()
+        except torch.AcceleratorError as error:
+            torch.cuda.set_stream(here)  # torch stays on the capture's where that cannot be ended
+            if "captur" not in str(error):
+                raise
+            raise CaptureFailed(str(error).splitlines()[0]) from error
+        return graph, made
+
+
+def settle(device: torch.device) -> None:
+    """Wait for the device, but not while something is captured."""
+    with TURN:
+        torch.cuda.synchronize(device)
+
+
+def give_back() -> None:
+    """Cached memory to the driver, but not while something is captured."""
+    with TURN:
+        torch.cuda.empty_cache()
+
+
+@lru_cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
