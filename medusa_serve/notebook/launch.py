@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from ..config import DEFAULT_MODEL, EngineConfig
-from ..errors import InvalidConfig, MedusaServeError
+from ..errors import InvalidConfig, LoadError, MedusaServeError
 from ..server.config import ServerConfig
 from . import env
 from .background import running, wait_for_loads
@@ -26,7 +26,8 @@ def launch(
     """Load a model with its heads, serve it in the background, show a panel; → the server.
 
     Called again with the same model and options it gives back the server that runs; with others that one is stopped
-    first. Raises InvalidConfig and LoadError with a sentence that says what to do; the cell can then be run again.
+    first, unless there is no such model. Raises InvalidConfig and LoadError with a sentence that says what to do; the
+    cell can then be run again.
 
     public         also open an ngrok tunnel, which forces a key; where that fails it says why and serves without
     panel          show the panel below the cell, where there is a front end
@@ -57,10 +58,24 @@ def _server(asked: Asked, *, needs_key: bool) -> Server:
         print(f"already running: {old!r}".splitlines()[0])
         return old
     if old is not None:
+        _require_model(asked.engine.model, old)
         print(f"replacing {old.name} …")
         old.stop()
     wait_for_loads()
     return Server(asked, needs_key=needs_key)
+
+
+def _require_model(model: str, old: Server) -> None:
+    """Raises LoadError where there is no such model, so that a server does not end for a name with a typo."""
+    from ..model.loader import hf_config_of
+
+    if model in (DEFAULT_MODEL, old.asked.engine.model) or not old.is_alive:
+        return
+    print(f"looking for {model} …")  # half a minute where there is no network
+    try:
+        hf_config_of(model)
+    except LoadError as error:
+        raise LoadError(f"{error.message} {old.name} goes on.") from error
 
 
 def _asked(model: str, heads: str, options: dict[str, Any]) -> Asked:

@@ -200,6 +200,16 @@ def test_nonsense_is_refused_before_anything_stops(folder: str) -> None:
 
 
 @pytest.mark.usefixtures("nothing_left")
+def test_a_model_that_is_not_there_leaves_the_one_that_runs(folder: str, tmp_path: Path) -> None:
+    server = launch(folder)
+    for model in (f"{folder}-typo", str(tmp_path)):
+        with pytest.raises(LoadError, match=f"no folder|holds no model.* {server.name} goes on"):
+            launch(model)
+    assert server.generate("a", max_tokens=2).completion_tokens == 2
+    assert launch(folder) is server
+
+
+@pytest.mark.usefixtures("nothing_left")
 def test_a_failed_load_leaves_nothing_and_the_cell_runs_again(folder: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
     shipped = ROOT / "medusa_serve/heads/smollm2-135m/sequential"
