@@ -6,6 +6,7 @@ from __future__ import annotations
 import queue
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ Result = TypeVar("Result")
 
 class LLM:
     """A model with its batch manager running. A context manager: closing ends every sequence and frees the device
-    memory.
+    memory; one that is forgotten, or open when the process ends, closes by itself.
 
     LLM("smollm2-135m"), LLM(EngineConfig(...)) or LLM("folder", slots=4): options are EngineConfig's fields, unknown
     ones are errors. Raises InvalidConfig, LoadError.
@@ -48,6 +49,7 @@ class LLM:
         self.notes = [*loaded.notes, *heads_notes, *built.notes]
         self.tree_error = built.tree_error
         self.manager = BatchManager(built.runner, self.codec, self.config, model_name=self.model_name)
+        self._close = weakref.finalize(self, self.manager.close)  # a pass under way would abort a process that ends
         self.manager.start()
         runner = built.runner
         self._facts: dict[str, Any] = {
@@ -146,7 +148,7 @@ class LLM:
         raise InvalidRequest("A prompt is a string or a list of messages.", param="prompt")
 
     def close(self) -> None:
-        self.manager.close()
+        self._close()
 
     def __enter__(self) -> LLM:
         return self

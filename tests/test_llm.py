@@ -1,6 +1,9 @@
 """The composition root over a tiny folder: LLM, and the app over a real LLM."""
 
+import gc
 import json
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -260,3 +263,20 @@ def test_closing_frees_the_model(folder):
     gc.collect()
     assert keys() is None
     assert model() is None
+
+
+def test_one_that_is_forgotten_closes(folder):
+    manager = LLM(folder, slots=1, max_context=64).manager
+    gc.collect()
+    assert manager.status().state == "closed"
+
+
+def test_a_process_may_end_in_the_middle_of_a_stream(folder):
+    script = f"""
+from medusa_serve import LLM, SamplingParams
+llm = LLM({folder!r}, slots=1, max_context=512)
+for text in llm.stream("the one", SamplingParams(max_tokens=400, ignore_eos=True)):
+    break
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
