@@ -141,7 +141,7 @@ def table(result: Row) -> str:
     device = facts["cpu"] if engine["device"] == "cpu" else facts["device"]
     lines = [
         f"{engine['model']} in {engine['dtype']} on {device}, torch {facts['torch']}, {facts['date']}",
-        "at once  speculation answers  different  gaps: median  largest  no tie",
+        "at once  speculation answers    different  gaps: median  largest  no tie",
     ]
     for row in result["rows"]:
         gaps = row["gaps"] or {}
@@ -150,7 +150,7 @@ def table(result: Row) -> str:
         )
         different = f"{row['different']} ({row['share']:.1%})"
         word = "on" if row["speculation"] else "off"
-        lines.append(f"{row['concurrency']:7}  {word:<11}{row['answers']:8}{different:>11}{cells}{row['no_tie']:8}")
+        lines.append(f"{row['concurrency']:7}  {word:<11}{row['answers']:8}{different:>13}{cells}{row['no_tie']:8}")
     usual = result["usual_gap"]
     return "\n".join(
         [*lines, f"log-probabilities; the two likeliest tokens of any place are {usual:.3f} apart (median)"]
