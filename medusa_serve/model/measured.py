@@ -49,10 +49,12 @@ def machine_key(device: str) -> str:
 
 
 def cpu_name() -> str:
-    """As the kernel names it: platform.processor() is empty on most Linux machines."""
+    """As the kernel names it (platform.processor() is empty on most Linux machines), with the instructions that torch
+    takes: processors of very different speed call themselves AMD EPYC."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # no Linux
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"

@@ -82,6 +82,7 @@ def test_measurements_are_kept(tmp_path):
     assert measured.remember(tmp_path / "new", "a", 3) is None
     assert measured.recall(tmp_path / "new", "a") == 3
     assert "threads" in measured.machine_key("cpu")
+    assert torch.backends.cpu.get_cpu_capability() in measured.machine_key("cpu")
 
 
 def load(folder, **options):
