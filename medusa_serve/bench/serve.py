@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import statistics
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from http.client import HTTPException
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import EngineConfig, check_int
 from ..errors import InvalidConfig, LoadError
-from ..types import SamplingParams
+from ..types import Delta, SamplingParams
 from . import http_load
 from .acceptance import numbers
 from .command import end_options, run_bench
@@ -34,13 +35,14 @@ if TYPE_CHECKING:
 
 RunLoad = Callable[..., list[Sample]]
 REST_S = 60.0
+TURNS = 4  # requests of a client beside the engine alone: of a single one, more than half may be its way in
 RULE = (
     "Greedy streamed answers of at most {tokens} tokens to the built-in questions, numbered, so that no two prompts "
     "are the same; clients in a process of their own. first_token_ms: from when a request was due to its first token. "
     "token_ms: from its first token to its end, over the tokens after the first. total_ms: from when it was due to "
     "its end. Percentiles over whole answers; tokens_per_second: all tokens that came, over the time from the first "
-    "request to the last end. http_over_engine: the same prompts in turn over HTTP and by the engine alone, all of a "
-    "round sent together; medians of {rounds} rounds after one that warms up, and their ratio."
+    "request to the last end. http_over_engine: the same prompts in turn over HTTP and by the engine alone, both a "
+    "closed loop of {turns} requests a client; medians of {rounds} rounds after one that warms up, and their ratio."
 )
 
 
@@ -96,7 +98,7 @@ def bench_serve(engine: EngineConfig, config: ServeConfig) -> dict[str, Any]:
     names = ("clients", "rates", "seconds", "requests", "tokens", "rounds", "seed")
     return {
         "kind": "serve",
-        "rule": RULE.format(tokens=config.tokens, rounds=config.rounds),
+        "rule": RULE.format(tokens=config.tokens, rounds=config.rounds, turns=TURNS),
         "machine": facts(),
         "command": command(),
         "url": config.url,
@@ -167,34 +169,55 @@ def _loads(run: RunLoad, target: Target, config: ServeConfig) -> Iterator[dict[s
 
 
 def over_engine(run: RunLoad, llm: LLM, target: Target, together: int, rounds: int) -> dict[str, Any]:
-    """tokens/s of `together` requests sent at once, over HTTP and by `generate_ids`, in turn.
+    """tokens/s of `together` sequences, the next one when one has ended, over HTTP and by the engine alone, in turn.
 
     The prompts are the same in all rounds, so what a KV prefix saves it saves both.
     """
-    ids = [_ids(llm, target.body(number)) for number in range(together)]
+    requests = TURNS * together
+    ids = [_ids(llm, target.body(number)) for number in range(requests)]
     params = SamplingParams(max_tokens=target.tokens)
     speeds: dict[str, list[float]] = {"http": [], "engine": []}
     for index in range(rounds + 1):
         llm.manager.wait_until_rested(REST_S)  # nothing is captured beside what is measured
-        samples = run(http_load.closed_loop, target, together, 0, together, 0.0)
+        samples = run(http_load.closed_loop, target, together, 0, requests, 0.0)
         failed = [sample.status for sample in samples if not sample.ok]
         if failed:
-            raise LoadError(f"{len(failed)} of {together} streams failed: {failed[0]}.")
+            raise LoadError(f"{len(failed)} of {requests} streams failed: {failed[0]}.")
         began = time.perf_counter()
-        answers = llm.generate_ids(ids, params)
+        tokens = alone(llm, ids, params, together)
         alone_s = time.perf_counter() - began
         if index:
             speeds["http"].append(sum(s.tokens for s in samples) / max(s.end for s in samples))
-            speeds["engine"].append(sum(answer.completion_tokens for answer in answers) / alone_s)
+            speeds["engine"].append(tokens / alone_s)
     http, engine = (statistics.median(speeds[name]) for name in ("http", "engine"))
     return {
         "clients": together,
         "http_tokens_per_second": round(http, 2),
         "engine_tokens_per_second": round(engine, 2),
         "ratio": round(http / engine, 3),
-        "tokens": [sum(sample.tokens for sample in samples), sum(answer.completion_tokens for answer in answers)],
+        "tokens": [sum(sample.tokens for sample in samples), tokens],
         "rounds": {name: [round(value, 2) for value in values] for name, values in speeds.items()},
     }
+
+
+def alone(llm: LLM, ids: Sequence[list[int]], params: SamplingParams, together: int) -> int:
+    """The engine's tokens for all prompts, of which `together` decode at a time."""
+    inbox: queue.SimpleQueue[list[tuple[str, Delta]]] = queue.SimpleQueue()
+    waiting, open_ids, tokens = list(reversed(ids)), set[str](), 0
+    try:
+        while waiting or open_ids:
+            while waiting and len(open_ids) < together:
+                open_ids.add(llm.manager.submit(waiting.pop(), params, inbox.put))
+            for sequence_id, delta in inbox.get():
+                if delta.error is not None:
+                    raise delta.error
+                if delta.completion is not None:
+                    open_ids.remove(sequence_id)
+                    tokens += delta.completion.completion_tokens
+    finally:
+        for sequence_id in open_ids:
+            llm.manager.cancel(sequence_id)
+    return tokens
 
 
 def _ids(llm: LLM, body: dict[str, Any]) -> list[int]:
@@ -222,7 +245,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{name:25}{load['whole']:9}{load['tokens_per_second']:10.1f}{times}  {errors}")
     for row in result["http_over_engine"]:
         speeds = f"{row['http_tokens_per_second']} / {row['engine_tokens_per_second']} tokens/s"
-        lines.append(f"HTTP over the engine alone, {row['clients']} together: {row['ratio']:.2f}x  ({speeds})")
+        lines.append(f"HTTP over the engine alone, {row['clients']} at a time: {row['ratio']:.2f}x  ({speeds})")
     if result["url"]:
         lines.append("HTTP over the engine alone: left out, as the server's engine is not in this process")
     return "\n".join(lines)
