@@ -86,9 +86,14 @@ class LLM:
         return self.generate_ids([self.encode(prompt) for prompt in _as_list(prompts)], params)
 
     def generate_ids(
-        self, encoded: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        encoded: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        at_once: int | None = None,
     ) -> list[Completion]:
-        """The same for prompts that are token ids already."""
+        """The same for prompts that are token ids already. at_once: how many are open at a time (None: as many as the
+        queue takes)"""
         each = _each(params, len(encoded))
         inbox: queue.SimpleQueue[list[tuple[str, Delta]]] = queue.SimpleQueue()
         done: dict[str, Completion] = {}
@@ -96,7 +101,7 @@ class LLM:
         open_ids: set[str] = set()
         try:
             while waiting or open_ids:
-                while waiting:
+                while waiting and (at_once is None or len(open_ids) < at_once):
                     try:
                         ids.append(self.manager.submit(*waiting[-1], inbox.put))
                     except QueueFull:

@@ -6,12 +6,13 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from medusa_serve import LLM, EngineConfig, SamplingParams, ServerConfig
-from medusa_serve.errors import ContextTooLong, InvalidConfig, InvalidRequest, LoadError
+from medusa_serve.errors import ContextTooLong, GenerationFailed, InvalidConfig, InvalidRequest, LoadError
 from medusa_serve.model import loader
 from medusa_serve.model.beam import ParallelDrafter
 from medusa_serve.model.checkpoints import save_heads
@@ -131,6 +132,38 @@ def test_every_prompt_may_have_params_of_its_own(llm):
     assert [done.token_ids for done in together] == [llm.generate("a b", one)[0].token_ids for one in each]
     with pytest.raises(InvalidRequest, match="There are 2 prompts and 1 params"):
         llm.generate(["a", "b"], each[:1])
+
+
+def test_no_more_are_open_than_are_asked_for_at_once():
+    class Manager:
+        """Ends all that are open once three are, or the last one came; with errors where it is `broken`."""
+
+        def __init__(self, broken=False):
+            self.open = []
+            self.most, self.asked, self.cancelled, self.broken = 0, 0, [], broken
+
+        def submit(self, ids, params, sink):
+            self.asked += 1
+            self.open.append((f"s{self.asked}", sink))
+            self.most = max(self.most, len(self.open))
+            if len(self.open) == 3 or self.asked == 8:
+                while self.open:
+                    name, tell = self.open.pop(0)
+                    error = GenerationFailed("no") if self.broken else None
+                    done = None if error else SimpleNamespace(completion_tokens=len(ids))
+                    tell([(name, SimpleNamespace(error=error, completion=done))])
+            return f"s{self.asked}"
+
+        def cancel(self, name):
+            self.cancelled.append(name)
+
+    whole, broken = Manager(), Manager(broken=True)
+    done = LLM.generate_ids(SimpleNamespace(manager=whole), [[1, 2]] * 8, SamplingParams(), at_once=3)
+    assert sum(completion.completion_tokens for completion in done) == 16
+    assert (whole.most, whole.asked, whole.cancelled) == (3, 8, [])
+    with pytest.raises(GenerationFailed):
+        LLM.generate_ids(SimpleNamespace(manager=broken), [[1, 2]] * 8, SamplingParams(), at_once=3)
+    assert sorted(broken.cancelled) == ["s1", "s2", "s3"]
 
 
 def test_unknown_options_are_errors(folder):

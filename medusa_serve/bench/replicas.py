@@ -129,9 +129,8 @@ def _under_ray(engine: EngineConfig, config: ReplicasBenchConfig, add: Callable[
             running.deploy(engine, ReplicasConfig(replicas=count, **shares), load)
             if "scaling" not in config.parts:
                 continue
-            start += len(
-                run(http_load.closed_loop, target, max(config.clients), start, None, config.seconds)
-            )  # warms up
+            warmed = run(http_load.closed_loop, target, max(config.clients), start, None, config.seconds)
+            start += len(warmed)
             loads[count] = []
             add({"engine": running.facts()["facts"]})
             for clients in config.clients:

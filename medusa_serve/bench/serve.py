@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import queue
 import statistics
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from http.client import HTTPException
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import EngineConfig, check_int
 from ..errors import InvalidConfig, LoadError
-from ..types import Delta, SamplingParams
+from ..types import SamplingParams
 from . import http_load
 from .acceptance import numbers
 from .command import end_options, run_bench
@@ -184,40 +183,20 @@ def over_engine(run: RunLoad, llm: LLM, target: Target, together: int, rounds: i
         if failed:
             raise LoadError(f"{len(failed)} of {requests} streams failed: {failed[0]}.")
         began = time.perf_counter()
-        tokens = alone(llm, ids, params, together)
+        answers = llm.generate_ids(ids, params, at_once=together)
         alone_s = time.perf_counter() - began
         if index:
             speeds["http"].append(sum(s.tokens for s in samples) / max(s.end for s in samples))
-            speeds["engine"].append(tokens / alone_s)
+            speeds["engine"].append(sum(answer.completion_tokens for answer in answers) / alone_s)
     http, engine = (statistics.median(speeds[name]) for name in ("http", "engine"))
     return {
         "clients": together,
         "http_tokens_per_second": round(http, 2),
         "engine_tokens_per_second": round(engine, 2),
         "ratio": round(http / engine, 3),
-        "tokens": [sum(sample.tokens for sample in samples), tokens],
+        "tokens": [sum(sample.tokens for sample in samples), sum(answer.completion_tokens for answer in answers)],
         "rounds": {name: [round(value, 2) for value in values] for name, values in speeds.items()},
     }
-
-
-def alone(llm: LLM, ids: Sequence[list[int]], params: SamplingParams, together: int) -> int:
-    """The engine's tokens for all prompts, of which `together` decode at a time."""
-    inbox: queue.SimpleQueue[list[tuple[str, Delta]]] = queue.SimpleQueue()
-    waiting, open_ids, tokens = list(reversed(ids)), set[str](), 0
-    try:
-        while waiting or open_ids:
-            while waiting and len(open_ids) < together:
-                open_ids.add(llm.manager.submit(waiting.pop(), params, inbox.put))
-            for sequence_id, delta in inbox.get():
-                if delta.error is not None:
-                    raise delta.error
-                if delta.completion is not None:
-                    open_ids.remove(sequence_id)
-                    tokens += delta.completion.completion_tokens
-    finally:
-        for sequence_id in open_ids:
-            llm.manager.cancel(sequence_id)
-    return tokens
 
 
 def _ids(llm: LLM, body: dict[str, Any]) -> list[int]:

@@ -14,6 +14,7 @@ import torch
 from ..config import EngineConfig
 from ..errors import LoadError
 from .attention import has_numba
+from .capture import give_back
 from .compiled import compile_passes
 from .default_model import cache_folder
 from .draft import Drafter
@@ -49,7 +50,7 @@ def build_that_fits(model: Any, config: EngineConfig, **rest: Any) -> Built:
             return replace(built, notes=[*notes, *built.notes])
         gc.collect()  # the failed attempt's tensors
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            give_back()
         slots, context = tried[-1] if tried else (1, 0)
         if slots > 1:
             config = replace(config, slots=slots // 2)

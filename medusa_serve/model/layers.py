@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import reason_of
 from .attention import tree_view
+from .capture import give_back
 from .tree import Tree
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class FusedLayers:
             mine = self._kinds[kind]
             merged = _merge_weights(layer, mine[False].merged)
             if sum(weight.nbytes for weight in merged.values()) > GIVEN_BACK and torch.cuda.is_available():
-                torch.cuda.empty_cache()  # or the separate weights' places stay taken: two thirds of the model again
+                give_back()  # or the separate weights' places stay taken: two thirds of the model again
             self._of.append(mine)
             self._weights.append({single: traced.weights_of(layer, merged) for single, traced in mine.items()})
         for index, layer in enumerate(self._layers):

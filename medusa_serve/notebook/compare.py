@@ -6,7 +6,8 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..types import MAX_LOGPROBS, Completion, SamplingParams
+from ..bench.same_text import gap
+from ..types import Completion, SamplingParams
 
 NEAR = 0.1  # rounding in half precision moves log-probabilities by some hundredths
 
@@ -58,9 +59,7 @@ def compare(llm: Any, prompt: Any, params: SamplingParams) -> Comparison:
 
 def _gap(llm: Any, prompt: Any, found: Comparison) -> float | None:
     """How far apart the model holds the two tokens at which the texts part."""
-    at, wanted = found.same, {text.token_ids[found.same : found.same + 1] for text in (found.plain, found.speculative)}
-    ids = [*llm.encode(prompt), *found.plain.token_ids[:at]]
-    [told] = llm.generate_ids([ids], SamplingParams(max_tokens=1, logprobs=MAX_LOGPROBS, speculation=False))
-    known = {(token,): logprob for token, logprob in told.logprobs[0].top}
-    logprobs = [known[token] for token in wanted if token in known]
-    return abs(logprobs[0] - logprobs[1]) if len(logprobs) == 2 else None
+    at, texts = found.same, (found.plain.token_ids, found.speculative.token_ids)
+    if min(map(len, texts)) == at:  # one text is the other's beginning
+        return None
+    return gap(llm, [*llm.encode(prompt), *texts[0][:at]], texts[0][at], texts[1][at])

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -34,11 +33,11 @@ from medusa_serve.bench.http_load import (
     shared,
     summary,
 )
-from medusa_serve.bench.serve import ServeConfig, alone, bench_serve, table
+from medusa_serve.bench.serve import ServeConfig, bench_serve, table
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import GenerationFailed, InvalidConfig, LoadError, QueueFull
 from medusa_serve.server.config import ServerConfig
-from medusa_serve.types import Delta, SamplingParams
+from medusa_serve.types import Delta
 from tests.server.standins import HandLLM, HandManager, hello, serving
 from tests.tiny import save_tiny_folder
 
@@ -286,37 +285,6 @@ def test_a_server_of_its_own(folder: str, tmp_path: Path, capsys: pytest.Capture
     shown = capsys.readouterr().out
     assert "closed loop, clients: 2" in shown
     assert "HTTP over the engine alone, 2 at a time" in shown
-
-
-def test_the_engine_alone_has_as_many_at_a_time_as_there_are_clients() -> None:
-    class Manager:
-        """Ends all that are open once three are, or the last one came; with errors where it is `broken`."""
-
-        def __init__(self, broken: bool = False) -> None:
-            self.open: list[tuple[str, Any]] = []
-            self.most, self.asked, self.cancelled, self.broken = 0, 0, list[str](), broken
-
-        def submit(self, ids: list[int], params: SamplingParams, sink: Any) -> str:
-            self.asked += 1
-            self.open.append((f"s{self.asked}", sink))
-            self.most = max(self.most, len(self.open))
-            if len(self.open) == 3 or self.asked == 8:
-                while self.open:
-                    name, tell = self.open.pop(0)
-                    error = GenerationFailed("no") if self.broken else None
-                    done = None if error else SimpleNamespace(completion_tokens=len(ids))
-                    tell([(name, SimpleNamespace(error=error, completion=done))])
-            return f"s{self.asked}"
-
-        def cancel(self, name: str) -> None:
-            self.cancelled.append(name)
-
-    whole, broken = Manager(), Manager(broken=True)
-    assert alone(SimpleNamespace(manager=whole), [[1, 2]] * 8, SamplingParams(), 3) == 16
-    assert (whole.most, whole.asked, whole.cancelled) == (3, 8, [])
-    with pytest.raises(GenerationFailed):
-        alone(SimpleNamespace(manager=broken), [[1, 2]] * 8, SamplingParams(), 3)
-    assert sorted(broken.cancelled) == ["s1", "s2", "s3"]
 
 
 def test_a_server_that_runs_already(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Captures beside others that use the device: `pytest -m gpu tests/model/test_capture.py`."""
 
+import contextlib
 import gc
 import threading
 
@@ -38,13 +39,10 @@ def test_who_waits_for_the_device_breaks_a_capture_that_succeeds_the_next_time(p
     def disturbed() -> torch.Tensor:
         calls.append(0)
         if len(calls) == 2:  # the first run is no capture
-            failed = []
 
             def wait() -> None:
-                try:
+                with contextlib.suppress(RuntimeError):  # the capture is broken whether or not this one is told
                     torch.cuda.synchronize()
-                except RuntimeError as error:
-                    failed.append(error)
 
             thread = threading.Thread(target=wait)
             thread.start()
