@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import partial
 
 from medusa_serve.errors import InvalidRequest
 from medusa_serve.types import Delta, PrefillChunk, SamplingParams, StepOutput, TokenLogprob
@@ -86,11 +87,14 @@ class _Slot:
 
 @dataclass(frozen=True)
 class Done:
-    """A pass that was over when its call returned."""
+    """A pass that was over when its call returned, but for what waiting for it costs."""
 
     made: list
+    wait: Callable[[], None] | None = None
 
     def outputs(self) -> list:
+        if self.wait is not None:
+            self.wait()
         return self.made
 
 
@@ -107,6 +111,7 @@ class FakeRunner:
     before       called as before("prefill" | "decode", slots) before anything changes: may raise, block, move a clock
     poison, nan  a prompt with this id makes calls raise, or its decode rows fail
     clock, prefill_s, decode_s   what calls cost on the clock: (per call, per prompt token), per call
+    device_ms    what decode steps cost besides, by nodes: at once, or who overlaps waits for it at the outputs
     sleep_s      real seconds of every call
     """
 
@@ -131,6 +136,7 @@ class FakeRunner:
     clock: ManualClock | None = None
     prefill_s: tuple[float, float] = (0.0, 0.0)
     decode_s: float = 0.0
+    device_ms: dict[int, float] = field(default_factory=dict)
     sleep_s: float = 0.0
     rests_wanted: int = 0  # with less than so many rests there is more to do
     # what happened
@@ -182,7 +188,10 @@ class FakeRunner:
         assert nodes in self.node_choices
         self._begin("decode", list(slots))
         self._cost(self.decode_s)
-        return Done([self._decode(slot, nodes) for slot in slots])
+        wait = partial(self._cost, self.device_ms.get(nodes, 0.0) / 1000)
+        if not self.overlaps:
+            wait()
+        return Done([self._decode(slot, nodes) for slot in slots], wait if self.overlaps else None)
 
     def _decode(self, number: int, nodes: int) -> StepOutput:
         slot, kv = self.slots[number], self.kv[number]

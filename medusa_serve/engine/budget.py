@@ -1,7 +1,8 @@
 """How many nodes the next decode step verifies: as many as pay, by measured step times and live acceptance.
 
 A step of B rows takes t(B, N) and emits Σ E_i(N) tokens: the N with the most tokens per second is taken, N = 1 (plain
-decoding) always among them (as in SmartSpec and Sequoia: Liu et al., 2406.14066; Chen et al., 2402.12374). E_i(N) is
+decoding) always among them (as in SmartSpec and Sequoia: Liu et al., 2406.14066; Chen et al., 2402.12374). t(B, N) is
+what the device needs, or the host where that needs more: with many rows on a fast device, whatever N is. E_i(N) is
 counted, not assumed: a tree's nodes are drafted best first, so one step tells what every smaller tree would have
 accepted. What a larger one would is the calibrated curve through the live figure, until a probe looks.
 """
@@ -20,6 +21,7 @@ PROBE = 128  # steps: then two with more nodes than pay are made, so that their 
 # has a smaller tree to verify and drafts the larger one
 OWN_WEIGHT, ALL_WEIGHT = 16, 4  # steps after which live figures count as much as what was expected without them
 LIVE = 0.1  # share of a live step time in the next estimate
+HOST_BOUND = 0.25  # a step whose outputs took less than this part of its time does not tell the device's
 OWN_DECAY, ALL_DECAY = 0.95, 0.999  # of what was counted, each step of a row
 
 
@@ -33,9 +35,9 @@ class Gains:
 
     def note(self, counts: Seq[int]) -> None:
         """counts[k]: tokens that a tree of the k-th size would have emitted in one step; larger ones were not tried."""
-        for size, count in enumerate(counts):
-            self.tokens[size] = self.tokens[size] * self.decay + count
-            self.weight[size] = self.weight[size] * self.decay + 1.0
+        tried, decay = len(counts), self.decay
+        self.tokens[:tried] = [old * decay + count for old, count in zip(self.tokens, counts, strict=False)]
+        self.weight[:tried] = [old * decay + 1.0 for old in self.weight[:tried]]
 
 
 class NodeBudget:
@@ -50,6 +52,7 @@ class NodeBudget:
         self._expected = [1.0, *expected[1:]]
         times = [sorted((rows, ms) for (rows, n), ms in step_ms.items() if n == nodes) for nodes in self.choices]
         self._ms = [[between(known, rows) for rows in range(1, slots + 1)] for known in times]  # by N, then by B - 1
+        self._host_ms = [0.0] * (slots.bit_length() + 1)  # of a step, by the binary digits of B; 0.0 while unknown
         self._all = Gains(len(self.choices), ALL_DECAY)
         self._now = 0  # which choice
         self._rows: tuple[str, ...] = ()
@@ -69,10 +72,15 @@ class NodeBudget:
         own.note(counts)
         self._all.note(counts)
 
-    def note_time(self, rows: int, nodes: int, seconds: float) -> None:
-        """What a step really took: a busy neighbour may have disturbed the measurement at the start."""
-        times, at = self._ms[self.choices.index(nodes)], min(rows, len(self._ms[0])) - 1
-        times[at] += LIVE * (min(seconds * 1000, 3 * times[at]) - times[at])
+    def note_time(self, rows: int, nodes: int, seconds: float, waited: float) -> None:
+        """What a step really took, and how much of it went by until its outputs were there: a busy neighbour may have
+        disturbed the measurement at the start."""
+        at, size = min(rows, len(self._ms[0])) - 1, rows.bit_length()
+        host, before = (seconds - waited) * 1000, self._host_ms[size]
+        self._host_ms[size] += (LIVE if before else 1.0) * (min(host, 3 * before or host) - before)
+        if waited > HOST_BOUND * seconds:
+            times = self._ms[self.choices.index(nodes)]
+            times[at] += LIVE * (min(seconds * 1000, 3 * times[at]) - times[at])
 
     def choose(self, rows: Iterable[tuple[str, Gains | None]]) -> int:
         """N for the rows (whose, and its gains; None: a row that decodes plainly)."""
@@ -103,8 +111,8 @@ class NodeBudget:
             if gains is not None:
                 for size, expected in enumerate(self._curve(gains, curve)):
                     totals[size] += expected
-        at = min(len(rows), len(self._ms[0])) - 1
-        return [total / self._ms[size][at] for size, total in enumerate(totals)]
+        at, host_ms = min(len(rows), len(self._ms[0])) - 1, self._host_ms[len(rows).bit_length()]
+        return [total / max(self._ms[size][at], host_ms) for size, total in enumerate(totals)]
 
     def _curve(self, gains: Gains, among: list[float]) -> list[float]:
         """Tokens per step at each N: of one sequence among all (`among`, all of theirs), or of all among what was

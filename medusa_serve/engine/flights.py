@@ -88,9 +88,9 @@ class Flights:
         """Wait for the first `count` flights and read them; → how many there were."""
         count = min(count, len(self._flights))
         for _ in range(count):
-            flight = self._flights.popleft()
+            flight, asked = self._flights.popleft(), self._clock()
             outputs = flight.outputs()
-            self._note_times(flight)
+            self._note_times(flight, asked)
             if flight.counts:
                 pairs = zip(flight.counts, outputs, strict=True)
                 self._metrics.prefilled(computed=sum(n for n, out in pairs if not isinstance(out, RowFailed)))
@@ -103,13 +103,15 @@ class Flights:
                     self._take(seq, out, decoding=flight.nodes > 0)
         return count
 
-    def _note_times(self, flight: Flight) -> None:
-        """How long the device was at it: since the start, or since the flight before was over."""
+    def _note_times(self, flight: Flight, asked: float) -> None:
+        """How long the device was at it: since the start, or since the flight before was over. asked: when we began to
+        wait for its outputs"""
         now = self._clock()
         seconds, self._landed = now - max(flight.started, self._landed), now
+        waited = min(seconds, now - asked) if self._runner.overlaps else seconds
         if not flight.whole:
             self._metrics.retried()
         elif flight.nodes:
-            self._scheduler.note_decode(len(flight.rows), flight.nodes, seconds)
+            self._scheduler.note_decode(len(flight.rows), flight.nodes, seconds, waited)
         else:
             self._scheduler.note_prefill(sum(flight.counts), seconds)

@@ -181,10 +181,10 @@ class Scheduler:
         if self._budget is not None and seq.gains is not None:
             self._budget.note(seq.gains, out.held_by, nodes)
 
-    def note_decode(self, rows: int, nodes: int, seconds: float) -> None:
-        """A decode step of `rows` rows with trees of `nodes` took this long."""
+    def note_decode(self, rows: int, nodes: int, seconds: float, waited: float) -> None:
+        """A decode step of `rows` rows with trees of `nodes` took this long, `waited` of it for its outputs."""
         if self._budget is not None:
-            self._budget.note_time(rows, nodes, seconds)
+            self._budget.note_time(rows, nodes, seconds, waited)
         if nodes == 1:
             self._plain_steps.append(seconds)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 from ..types import TextCodec
 
 REPLACEMENT = "\ufffd"  # what decoders give for bytes that are not (yet) UTF-8
+WINDOW = 8  # ids that are read before the window moves on: a move costs a decode of its own
 
 
 class Detokenizer:
@@ -17,7 +18,7 @@ class Detokenizer:
     beginning of a stop string. (A decoder that rewrites characters it already completed can break the promise for
     text that is not valid UTF-8.)
 
-    Cost of a step: two decodes of a window of a few ids, however long the text is.
+    Cost of a step: a decode of a window of some 2 WINDOW ids, however long the text is.
 
         ids     0 ……………… prefix ………… read ………… len(ids)
                 shown already │ shown, context │ new
@@ -65,11 +66,12 @@ class Detokenizer:
         return text
 
     def _next(self) -> str:
-        """Certain text of the window, not shown before; the window moves on when it ends in a whole character."""
+        """Certain text of the window, not shown before; a window that is long moves on when it ends in a whole
+        character."""
         text = self._codec.decode(self._ids[self._prefix :])
         certain = text.rstrip(REPLACEMENT)
         new = certain[self._shown :]
-        if new and len(certain) == len(text):
+        if new and len(certain) == len(text) and len(self._ids) - self._read >= WINDOW:
             # Only past visible text: an id that shows nothing gives the next one no context to keep its space.
             self._prefix, self._read = self._read, len(self._ids)
             self._shown = len(self._codec.decode(self._ids[self._prefix : self._read]))

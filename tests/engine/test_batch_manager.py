@@ -25,10 +25,8 @@ def test_the_node_budget_follows_what_is_accepted(accept, settled):
     """Steps that take 10, 12, 14 and 16 ms: 1, 3 or 11 tokens of them decide, and the text never changes."""
     clock, ms = ManualClock(), {1: 10.0, 4: 12.0, 8: 14.0, 16: 16.0}
     times = {(rows, nodes): each for rows in (1, 4) for nodes, each in ms.items()}
-    engine = Engine(accept=accept, clock=clock, has_heads=True, step_ms=times, expected=(1.0, 1.8, 2.2, 2.6))
-    engine.runner.before = lambda kind, slots: clock.advance(
-        ms[engine.runner.calls[-1][2]] / 1000 if kind == "decode" else 0.0
-    )
+    expected = (1.0, 1.8, 2.2, 2.6)
+    engine = Engine(accept=accept, clock=clock, has_heads=True, step_ms=times, device_ms=ms, expected=expected)
     id = engine.submit("Hello", 3000)
     plain = engine.submit("World", 3000, speculation=False)
     engine.run()

@@ -48,6 +48,29 @@ def test_times_between_and_past_measured_rows_lie_on_lines():
     assert made._ms == [[10, 12, 14, 16, 18, 20], [5.0] * 6, [1, 2, 3, 4, 5, 6]]
 
 
+def test_live_times_overrule_the_measured_ones():
+    made = budget({(1, 1): 10, (1, 4): 12, (1, 16): 40})
+    for _ in range(60):
+        made.note_time(1, 4, 0.030, waited=0.025)
+    assert made._ms[1][0] == pytest.approx(30, rel=0.02)
+    assert chosen(made, [("a", made.own())], steps=20) == 1
+
+
+def test_a_host_that_needs_more_than_the_device_makes_nodes_free():
+    """The device's times stay what they were: those of other N could not be compared with one that holds the host's."""
+    made = budget({(1, 1): 1.0, (1, 4): 2.0, (1, 16): 4.0, (8, 1): 1.0, (8, 4): 2.2, (8, 16): 3.5})
+    rows = [(str(n), made.own()) for n in range(8)]
+    assert chosen(made, rows) == 1
+    for _ in range(20):
+        made.note_time(8, 1, 0.005, waited=0.0005)
+    assert chosen(made, rows, steps=20) == 16
+    assert made._ms[0][7] == 1.0
+    assert chosen(made, rows[:1], steps=20) == 1  # one row is another matter
+    for _ in range(60):
+        made.note_time(8, 16, 0.0035, waited=0.003)
+    assert chosen(made, rows, steps=20) == 1
+
+
 def test_a_step_tells_what_smaller_trees_would_have_given():
     made = budget(FLAT)
     own = made.own()

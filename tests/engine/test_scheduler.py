@@ -141,8 +141,8 @@ def test_chunk_size_from_the_measured_cost(token_ms, step_ms, count):
     a, _ = admitted(scheduler, sequence(5), sequence(1000))
     decode(a, 7)
     scheduler.note_prefill(100, 0.1 * token_ms)
-    scheduler.note_decode(1, 1, step_ms / 1000)
-    scheduler.note_decode(1, 16, 9.9)  # not a plain step
+    scheduler.note_decode(1, 1, step_ms / 1000, step_ms / 1000)
+    scheduler.note_decode(1, 16, 9.9, 9.9)  # not a plain step
     assert scheduler.plan().prefill == (PrefillChunk(1, count),)
 
 

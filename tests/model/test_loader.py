@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import InvalidRequest, LoadError
 from medusa_serve.model import loader
+from medusa_serve.model.codec import Codec
 from medusa_serve.model.loader import load_model
 from tests.tiny import FAMILIES, greedy, save_tiny_folder, tiny_model, tiny_prompts
 
@@ -99,6 +101,19 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loader._choose_device("cuda:1", []) == torch.device("cuda", 1)
     with pytest.raises(LoadError, match="no device cuda:2"):
         loader._choose_device("cuda:2", [])
+
+
+def test_ids_are_decoded_as_the_tokenizer_says(folder: Path) -> None:
+    """Called without its checks, the Rust tokenizer gives what it gives with them; a class of its own is asked."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = [*tokenizer("the cat , it 's <|im_end|> é🎉").input_ids, 0, 1, 2]
+    for end in range(len(ids) + 1):
+        wanted = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert Codec(tokenizer).decode(tuple(ids[:end])) == wanted
+    kind = type(tokenizer)
+    own = type("Own", (kind,), {"_decode": lambda self, *args, **rest: kind._decode(self, *args, **rest).upper()})
+    tokenizer.__class__ = own
+    assert Codec(tokenizer).decode(ids) == tokenizer.decode(ids, skip_special_tokens=True) != wanted
 
 
 def test_codec(folder: Path) -> None:
