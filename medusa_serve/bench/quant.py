@@ -20,9 +20,10 @@ KINDS = ("none", "nf4")
 CONTEXT = 2048
 RULE = (
     "planned: weights, keys and values from the config alone, the heads as they are, 0.75 GiB for graphs and "
-    "activations, and a layer of the four-bit weights in half precision; measured: the largest that PyTorch reserved "
-    "while an engine of one size of tree was built and made steps, over all sizes. ms: of a step of one sequence with "
-    "{length} tokens, as `bench step` measures it. crossover: the fewest nodes from which on NF4 is not faster."
+    "activations, and the largest four-bit weight in half precision; measured: the largest that PyTorch reserved "
+    "while an engine of one size of tree was built, read a prompt of {length} tokens and made steps, over all sizes. "
+    "ms: of a step of one sequence with {length} tokens, as `bench step` measures it. crossover: the fewest nodes from "
+    "which on NF4 is not faster."
 )
 
 
@@ -46,6 +47,7 @@ class QuantConfig:
 
 def bench_quant(engine: EngineConfig, config: QuantConfig) -> Row:
     """Both kinds in turn. Raises LoadError."""
+    from ..model.capture import give_back
     from .facts import command, facts
 
     step = StepConfig(
@@ -58,8 +60,9 @@ def bench_quant(engine: EngineConfig, config: QuantConfig) -> Row:
     )
     engine, results = replace(engine, max_context=engine.max_context or CONTEXT), {}
     for kind in KINDS:
-        results[kind] = bench_step(replace(engine, quantize=kind), step)
         gc.collect()
+        give_back()  # or the next model lies among what the allocator keeps of the last one, and pins it
+        results[kind] = bench_step(replace(engine, quantize=kind), step)
     memory = {kind: compared(result, kind, config, engine.max_context or CONTEXT) for kind, result in results.items()}
     names = ("nodes", "length", "rounds", "steps", "random")
     rows = rows_of(results)

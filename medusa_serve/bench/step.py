@@ -138,6 +138,7 @@ def _cells(
     try:
         if nodes not in built.runner.node_choices:
             raise LoadError(f"There is nothing to measure: {built.notes[-1]}.")
+        read_prompt(built.runner, config.length)
         step_ms(built.runner, max(config.rows), nodes, config)
         memory = {"nodes": nodes, **memory_of(loaded.model, built.runner)}  # before there is a second runner
         return memory, measure(built.runner, nodes, config)
@@ -196,6 +197,17 @@ def plain_runner(runner: ModelRunner) -> ModelRunner:
     return ModelRunner(runner.forward, tables, shapes={1: Shape(1, 0, 0)}, drafter=None, eos_ids=[], **sizes)
 
 
+def read_prompt(runner: ModelRunner, length: int) -> None:
+    """A prompt of so many tokens in one pass."""
+    runner.admit(0, _prompt(runner, 0, length), SamplingParams(seed=0), runner.max_context, 0)
+    runner.prefill([PrefillChunk(0, length)]).outputs()
+    runner.free(0)
+
+
+def _prompt(runner: ModelRunner, slot: int, length: int) -> list[int]:
+    return [(31 * slot + 7 * place) % runner.vocab_size for place in range(length)]
+
+
 def step_ms(
     runner: ModelRunner, batch: int, nodes: int, config: StepConfig, temperature: float = 0.0
 ) -> tuple[float, float | None]:
@@ -205,7 +217,7 @@ def step_ms(
     slots = list(range(batch))
     params = SamplingParams(seed=0, ignore_eos=True, temperature=temperature, top_p=0.9 if temperature else 1.0)
     for slot in slots:
-        prompt = [(31 * slot + 7 * place) % runner.vocab_size for place in range(config.length)]
+        prompt = _prompt(runner, slot, config.length)
         runner.admit(slot, prompt, params, runner.max_context, config.length - 1)  # what lies in the cache will do
     runner.prefill([PrefillChunk(slot, 1) for slot in slots]).outputs()
     runner.decode(slots, nodes).outputs()

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from ..errors import reason_of
 from .attention import tree_view
 from .capture import give_back
+from .nf4 import scales_of
 from .tree import Tree
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ class FusedLayers:
 
     def _trace(self) -> None:
         """A function for each kind of layer and for one token and many, from what a real pass hands the layers."""
+        from .forward import PlugInError
+
+        if any(scales_of(parameter) for layer in self._layers for parameter in layer.parameters()):
+            raise PlugInError("four-bit weights are not traced")
         calls = {tokens: self._calls(tokens) for tokens in (EXAMPLE, 1)}
         for index, layer in enumerate(self._layers):
             kind = _facts(layer)

@@ -29,11 +29,11 @@ GiB = 2**30
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of a model: in the linear weights of its decoder layers (and how many these are), elsewhere, and of keys
+    """Numbers of a model: in the linear weights of its decoder layers, in the largest of them, elsewhere, and of keys
     and values for one token."""
 
-    layers: int
     linear: int
+    largest: int
     other: int
     column: int
     hidden: int
@@ -45,8 +45,8 @@ class Sizes:
         return int(self.linear * per) + self.other * itemsize
 
     def spread_bytes(self, quantize: str, itemsize: int) -> int:
-        """Of a layer's four-bit weights in half precision, which a pass of many tokens multiplies by."""
-        return self.linear // self.layers * itemsize if quantize == "nf4" else 0
+        """Of four-bit weights in half precision: a pass of many tokens makes one after the other of them."""
+        return self.largest * itemsize if quantize == "nf4" else 0
 
 
 @dataclass(frozen=True)
@@ -121,15 +121,15 @@ def sizes_of(hf_config: Any) -> Sizes:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
     layers = decoder_layers(model)
-    linear = sum(m.weight.numel() for m in layers.modules() if isinstance(m, torch.nn.Linear))
+    linear = [m.weight.numel() for m in layers.modules() if isinstance(m, torch.nn.Linear)]
     text = hf_config.get_text_config()
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Sizes(
-        layers=len(layers),
-        linear=linear,
-        other=sum(parameter.numel() for parameter in model.parameters()) - linear,
+        linear=sum(linear),
+        largest=max(linear, default=0),
+        other=sum(parameter.numel() for parameter in model.parameters()) - sum(linear),
         column=2 * kv_heads * dim * len(layers),
         hidden=text.hidden_size,
         vocab=text.vocab_size,

@@ -14,6 +14,7 @@ from medusa_serve.model.attention import tree_view
 from medusa_serve.model.build import build_runner
 from medusa_serve.model.forward import PlugInError, TreeForward, decoder_layers
 from medusa_serve.model.layers import FusedLayers, fuse_layers
+from medusa_serve.model.nf4 import quantize_nf4
 from medusa_serve.model.selftest import check, references
 from medusa_serve.model.tree import Tree
 from tests.tiny import tiny_model
@@ -119,6 +120,15 @@ def test_soft_caps_cannot_be_traced():
     assert note == "decoder layers stay as they are (its attention has a soft cap or sinks)"
     assert forward.layers is None
     assert len(passes(forward)) == 10
+
+
+def test_four_bit_weights_are_not_traced():
+    """Their class would fail in the middle of it, with words of its own."""
+    pytest.importorskip("bitsandbytes", reason="needs the extra `quant`")
+    forward = TreeForward(tiny_model("llama", torch.bfloat16, hidden=64), 3, COLUMNS, None)
+    quantize_nf4(forward.model)
+    assert fuse_layers(forward, lambda: 0.0) == "decoder layers stay as they are (four-bit weights are not traced)"
+    assert forward.layers is None
 
 
 def test_the_self_test_decides():

@@ -261,17 +261,21 @@ def test_only_the_decoder_layers_become_nf4() -> None:
 
 
 def test_a_plan_from_options_alone() -> None:
-    sizes = memory.Sizes(layers=10, linear=10**9, other=10**8, column=10**5, hidden=64, vocab=100, max_positions=1000)
+    sizes = memory.Sizes(
+        linear=10**9, largest=10**7, other=10**8, column=10**5, hidden=64, vocab=100, max_positions=1000
+    )
     made = plan_memory(sizes, 8 * GiB, 2, EngineConfig(heads="none"))
     assert (made.quantize, made.context, made.heads) == ("none", 1000, 0)
 
 
-def test_a_pass_over_four_bit_weights_needs_room_for_a_layer_in_half_precision() -> None:
-    sizes = memory.Sizes(layers=10, linear=10**9, other=10**8, column=10**5, hidden=64, vocab=100, max_positions=1000)
+def test_a_pass_over_four_bit_weights_needs_room_for_one_in_half_precision() -> None:
+    sizes = memory.Sizes(
+        linear=10**9, largest=10**7, other=10**8, column=10**5, hidden=64, vocab=100, max_positions=1000
+    )
     plain, small = (
         plan_memory(sizes, 8 * GiB, 2, EngineConfig(heads="none", quantize=kind)) for kind in ("none", "nf4")
     )
-    assert (plain.spread, small.spread) == (0, 2 * 10**8)
+    assert (plain.spread, small.spread) == (0, 2 * 10**7)
     for made in (plain, small):
         parts = made.weights + made.heads + made.slots * made.slot + LEAST_REST
         assert made.expected == parts + made.spread
