@@ -23,6 +23,7 @@ from .streaming import EventStream, Switchboard, Tickets, Voice, answer
 from .traffic import Traffic
 
 LEFT = 499  # nobody reads it: the client is gone
+SHORT = 1024  # characters that are tokenised at once: in a millisecond at most, and another thread is as long in coming
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def ready(desk: Desk) -> ServedLLM:
 
 
 async def admit(desk: Desk, llm: ServedLLM, orders: Seq[Order], request: Request) -> Tickets:
-    """Tokenise off the event loop and submit all, in order. Raises what either refuses; the tickets must be closed."""
+    """Tokenise, off the event loop if that may take long, and submit all, in order. Raises what either refuses; the
+    tickets must be closed."""
     context, loop = llm.describe()["max_context"], asyncio.get_running_loop()
     encoded = []
     for source, _, field in orders:
@@ -65,7 +67,8 @@ async def admit(desk: Desk, llm: ServedLLM, orders: Seq[Order], request: Request
         if num_chars > CHARS_PER_TOKEN * context:
             raise ContextTooLong(f"{field} has {num_chars} characters, which cannot fit {context} tokens.", param=field)
         encode: Any = llm.codec.encode if isinstance(source, str) else llm.codec.encode_chat
-        encoded.append(await loop.run_in_executor(desk.tokenizers, encode, source))
+        short = num_chars <= SHORT
+        encoded.append(encode(source) if short else await loop.run_in_executor(desk.tokenizers, encode, source))
     tickets = Tickets()
     try:
         for ids, order in zip(encoded, orders, strict=True):
