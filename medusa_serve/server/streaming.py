@@ -55,7 +55,7 @@ class Switchboard:
         """
         self._loop = asyncio.get_running_loop()
         sequence_id = manager.submit(ids, params, self.sink, key=key)
-        ticket = self._tickets[sequence_id] = Ticket(self, manager, sequence_id, key, tickets.tell)
+        ticket = self._tickets[sequence_id] = Ticket(self, manager, sequence_id, key, tickets.ready)
         tickets.all.append(ticket)
         if self._watch is not None:
             self._watch.begin(self._all, manager)
@@ -92,15 +92,15 @@ class Switchboard:
 
 class Ticket:
     """One submitted sequence as its request sees it: at most one delta waits, later ones are merged into it.
-    tell: called when there is one, with whether it is the last"""
+    ready: set when there is one"""
 
     def __init__(
-        self, board: Switchboard, manager: BatchManager, sequence_id: str, key: str, tell: Callable[[bool], None]
+        self, board: Switchboard, manager: BatchManager, sequence_id: str, key: str, ready: asyncio.Event
     ) -> None:
         self._board, self._manager, self.id, self.key = board, manager, sequence_id, key
         self.began, self.num_tokens = asyncio.get_running_loop().time(), 0
         self._waiting: Delta | None = None
-        self._tell = tell
+        self._ready = ready
         self._finished = False
 
     @property
@@ -114,7 +114,7 @@ class Ticket:
         self.num_tokens += sum(delta.tokens)
         self._waiting = delta if self._waiting is None else self._waiting.merged(delta)
         self._finished = delta.is_last
-        self._tell(self._finished)
+        self._ready.set()
 
     def dismiss(self, error: MedusaServeError) -> None:
         if not self._finished:
@@ -125,15 +125,7 @@ class Ticket:
         """As dismiss, and what waits is lost: it may be what went wrong."""
         self._manager.cancel(self.id)
         self._waiting, self._finished = Delta("", error=error), True
-        self._tell(True)
-
-    @property
-    def has_news(self) -> bool:
-        return self._waiting is not None
-
-    @property
-    def has_end(self) -> bool:
-        return self._waiting is not None and self._waiting.is_last
+        self._ready.set()
 
     def pop(self) -> Delta | None:
         """What has come since the last call, as one delta."""
@@ -153,30 +145,12 @@ class Tickets:
 
     def __init__(self) -> None:
         self.all: list[Ticket] = []
-        self._ready = asyncio.Event()
-        self._held = False
-
-    def tell(self, is_last: bool) -> None:
-        """One of them has something new."""
-        if is_last or not self._held:
-            self._ready.set()
-
-    def hold(self, seconds: float) -> None:
-        """Let what comes gather for so long, but for an end: who asks may go on at once."""
-        self._held = True
-        if not any(ticket.has_end for ticket in self.all):
-            self._ready.clear()
-        asyncio.get_running_loop().call_later(seconds, self._release)
-
-    def _release(self) -> None:
-        self._held = False
-        if any(ticket.has_news for ticket in self.all):
-            self._ready.set()
+        self.ready = asyncio.Event()
 
     async def take(self) -> list[tuple[int, Delta]]:
         """What has come since the last call, at most one delta of each sequence by its index; waits for the first."""
-        await self._ready.wait()
-        self._ready.clear()
+        await self.ready.wait()
+        self.ready.clear()
         return [(index, delta) for index, ticket in enumerate(self.all) if (delta := ticket.pop()) is not None]
 
     def close(self) -> None:
@@ -247,9 +221,8 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(self, tickets: Tickets, voice: Voice, *, merge_s: float, pace_s: float = 0.0) -> None:
-        """merge_s: how long to wait for a socket that lags · pace_s: between the beginnings of two sends, but for the
-        last. What comes meanwhile is merged: a GPU makes more steps a second than a loop can send events, or an eye can
-        see."""
+        """merge_s: how long to wait for a socket that lags · pace_s: between the beginnings of two sends. What comes
+        meanwhile is merged: a GPU makes more steps a second than a loop can send events, or an eye can see."""
         self.status_code, self.background = 200, None
         self._tickets, self._voice, self._merge_s, self._pace_s = tickets, voice, merge_s, pace_s
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
@@ -288,7 +261,7 @@ class EventStream(Response):
             if took > LAG_S:
                 await asyncio.sleep(self._merge_s)  # fewer, larger events for a socket that cannot keep up
             elif payload and took < self._pace_s:
-                self._tickets.hold(self._pace_s - took)
+                await asyncio.sleep(self._pace_s - took)
             said = self._hear(await self._tickets.take(), running)
 
     def _hear(self, news: Seq[tuple[int, Delta]], running: set[int]) -> list[dict[str, Any]]:
