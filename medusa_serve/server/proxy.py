@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote
 
@@ -88,7 +89,7 @@ def _host(scope: Scope) -> str:
     return ", ".join(_text(value) for name, value in scope["headers"] if name == b"host")
 
 
-def _named(headers: Any) -> frozenset[bytes]:
+def _named(headers: Iterable[tuple[bytes, bytes]]) -> frozenset[bytes]:
     """Further headers of this connection alone, by its Connection header."""
     told = b",".join(value for name, value in headers if name == b"connection")
     return frozenset(name.strip().lower() for name in told.split(b","))
@@ -111,8 +112,8 @@ class Answer:
 
     async def pass_on(self, response: aiohttp.ClientResponse) -> None:
         """Raises aiohttp.ClientError where the replica is lost."""
-        gone = NOT_ANSWERED | _named(response.raw_headers)
         headers = [(name.lower(), value) for name, value in response.raw_headers]
+        gone = NOT_ANSWERED | _named(headers)
         head = {
             "type": "http.response.start",
             "status": response.status,

@@ -154,12 +154,15 @@ def told_by(app: Any, *requests: dict[str, Any]) -> list[httpx.Response]:
     return asyncio.run(go())
 
 
-async def by_hand(app: Any, left: Awaitable[Any] | None = None, **scope: Any) -> tuple[int, bytes]:
-    """(status, body) of one POST; the client leaves when `left` is over. There is one head and one end, or nothing."""
+async def by_hand(
+    app: Any, left: Awaitable[Any] | None = None, told: list[Message] | None = None, **scope: Any
+) -> tuple[int, bytes]:
+    """(status, body) of one POST; the client leaves when `left` is over. There is one head and one end, or nothing.
+    told: gets the messages"""
     headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
     full = {"type": "http", "method": "POST", "path": "/generate", "query_string": b"", "headers": headers} | scope
     request = [{"type": "http.request", "body": json.dumps(STREAM).encode(), "more_body": False}]
-    sent: list[Message] = []
+    sent: list[Message] = [] if told is None else told
 
     async def receive() -> Message:
         if request:
@@ -226,6 +229,18 @@ def test_a_request_arrives_as_the_client_wrote_it(door: Any) -> None:
     assert line == "POST //e.org/a%2Fb?x=%zz HTTP/1.1"
     expected = ["Host: localhost", "medusa-place: place", "medusa-client: 9.8.7.6", "x-a: 1", "x-a: ü"]
     assert told == [*expected, f"Content-Length: {len(json.dumps(STREAM))}"]
+
+
+def test_an_answers_headers_are_the_apps_alone(door: Any) -> None:
+    inner = b"Connection: X-Inner\r\nX-Inner: 1\r\nKeep-Alive: timeout=5\r\nDate: now\r\nServer: x\r\nX-Mine: 1\r\n\r\n"
+    told: list[Message] = []
+
+    async def go() -> None:
+        async with scripted(HEAD[:-2] + inner, chunk(DONE), b"0\r\n\r\n") as address:
+            await by_hand(door(Handle(address)), told=told)
+
+    asyncio.run(go())
+    assert told[0]["headers"] == [(b"content-type", b"text/event-stream"), (b"x-mine", b"1")]
 
 
 @pytest.mark.parametrize("path", ["@127.0.0.1:1/", "http://127.0.0.1:1/", "*", ":1/x"])
