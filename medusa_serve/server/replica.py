@@ -73,8 +73,8 @@ class Replica:
             return self._inside
         if not self._outside:
             sock = bind(replace(self._bound, host=self._node))
-            self._outside = _address(sock)
             self._server.listen(sock)
+            self._outside = _address(sock)
         return self._outside
 
     def __del__(self) -> None:

@@ -126,9 +126,9 @@ class Server(uvicorn.Server):
         return self._traffic.requests, self._traffic.sent
 
     def listen(self, sock: socket.socket) -> None:
-        """Listen on a further socket of `bind`, from any thread while it runs."""
+        """Listen on a further socket of `bind` too, from any other thread while it runs."""
         assert self._loop is not None
-        asyncio.run_coroutine_threadsafe(self._listen(sock), self._loop)
+        asyncio.run_coroutine_threadsafe(self._listen(sock), self._loop).result(CLOSE_S)
 
     async def _listen(self, sock: socket.socket) -> None:
         listening = self.servers

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
-EVENT_S, EVENTS_S = 0.0005, 0.1  # of each open answer between two events of one, and how far apart these are at most
+PACE_PER_ANSWER_S, MAX_PACE_S = 0.0005, 0.1  # between two events of one answer, by how many are open
 LAG_S = 0.001  # a send that waited this long met a full socket: otherwise it does not wait at all
 
 
@@ -275,7 +275,7 @@ class EventStream(Response):
             if not running:
                 return
             took = loop.time() - began
-            pace_s = max(self._pace_s, min(EVENT_S * self._num_open(), EVENTS_S))
+            pace_s = max(self._pace_s, min(PACE_PER_ANSWER_S * self._num_open(), MAX_PACE_S))
             if took > LAG_S:
                 await self._tickets.rest(max(self._merge_s, pace_s))  # fewer, larger ones where a socket lags
             elif payload and took < pace_s:
