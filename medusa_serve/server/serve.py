@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from ..errors import InvalidConfig, MedusaServeError, ShuttingDown
 from .app import Desk, create_app
@@ -60,19 +61,24 @@ class Server(uvicorn.Server):
         source: ServedLLM | BackgroundLoad,
         config: ServerConfig,
         on_ready: Callable[[str], None] | None = None,
+        *,
+        gate: Callable[[ASGIApp], ASGIApp] | None = None,
+        connections: ServerConfig | None = None,
     ) -> None:
+        """gate: goes around the app · connections: their limits, where others than the app's hold"""
         self._source, self._drain_s, self._on_ready = source, config.drain_s, on_ready
-        app = create_app(source, config)
+        app, limits = create_app(source, config), connections or config
+        self._loop: asyncio.AbstractEventLoop | None = None
         desk: Desk = app.state.desk
         self._switchboard, self._keys, self._hosts = desk.switchboard, desk.keys, desk.hosts
         self._tokenizers, self._traffic = desk.tokenizers, desk.traffic
         super().__init__(
             uvicorn.Config(
-                app,
+                gate(app) if gate else app,
                 # on h11: httptools, uvicorn's choice where it is installed, takes headers of any size
-                http=partial(Connection, limits=config),  # type: ignore[arg-type]
-                h11_max_incomplete_event_size=config.max_header_bytes,
-                timeout_keep_alive=config.keep_alive_s,  # type: ignore[arg-type]
+                http=partial(Connection, limits=limits),  # type: ignore[arg-type]
+                h11_max_incomplete_event_size=limits.max_header_bytes,
+                timeout_keep_alive=limits.keep_alive_s,  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 access_log=False,
@@ -119,7 +125,18 @@ class Server(uvicorn.Server):
         """(requests, bytes of answers) so far by the names that were allowed here."""
         return self._traffic.requests, self._traffic.sent
 
+    def listen(self, sock: socket.socket) -> None:
+        """Listen on a further socket of `bind` too, from any other thread while it runs."""
+        assert self._loop is not None
+        asyncio.run_coroutine_threadsafe(self._listen(sock), self._loop).result(CLOSE_S)
+
+    async def _listen(self, sock: socket.socket) -> None:
+        listening = self.servers
+        await super().startup(sockets=[sock])
+        self.servers += listening
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets=sockets)
         if self._on_ready is not None and sockets:
             self._on_ready(url_of(sockets[0]))

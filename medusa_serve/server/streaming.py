@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
+PACE_PER_ANSWER_S, MAX_PACE_S = 0.0005, 0.1  # between two events of one answer, by how many are open
 LAG_S = 0.001  # a send that waited this long met a full socket: otherwise it does not wait at all
 
 
@@ -55,7 +56,7 @@ class Switchboard:
         """
         self._loop = asyncio.get_running_loop()
         sequence_id = manager.submit(ids, params, self.sink, key=key)
-        ticket = self._tickets[sequence_id] = Ticket(self, manager, sequence_id, key, tickets.ready)
+        ticket = self._tickets[sequence_id] = Ticket(self, manager, sequence_id, key, tickets)
         tickets.all.append(ticket)
         if self._watch is not None:
             self._watch.begin(self._all, manager)
@@ -91,16 +92,13 @@ class Switchboard:
 
 
 class Ticket:
-    """One submitted sequence as its request sees it: at most one delta waits, later ones are merged into it.
-    ready: set when there is one"""
+    """One submitted sequence as its request sees it: at most one delta waits, later ones are merged into it."""
 
-    def __init__(
-        self, board: Switchboard, manager: BatchManager, sequence_id: str, key: str, ready: asyncio.Event
-    ) -> None:
+    def __init__(self, board: Switchboard, manager: BatchManager, sequence_id: str, key: str, tickets: Tickets) -> None:
         self._board, self._manager, self.id, self.key = board, manager, sequence_id, key
         self.began, self.num_tokens = asyncio.get_running_loop().time(), 0
         self._waiting: Delta | None = None
-        self._ready = ready
+        self._tickets = tickets
         self._finished = False
 
     @property
@@ -114,7 +112,7 @@ class Ticket:
         self.num_tokens += sum(delta.tokens)
         self._waiting = delta if self._waiting is None else self._waiting.merged(delta)
         self._finished = delta.is_last
-        self._ready.set()
+        self._tickets.wake(last=self._finished)
 
     def dismiss(self, error: MedusaServeError) -> None:
         if not self._finished:
@@ -125,7 +123,7 @@ class Ticket:
         """As dismiss, and what waits is lost: it may be what went wrong."""
         self._manager.cancel(self.id)
         self._waiting, self._finished = Delta("", error=error), True
-        self._ready.set()
+        self._tickets.wake(last=True)
 
     def pop(self) -> Delta | None:
         """What has come since the last call, as one delta."""
@@ -145,12 +143,27 @@ class Tickets:
 
     def __init__(self) -> None:
         self.all: list[Ticket] = []
-        self.ready = asyncio.Event()
+        self._ready, self._hurry = asyncio.Event(), asyncio.Event()
+
+    def wake(self, *, last: bool) -> None:
+        """Something has come. last: a sequence has ended"""
+        self._ready.set()
+        if last:
+            self._hurry.set()
+
+    async def rest(self, seconds: float) -> None:
+        """Let more come, but let no end wait."""
+        timer = asyncio.get_running_loop().call_later(seconds, self._hurry.set)
+        try:
+            await self._hurry.wait()
+        finally:
+            timer.cancel()
 
     async def take(self) -> list[tuple[int, Delta]]:
         """What has come since the last call, at most one delta of each sequence by its index; waits for the first."""
-        await self.ready.wait()
-        self.ready.clear()
+        await self._ready.wait()
+        self._ready.clear()
+        self._hurry.clear()
         return [(index, delta) for index, ticket in enumerate(self.all) if (delta := ticket.pop()) is not None]
 
     def close(self) -> None:
@@ -220,11 +233,15 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, tickets: Tickets, voice: Voice, *, merge_s: float, pace_s: float = 0.0) -> None:
-        """merge_s: how long to wait for a socket that lags · pace_s: between the beginnings of two sends. What comes
-        meanwhile is merged: a GPU makes more steps a second than a loop can send events, or an eye can see."""
+    def __init__(
+        self, tickets: Tickets, voice: Voice, *, merge_s: float, pace_s: float, num_open: Callable[[], int]
+    ) -> None:
+        """merge_s: how long to wait for a socket that lags · pace_s: between the beginnings of two sends, or more where
+        many answers are open. What comes meanwhile is merged: a GPU makes more steps a second than a loop can send
+        events, or an eye can see."""
         self.status_code, self.background = 200, None
         self._tickets, self._voice, self._merge_s, self._pace_s = tickets, voice, merge_s, pace_s
+        self._num_open = num_open
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -258,10 +275,11 @@ class EventStream(Response):
             if not running:
                 return
             took = loop.time() - began
+            pace_s = max(self._pace_s, min(PACE_PER_ANSWER_S * self._num_open(), MAX_PACE_S))
             if took > LAG_S:
-                await asyncio.sleep(self._merge_s)  # fewer, larger events for a socket that cannot keep up
-            elif payload and took < self._pace_s:
-                await asyncio.sleep(self._pace_s - took)
+                await self._tickets.rest(max(self._merge_s, pace_s))  # fewer, larger ones where a socket lags
+            elif payload and took < pace_s:
+                await self._tickets.rest(pace_s - took)
             said = self._hear(await self._tickets.take(), running)
 
     def _hear(self, news: Seq[tuple[int, Delta]], running: set[int]) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -13,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -25,8 +24,6 @@ from medusa_serve.config import EngineConfig
 from medusa_serve.errors import InvalidConfig, LoadError
 from medusa_serve.server.config import ReplicasConfig, ServerConfig
 from medusa_serve.server.replicas import Cluster, cluster
-from medusa_serve.types import EngineStatus
-from tests.server.standins import HandLLM, HandManager
 from tests.tiny import save_tiny_folder
 
 ROOT = Path(__file__).parents[2]
@@ -59,105 +56,7 @@ def test_nonsense_is_refused_by_name(option: str, value: Any) -> None:
     assert refused.value.param == option
 
 
-# ---- the Door's last word --------------------------------------------------------------------------------------------
-
-START = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
-STEP = {"type": "http.response.body", "body": b'data: {"text":"a"}\n\n', "more_body": True}
-END = {"type": "http.response.body", "body": b'data: {"finish_reason":"stop"}\n\ndata: [DONE]\n\n', "more_body": False}
-
-
-class Scripted:
-    """Stands for the handle of the replicas: each call plays the next script; an exception in it is raised there."""
-
-    def __init__(self, *scripts: list[Any]) -> None:
-        self.scripts, self.relay, self.calls = list(scripts), self, 0
-
-    def options(self, **_: Any) -> Scripted:
-        return self
-
-    def remote(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[dict[str, Any]]:
-        script, self.calls = self.scripts[min(self.calls, len(self.scripts) - 1)], self.calls + 1
-
-        async def play() -> AsyncIterator[dict[str, Any]]:
-            for message in script:
-                if isinstance(message, Exception):
-                    raise message
-                yield message
-
-        return play()
-
-
-def ask(replicas: Scripted, monkeypatch: pytest.MonkeyPatch) -> tuple[int, bytes]:
-    """(status, body) of a POST through the Door."""
-    from ray import serve
-
-    from medusa_serve.server.ray_app import Door
-
-    monkeypatch.setattr(serve, "get_replica_context", lambda: type("Context", (), {"app_name": "medusa"}))
-    app = Door(replicas, ServerConfig()).__serve_build_asgi_app__()
-    headers = [(b"content-type", b"application/json")]
-    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": headers, "query_string": b""}
-    sent: list[dict[str, Any]] = []
-    request = [{"type": "http.request", "body": b"{}", "more_body": False}]
-
-    async def receive() -> dict[str, Any]:
-        if request:
-            return request.pop()
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
-
-    asyncio.run(app(scope, receive, send))
-    assert [message["type"] for message in sent].count("http.response.start") == 1
-    assert not sent[-1].get("more_body", False)
-    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
-
-
-def died() -> Exception:
-    from ray.exceptions import ActorDiedError
-
-    return ActorDiedError()
-
-
-@pytest.mark.ray
-def test_a_whole_answer_passes_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    status, body = ask(Scripted([START, STEP, END]), monkeypatch)
-    assert (status, body) == (200, STEP["body"] + END["body"])
-
-
-@pytest.mark.ray
-def test_a_death_before_the_first_event_is_another_replicas_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    replicas = Scripted([START, died()], [START, STEP, END])
-    assert ask(replicas, monkeypatch) == (200, STEP["body"] + END["body"])
-    assert replicas.calls == 2
-
-
-@pytest.mark.ray
-def test_a_death_in_a_stream_is_its_one_terminal_event(monkeypatch: pytest.MonkeyPatch) -> None:
-    replicas = Scripted([START, STEP, died()], [START, STEP, END])
-    status, body = ask(replicas, monkeypatch)
-    events = body.decode().split("\n\n")[:-1]
-    assert (status, replicas.calls, len(events), events[-1]) == (200, 1, 3, "data: [DONE]")
-    assert json.loads(events[1].removeprefix("data: "))["error"]["code"] == "generation_failed"
-
-
-@pytest.mark.ray
-def test_a_death_behind_the_end_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ask(Scripted([START, STEP, END, died()]), monkeypatch) == (200, STEP["body"] + END["body"])
-
-
-@pytest.mark.ray
-def test_full_replicas_are_429_and_dead_ones_503(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray.serve.exceptions import BackPressureError
-
-    full = BackPressureError(num_queued_requests=9, max_queued_requests=9)
-    status, body = ask(Scripted([full]), monkeypatch)
-    assert (status, json.loads(body)["error"]["code"]) == (429, "queue_full")
-    dead = Scripted([died()])
-    status, body = ask(dead, monkeypatch)
-    assert (status, json.loads(body)["error"]["type"], dead.calls) == (503, "service_unavailable_error", 3)
+# ---- what Ray is told ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.ray
@@ -249,57 +148,6 @@ def until(true: Callable[[], Any], seconds: float) -> None:
     while not true():
         assert time.monotonic() < end, f"not within {seconds} s"
         time.sleep(0.5)
-
-
-# ---- a replica ------------------------------------------------------------------------------------------------------
-
-
-def replica(manager: HandManager) -> Any:
-    from medusa_serve.server.ray_app import Replica
-
-    return Replica(EngineConfig(), ServerConfig(), lambda engine: HandLLM(manager))
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize("state", ["failed", "stalled", "closed"])
-def test_an_engine_that_does_not_turn_is_an_unhealthy_replica(state: str) -> None:
-    manager = HandManager()
-    mine = replica(manager)
-    mine.check_health()
-    manager.state = EngineStatus(state, 0, 0, 0.0, "A step has been running for 99 s.")  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match="running for 99 s"):
-        mine.check_health()
-
-
-SCOPE = {"type": "http", "method": "POST", "path": "/generate", "query_string": b"", "scheme": "http"}
-SCOPE |= {"http_version": "1.1", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80)}
-SCOPE["headers"] = [(b"content-type", b"application/json"), (b"host", b"127.0.0.1")]
-
-
-@pytest.mark.ray
-def test_a_replica_relays_the_apps_own_answer() -> None:
-    async def run() -> list[dict[str, Any]]:
-        body = b'{"prompt": "a", "stream": true}'
-        return [message async for message in replica(HandManager()).relay(SCOPE, body)]
-
-    messages = asyncio.run(run())
-    assert (messages[0]["type"], messages[0]["status"]) == ("http.response.start", 200)
-    text = b"".join(message.get("body", b"") for message in messages).decode()
-    assert text.endswith("data: [DONE]\n\n")
-    assert text.count("finish_reason") == 1
-
-
-@pytest.mark.ray
-def test_a_client_that_leaves_is_a_generator_that_is_closed() -> None:
-    manager = HandManager(None)
-
-    async def run() -> None:
-        answer = replica(manager).relay(SCOPE, b'{"prompt": "a", "stream": true}')
-        assert (await anext(answer))["type"] == "http.response.start"
-        await answer.aclose()
-
-    asyncio.run(run())
-    assert manager.cancelled == ["seq-0"]
 
 
 @pytest.mark.ray

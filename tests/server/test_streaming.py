@@ -28,7 +28,7 @@ async def never() -> Any:
 
 
 def stream_by_hand(
-    play: Callable[[HandManager], Any], send: Send, *, merge_s: float = 0.02, pace_s: float = 0.0
+    play: Callable[[HandManager], Any], send: Send, *, merge_s: float = 0.02, pace_s: float = 0.0, num_open: int = 1
 ) -> list[str]:
     """Run one EventStream whose deltas `play` (a coroutine function) pushes; the bodies sent."""
     bodies: list[str] = []
@@ -42,7 +42,8 @@ def stream_by_hand(
         manager, board = HandManager(None), Switchboard()
         tickets = Tickets()
         board.submit(manager, [1], SamplingParams(), key="", tickets=tickets)
-        stream = EventStream(tickets, OwnVoice(token_ids=False), merge_s=merge_s, pace_s=pace_s)
+        voice = OwnVoice(token_ids=False)
+        stream = EventStream(tickets, voice, merge_s=merge_s, pace_s=pace_s, num_open=lambda: num_open)
         await asyncio.gather(stream({}, never, collect), play(manager))
         assert board.num_open == 0
 
@@ -101,8 +102,10 @@ def test_a_slow_socket_gets_merged_events_with_nothing_lost() -> None:
     assert got[-1]["finish_reason"] == "stop"
 
 
-def test_events_of_one_answer_keep_a_distance() -> None:
-    """The first one goes out at once; what comes within the distance is merged, and nothing is lost."""
+@pytest.mark.parametrize(("pace_s", "num_open"), [(0.03, 1), (0.0, 60), (0.03, 2)])
+def test_events_of_one_answer_keep_a_distance(pace_s: float, num_open: int) -> None:
+    """The first one goes out at once; what comes within the distance, which grows with the answers that are open, is
+    merged, and nothing is lost."""
     sent: list[float] = []
 
     async def note(_: Any) -> None:
@@ -114,11 +117,22 @@ def test_events_of_one_answer_keep_a_distance() -> None:
             await asyncio.sleep(0.001)
         manager.push("seq-0", last("", 99))
 
-    bodies = stream_by_hand(play, note, pace_s=0.03)
+    bodies = stream_by_hand(play, note, pace_s=pace_s, num_open=num_open)
     got = events("".join(bodies))
     assert got[0]["tokens"] == [1]
     assert "".join(event["text"] for event in got) == "".join(f"{n};" for n in range(100))
-    assert all(later - earlier > 0.029 for earlier, later in zip(sent[1:], sent[2:], strict=False))
+    assert all(later - earlier > 0.029 for earlier, later in zip(sent[1:-1], sent[2:-1], strict=False))
+
+
+def test_an_end_does_not_keep_the_distance() -> None:
+    async def play(manager: HandManager) -> None:
+        manager.push("seq-0", step(0))
+        await asyncio.sleep(0.05)
+        manager.push("seq-0", last("", 1))
+
+    began = time.monotonic()
+    assert len(stream_by_hand(play, at_once, pace_s=5.0)) == 2
+    assert time.monotonic() - began < 2.0
 
 
 def test_after_a_lag_a_delta_is_held_no_longer_than_merge_ms() -> None:
