@@ -157,7 +157,9 @@ def test_tokenising_does_not_block_the_loop() -> None:
     async def go() -> None:
         app = create_app(HandLLM(codec=Slow()), ServerConfig())
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
-            posts = [asyncio.create_task(client.post("/generate", json={"prompt": "a" * (SHORT + 1)})) for _ in range(5)]
+            posts = [
+                asyncio.create_task(client.post("/generate", json={"prompt": "a" * (SHORT + 1)})) for _ in range(5)
+            ]
             while len(running) < 2:
                 await asyncio.sleep(0.01)
             assert (await asyncio.wait_for(client.get("/health"), 1)).status_code == 200
