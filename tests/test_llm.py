@@ -236,6 +236,26 @@ def test_sequential_heads_draft_a_tree_of_each_step_and_change_nothing(folder, t
             assert all(c.drafted > 0 for c in done)
 
 
+def test_another_model_that_is_loaded_meanwhile_changes_nothing(folder, tmp_path):
+    """While transformers loads one, the process's default dtype is that model's."""
+    heads = SequentialHeads(32, inner=16, readout=16, max_depth=3)
+    info = replace(_info(3, 32, 0, True), family="sequential")
+    path = save_heads(heads, info, tmp_path / "heads", dtype=torch.float32)
+    with LLM(folder, heads=str(path), tree="8", slots=2, max_context=128) as llm:
+        rest = {"temperature": 0.9, "seed": 3, "repetition_penalty": 1.2, "presence_penalty": 0.5}
+        biased = SamplingParams(max_tokens=24, logit_bias=((5, 1.5),), logprobs=2, **rest)
+        asked = [SamplingParams(max_tokens=24), biased]
+        wanted = llm.generate(["the cat", "the other"], asked)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            got = llm.generate(["the cat", "the other"], asked)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for a, b in zip(got, wanted, strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.logprobs == b.logprobs
+
+
 @pytest.mark.parametrize("family", ["medusa", "sequential"])
 def test_asking_for_heads_that_do_not_ship_is_an_error(folder, family):
     with pytest.raises(LoadError, match=f"no {family} heads ship"):

@@ -38,6 +38,7 @@ def random_model(shape: str, engine: EngineConfig) -> Any:
     LoadError."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    from ..model.capture import TURN
     from ..model.loader import LoadedModel, _choose_device, _choose_numbers, _shrink
     from ..model.nf4 import quantize_nf4
     from ..model.split import spread
@@ -47,7 +48,7 @@ def random_model(shape: str, engine: EngineConfig) -> Any:
     config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None, pad_token_id=None)
     device = _choose_device(engine.device, notes)
     dtype, weights = _choose_numbers(engine, device, config, notes)
-    with _seeded(device):
+    with TURN, _seeded(device):  # see capture.py
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     if weights == "nf4":
         quantize_nf4(model)

@@ -51,8 +51,8 @@ class Pool:
 
     def __init__(self, rows: int, size: int, device: torch.device) -> None:
         self.tokens, self.parents, self.depths = (torch.empty(rows, 0, dtype=torch.int64, device=device),) * 3
-        self.scores = torch.empty(rows, 0, device=device)
-        self._beams = torch.zeros(rows, 1, device=device)
+        self.scores = torch.empty(rows, 0, dtype=torch.float32, device=device)
+        self._beams = torch.zeros(rows, 1, dtype=torch.float32, device=device)
         self._above = torch.zeros(rows, 1, dtype=torch.int64, device=device)
 
     def grow(self, tokens: Tensor, logp: Tensor, width: int) -> tuple[Tensor, Tensor]:

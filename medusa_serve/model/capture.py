@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-TURN = threading.RLock()  # torch's capturing is the process's, whichever engine asks
+TURN = threading.RLock()  # torch's capturing is the process's, whichever engine asks, and so is its default dtype:
+# compiled passes are compiled again under another one, which must not be within a capture
 
 
 class CaptureFailed(RuntimeError):

@@ -14,6 +14,7 @@ import torch
 from ..config import DEFAULT_MODEL, EngineConfig
 from ..errors import LoadError, reason_of
 from ..presets import PRESETS, nearest
+from .capture import TURN
 from .codec import Codec
 from .default_model import cache_folder, ensure_default_model
 from .formats import choose_format
@@ -277,7 +278,8 @@ def _from_pretrained(source: str, hf_config: Any, dtype: torch.dtype, **options:
 
     load: Any = AutoModelForCausalLM.from_pretrained
     options |= {"config": hf_config, "dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
-    model, info = load(source, **options)
+    with TURN:  # loading changes torch's default dtype, which is the process's
+        model, info = load(source, **options)
     # transformers fills what is missing with random numbers and only warns
     wrong = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if wrong:

@@ -40,7 +40,7 @@ def best_children(logits: Tensor, tau: Tensor, num_ranks: int) -> tuple[Tensor, 
     tau (W) or one for all"""
     rows, beams, vocab = logits.shape
     ids = torch.empty(rows, beams, num_ranks, dtype=torch.int64)
-    logp = torch.empty(rows, beams, num_ranks)
+    logp = torch.empty(rows, beams, num_ranks, dtype=torch.float32)
     each = tau.expand(beams).contiguous()
     _children(
         logits.data_ptr(), each.data_ptr(), ids.data_ptr(), logp.data_ptr(), rows, beams, vocab, num_ranks

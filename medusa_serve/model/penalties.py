@@ -48,7 +48,7 @@ class Tally:
 
     def count(self, token: torch.Tensor) -> None:
         """The walk emitted token (B). Rows that have ended may count on: they pick nothing more."""
-        one = torch.ones(len(token), 1, device=token.device)
+        one = torch.ones(len(token), 1, dtype=torch.float32, device=token.device)
         self._all.scatter_add_(1, token[:, None], one)
         self._own.scatter_add_(1, token[:, None], one)
 
@@ -56,5 +56,5 @@ class Tally:
 def _sum_by_token(tokens: torch.Tensor, values: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """tokens (B, M), values (B, M) float32 → (B, V), exact for counts. Ids that the logits lack are left out."""
     values = torch.where(tokens < vocab_size, values, 0.0)
-    sums = torch.zeros(len(tokens), vocab_size, device=tokens.device)
+    sums = torch.zeros(len(tokens), vocab_size, dtype=torch.float32, device=tokens.device)
     return sums.scatter_add_(1, tokens.clamp(max=vocab_size - 1), values)

@@ -56,15 +56,18 @@ class SlotTables:
         def ints(*shape: int, fill: int = 0) -> torch.Tensor:
             return torch.full(shape, fill, dtype=torch.int64, device=device)
 
+        def reals(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+
         self.length, self.total, self.node_limit = ints(slots), ints(slots), ints(slots)
         self.history = ints(slots, columns)
         self.eos = ints(slots, max(1, len(eos_ids)), fill=-1)
         self.heads = HeadNodes(ints(slots, num_nodes, fill=-1), ints(slots, num_nodes), ints(slots, num_nodes))
         self.lookup = ints(slots, num_lookup, fill=-1)
         self.top_k, self.seed, self.num_prompt = ints(slots), ints(slots), ints(slots)
-        self.temperature, self.top_p, self.min_p = (torch.zeros(slots, device=device) for _ in range(3))
-        self.repetition, self.presence, self.frequency = (torch.zeros(slots, device=device) for _ in range(3))
-        self.bias_ids, self.bias = ints(slots, MAX_BIASES), torch.zeros(slots, MAX_BIASES, device=device)
+        self.temperature, self.top_p, self.min_p = (reals(slots) for _ in range(3))
+        self.repetition, self.presence, self.frequency = (reals(slots) for _ in range(3))
+        self.bias_ids, self.bias = ints(slots, MAX_BIASES), reals(slots, MAX_BIASES)
         self._biased: set[int] = set()  # slots whose row of `bias` is not all zeros
         self._eos_ids = tuple(eos_ids)
         self._needs = [PLAIN] * slots
@@ -109,7 +112,10 @@ class SlotTables:
         if not biased and self._biased.isdisjoint(admitted):
             return
         self._biased = self._biased - admitted | biased
-        ids, values = torch.zeros(len(rows), MAX_BIASES, dtype=torch.int64), torch.zeros(len(rows), MAX_BIASES)
+        ids, values = (
+            torch.zeros(len(rows), MAX_BIASES, dtype=torch.int64),
+            torch.zeros(len(rows), MAX_BIASES, dtype=torch.float32),
+        )
         for number, row in enumerate(rows):
             for place, (token, value) in enumerate(row.params.logit_bias):
                 ids[number, place], values[number, place] = token, value
