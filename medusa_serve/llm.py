@@ -288,6 +288,7 @@ def _drafter(config: EngineConfig, loaded: Any) -> tuple[Any, str, list[str]]:
     if path is None:
         return None, "none", ["no heads (none ship for this model)"]
     from .model.draft_cost import limit_vocabulary, make_fast
+    from .model.int4 import int4_kind_of
 
     model = loaded.model
     hidden, vocab = model.config.get_text_config().hidden_size, model.get_input_embeddings().num_embeddings
@@ -302,7 +303,7 @@ def _drafter(config: EngineConfig, loaded: Any) -> tuple[Any, str, list[str]]:
     )
     output, ordered = model.get_output_embeddings(), info.layout == "native"
     notes = [*info.warnings, *limit_vocabulary(heads, output, config.draft_vocab, ordered=ordered)]
-    notes += make_fast(heads)
+    notes += make_fast(heads, int4_kind_of(model))
     return drafter_of(heads, info, config.tree), info.family, [f"{info.family} heads from {_end_of(whose)}", *notes]
 
 

@@ -102,7 +102,7 @@ class _ContextDrafter(Generic[State]):
         self._num_ranks = min(num_ranks or self.most_ranks, heads.output.vocab_size)
         both = [[*(given or ()), *[1.0] * depths][:depths] for given in (tau, noise_tau)]
         self.compiled: Any = None  # CompiledDrafts, once there are some
-        self.tau = torch.tensor(both, dtype=torch.float32, device=heads.output.weight.device)  # (2, D)
+        self.tau = torch.tensor(both, dtype=torch.float32, device=heads.output.device)  # (2, D)
         self.size(63, None)
 
     def size(self, max_nodes: int, paths: Sequence[RankPath] | None) -> None:

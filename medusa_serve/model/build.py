@@ -21,6 +21,7 @@ from .draft import Drafter
 from .exact import make_exact
 from .forward import PlainForward, PlugInError, TreeForward, kv_shapes, uses_alibi
 from .fused_heads import fuse_heads
+from .int4 import int4_kind_of
 from .layers import fuse_layers
 from .masked import MaskedForward
 from .memory import LEAST_CONTEXT, SLACK
@@ -102,7 +103,8 @@ def build_runner(
         width = len(indexes) * model.config.get_text_config().hidden_size
         notes += [fuse_heads(drafter.heads, width)] if hasattr(drafter, "heads") else []
     if plugged is not None and plugged.layers is not None:
-        what = what and f"{what}, layers {'compiled' if plugged.layers.compiled else 'merged'}"
+        kind = "compiled" if plugged.layers.compiled else "merged"
+        what = what and f"{what}, layers {kind}{int4_kind_of(model).note}"
     if config.compile and plugged is not None and plugged.attends:
         notes.append(compile_passes(plugged, drafter, shapes, config, cache_folder()))
         what = what and f"{what}, compiled {plugged.compiled.sizes if plugged.compiled else 'nothing'}"

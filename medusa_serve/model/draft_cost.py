@@ -10,7 +10,8 @@ import torch
 from ..errors import LoadError
 from .formats import best_format, format_times
 from .heads import Heads
-from .int8 import quantize_linears
+from .int4 import Int4Linear
+from .int8 import Int8Linear, quantize_linears
 
 CPU_VOCAB = (
     16384  # the output layer is most of what a draft reads; these tokens are 97 % of the default model's answers
@@ -40,19 +41,30 @@ def limit_vocabulary(heads: Heads, base_output: Any, wanted: int | None, *, orde
     return [f"drafts from {output.vocab_size} tokens, {have} without draft_vocab"]
 
 
-def make_fast(heads: Heads) -> list[str]:
+def int8_kind(int4: type[Int4Linear]) -> type[Int8Linear]:
+    """Whose int8 products go with whose int4 ones."""
+    if int4 is Int4Linear:
+        return Int8Linear
+    from .native_products import NativeInt8Linear
+
+    return NativeInt8Linear
+
+
+def make_fast(heads: Heads, int4: type[Int4Linear] = Int4Linear) -> list[str]:
     """Let heads on a CPU draft in what multiplies fastest there, by a measurement of their output layer that takes some
-    milliseconds, or in int8 as the base does. → notes. Text is never drawn from drafts: it stays the base's."""
+    milliseconds, or in int8 as the base does. → notes. Text is never drawn from drafts: it stays the base's.
+    int4: whose products such weights get"""
     output = heads.output
     weight = output.weight
     assert weight is not None
     if output.scale is None:
-        some = {torch.float32: ("float32", "bfloat16", "int8"), torch.bfloat16: ("bfloat16", "int8", "int4")}
+        small = ("int8", "int4") if int4 is Int4Linear else ("int4",)  # our own kernels read half the bytes as fast
+        some = {torch.float32: ("float32", "bfloat16", "int8"), torch.bfloat16: ("bfloat16", *small)}
         formats = some.get(weight.dtype)
         if weight.device.type != "cpu" or formats is None or weight.numel() < WORTH_IT:
             return []
         matrix = weight if weight.dim() == 2 else weight[0]
-        times = format_times([matrix.detach()], rows=2)
+        times = format_times([matrix.detach()], rows=2, int4=int4)
         best = best_format(times, tuple(name for name in formats if name in times))
     else:
         best = "int8"
@@ -60,9 +72,9 @@ def make_fast(heads: Heads) -> list[str]:
         return []
     heads.to(torch.bfloat16)
     if best == "int4":
-        output.to_int4()
-        quantize_linears(heads)
+        output.to_int4(int4)
     if best == "int8":
         output.to_int8()
-        quantize_linears(heads)
+    if best in ("int4", "int8"):
+        quantize_linears(heads, int8_kind(int4))
     return [f"heads draft in {best} because this CPU multiplies it fastest"]

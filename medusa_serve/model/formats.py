@@ -7,9 +7,11 @@ Decoding reads every weight once a step, so smaller numbers are faster where the
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention import has_numba
 from .int4 import GROUP, ROW_MULTIPLE, Int4Linear
 from .int8 import WIDTH, int8_product, quantized
 from .measured import machine_key, recall, remember
@@ -25,6 +28,7 @@ SMALL = 30_000_000  # weights up to which a model is fast enough to stay exact
 ROWS = 4  # of a product: a small tree
 NUMBERS = 1 << 24  # of the weights that are read: more than a cache holds
 ROUNDS = 7
+INT4_SHAPE = (3072, 576)  # of the weights that two kernels of int4 products are timed with
 GAIN = 0.8  # of the time: what a smaller format must at least save to be chosen
 
 
@@ -59,11 +63,15 @@ def best_format(times: dict[str, float], formats: tuple[str, ...]) -> str:
     return best
 
 
-def format_times(weights: list[Tensor], rows: int = ROWS) -> dict[str, float]:
+def format_times(weights: list[Tensor], rows: int = ROWS, int4: type[Int4Linear] = Int4Linear) -> dict[str, float]:
     """Milliseconds of the products of `rows` rows with these weights (out, in) float in each format: the median of
     rounds that take turns."""
-    passes = {name: make(weights) for name, make in PASSES.items() if _fits(name, *weights[0].shape)}
-    x = torch.randn(rows, weights[0].shape[1])
+    makers = PASSES | {"int4": partial(_int4, int4)}
+    passes = {name: make(weights) for name, make in makers.items() if _fits(name, *weights[0].shape)}
+    return _timed(passes, torch.randn(rows, weights[0].shape[1]))
+
+
+def _timed(passes: dict[str, Callable[[Tensor], None]], x: Tensor) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in passes}
     with torch.inference_mode():
         for _ in range(ROUNDS):
@@ -72,6 +80,22 @@ def format_times(weights: list[Tensor], rows: int = ROWS) -> dict[str, float]:
                 run(x)
                 times[name].append((time.perf_counter() - started) * 1000)
     return {name: round(statistics.median(each[1:]), 3) for name, each in times.items()}
+
+
+def int4_kind(cache: Path) -> type[Int4Linear]:
+    """Whose products of int4 weights are the faster ones on this machine, torch's or our own (they need Numba)."""
+    if not has_numba():
+        return Int4Linear
+    from .native_products import NativeInt4Linear
+
+    key, kinds = f"int4 products: {machine_key('cpu')}", {"torch": Int4Linear, "own": NativeInt4Linear}
+    times = recall(cache, key)
+    if not isinstance(times, dict) or set(times) != set(kinds):
+        weights = [torch.empty(*INT4_SHAPE)] * (NUMBERS * 4 // math.prod(INT4_SHAPE))
+        passes = {name: _int4(kind, weights) for name, kind in kinds.items()}
+        times = _timed(passes, torch.randn(ROWS, INT4_SHAPE[1]))
+        remember(cache, key, times)
+    return NativeInt4Linear if times["own"] < times["torch"] else Int4Linear
 
 
 def _fits(name: str, rows: int, columns: int) -> bool:
@@ -104,8 +128,8 @@ def _int8(weights: list[Tensor]) -> Callable[[Tensor], None]:
     return run
 
 
-def _int4(weights: list[Tensor]) -> Callable[[Tensor], None]:
-    small = [Int4Linear.random(*weight.shape) for weight in weights]
+def _int4(kind: type[Int4Linear], weights: list[Tensor]) -> Callable[[Tensor], None]:
+    small = [kind.random(*weight.shape) for weight in weights]
 
     def run(x: Tensor) -> None:
         for layer in small:
@@ -114,4 +138,4 @@ def _int4(weights: list[Tensor]) -> Callable[[Tensor], None]:
     return run
 
 
-PASSES = {"float32": _float(torch.float32), "bfloat16": _float(torch.bfloat16), "int4": _int4, "int8": _int8}
+PASSES = {"float32": _float(torch.float32), "bfloat16": _float(torch.bfloat16), "int8": _int8}

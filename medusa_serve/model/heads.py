@@ -14,6 +14,7 @@ E embedding size, M hidden inputs, V vocabulary, V' draft vocabulary (V without 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LoadError
+from .attention import has_numba
 from .output_layer import OutputLayer
 
 Family = Literal["medusa", "sequential", "hydra"]
@@ -136,7 +138,21 @@ class GatedBlock(nn.Module):
 
 def rms_norm(x: Tensor) -> Tensor:
     """x / rms(x) over the last dimension; torch computes it in fp32 for half types."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and _may_use_kernels(x):
+        from .native_ops import rms_norm as native_rms_norm
+
+        return native_rms_norm(x, _ones(x.shape[-1]), 1e-6)  # torch has nine operations for it
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def _may_use_kernels(x: Tensor) -> bool:
+    return has_numba() and not x.requires_grad and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+@lru_cache
+def _ones(size: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(size, dtype=torch.bfloat16)
 
 
 def check_embedding(embedding: Any, size: int) -> Any:

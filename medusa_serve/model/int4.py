@@ -4,14 +4,15 @@ A group of 32 weights of a row that lies on 16 equal steps (Q4_1) is a scale, a 
 steps (Q8_0) is two such parts, the high and the low four bits. Nothing is rounded but scale and zero, to bfloat16: on
 the default model the text differs from float32's as rarely as bfloat16's does.
 
-Products go through torch's own `_weight_int4pack_mm_for_cpu` (bfloat16 in and out, float32 sums). Each row's result is
-bitwise the same whatever the others are.
+Products go through torch's own `_weight_int4pack_mm_for_cpu` (bfloat16 in and out, float32 sums), or through
+native_products.py's where this machine makes them faster. Each row's result is bitwise the same whatever the others
+are.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,17 +34,27 @@ class Int4Linear(nn.Module):
     packed: Tensor
     scales: Tensor
     bias: Tensor | None
+    note = ""  # what tells its step times from the other kind's
 
     def __init__(self, packed: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("packed", packed)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
-        self.in_features, self.out_features = scales.shape[1] * GROUP, packed.shape[1]
+        self.out_features, self.in_features = self.shape
         self._parts: list[tuple[Tensor, Tensor]] | None = None  # views, each of which costs as much as a kernel's call
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.packed.shape[1], self.scales.shape[1] * GROUP
+
+    @staticmethod
+    def arranged(steps: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """A part as few_bit_parts gives it, as the kernel reads it."""
+        return torch._convert_weight_to_int4pack_for_cpu(steps, 2), scales.transpose(0, 1)
+
     @classmethod
-    def of(cls, linear: nn.Linear) -> Int4Linear | None:
+    def of(cls, linear: nn.Linear) -> Self | None:
         """None where the layer's weights are no such numbers."""
         shape, dtype = linear.weight.shape, linear.weight.dtype
         if type(linear) is not nn.Linear or dtype != torch.float32 or shape[1] % GROUP or shape[0] % ROW_MULTIPLE:
@@ -55,17 +66,27 @@ class Int4Linear(nn.Module):
                 return None
             blocks.append(parts)
         bias = None if linear.bias is None else linear.bias.detach().bfloat16()
-        whole = [tuple(map(torch.cat, zip(*part, strict=True))) for part in zip(*blocks, strict=True)]
-        packed = [torch._convert_weight_to_int4pack_for_cpu(steps, 2) for steps, _ in whole]
-        scales = [scales.transpose(0, 1).contiguous() for _, scales in whole]
-        return cls(torch.stack(packed), torch.stack(scales), bias)
+        return cls._made([tuple(map(torch.cat, zip(*part, strict=True))) for part in zip(*blocks, strict=True)], bias)
 
     @classmethod
-    def random(cls, out_features: int, in_features: int) -> Int4Linear:
+    def _made(cls, parts: list[Any], bias: Tensor | None = None) -> Self:
+        packed, scales = zip(*(cls.arranged(*part) for part in parts), strict=True)
+        return cls(torch.stack(packed), torch.stack(scales).contiguous(), bias)
+
+    @classmethod
+    def rounded(cls, weight: Tensor) -> Self:
+        """weight (out, in) float → the nearest of 16 steps between each group's ends: for drafts, which need not be
+        exact."""
+        groups = weight.float().unflatten(1, (-1, GROUP))
+        low = groups.amin(dim=2)
+        scale = (groups.amax(dim=2) - low) / 15
+        return cls._made([_part(_steps(groups - low[..., None], scale), scale, low + 8 * scale)])
+
+    @classmethod
+    def random(cls, out_features: int, in_features: int) -> Self:
         """Of one part, to time products."""
         steps = torch.randint(0, 16, (out_features, in_features), dtype=torch.int32)
-        scales = torch.rand(1, in_features // GROUP, out_features, 2).bfloat16()
-        return cls(torch._convert_weight_to_int4pack_for_cpu(steps, 2)[None], scales)
+        return cls._made([(steps, torch.rand(out_features, in_features // GROUP, 2).bfloat16())])
 
     @staticmethod
     def can_merge(layers: list[Any]) -> bool:
@@ -74,7 +95,7 @@ class Int4Linear(nn.Module):
         return len(inputs) == 1 and all(layer.bias is None and layer.out_features % BLOCK == 0 for layer in layers)
 
     @classmethod
-    def merged(cls, layers: list[Int4Linear]) -> Int4Linear:
+    def merged(cls, layers: list[Any]) -> Self:
         """One layer with the outputs of all, whose weights the layers share."""
         sizes = [layer.out_features for layer in layers]
         whole = cls(
@@ -100,31 +121,22 @@ class Int4Linear(nn.Module):
             self._parts = None if torch.compiler.is_compiling() else parts
         out = None
         for packed, scales in parts:
-            part = torch._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales)
+            part = self._part(x, packed, scales)
             out = part if out is None else out + part
         assert out is not None
         return out
+
+    def _part(self, x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+        return torch._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales)
 
     def dense(self) -> Tensor:
         """The weights, (out, in) bfloat16: what the kernel makes of the unit vectors, for its order is its own."""
         return self._product(torch.eye(self.in_features, dtype=torch.bfloat16)).T.contiguous()
 
 
-def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (out, in) float → the nearest of 16 steps between each group's ends, as `packed` and `scales` of one part:
-    for drafts, which need not be exact."""
-    groups = weight.float().unflatten(1, (-1, GROUP))
-    low = groups.amin(dim=2)
-    scale = (groups.amax(dim=2) - low) / 15
-    steps, scales = _part(_steps(groups - low[..., None], scale), scale, low + 8 * scale)
-    return torch._convert_weight_to_int4pack_for_cpu(steps, 2)[None], scales.transpose(0, 1).contiguous()[None]
-
-
-def int4_product(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    """x (…, in) → (…, out) bfloat16, by weights of one part."""
-    flat = x.reshape(-1, x.shape[-1]).bfloat16().contiguous()
-    out = [torch._weight_int4pack_mm_for_cpu(rows, packed[0], GROUP, scales[0]) for rows in flat.split(MAX_ROWS)]
-    return (out[0] if len(out) == 1 else torch.cat(out)).view(*x.shape[:-1], -1)
+def int4_kind_of(model: Any) -> type[Int4Linear]:
+    """Whose products its layers are, torch's where it has none."""
+    return next((type(module) for module in model.modules() if isinstance(module, Int4Linear)), Int4Linear)
 
 
 def few_bit_parts(weight: Tensor) -> list[tuple[Tensor, Tensor]] | None:
@@ -181,15 +193,15 @@ def stored_in_few_bits(folder: Path) -> bool:
 
 
 @torch.no_grad()
-def use_few_bits(model: Any) -> float:
-    """Every linear layer on such steps becomes an Int4Linear, every other weight bfloat16; → the share of the linear
+def use_few_bits(model: Any, kind: type[Int4Linear] = Int4Linear) -> float:
+    """Every linear layer on such steps becomes one of this kind, every other weight bfloat16; → the share of the linear
     layers' weights that did."""
     done = every = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
                 every += child.weight.numel()
-                small = Int4Linear.of(child)
+                small = kind.of(child)
                 if small is not None:
                     setattr(parent, name, small)
                     done += child.weight.numel()

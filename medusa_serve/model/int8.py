@@ -8,7 +8,7 @@ and a prompt's chunks get the same logits. The text is that of the model in int8
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,17 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
-        self.out_features, self.in_features = weight.shape
+        self.out_features, self.in_features = self.shape
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        out, inputs = self.weight.shape
+        return out, inputs
+
+    @staticmethod
+    def arranged(weight: Tensor) -> Tensor:
+        """A weight (out, in), as the kernel reads it."""
+        return weight
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -38,9 +48,10 @@ class Int8Linear(nn.Module):
         return type(module) is nn.Linear and module.in_features % WIDTH == 0
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> Int8Linear:
+    def of(cls, linear: nn.Linear) -> Self:
         bias = None if linear.bias is None else linear.bias.detach().bfloat16()
-        return cls(*quantized(linear.weight.detach()), bias)
+        weight, scale = quantized(linear.weight.detach())
+        return cls(cls.arranged(weight), scale, bias)
 
     @staticmethod
     def can_merge(layers: list[Any]) -> bool:
@@ -82,12 +93,12 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def quantize_linears(module: nn.Module) -> None:
-    """Every linear layer within that fits becomes an Int8Linear."""
+def quantize_linears(module: nn.Module, kind: type[Int8Linear] = Int8Linear) -> None:
+    """Every linear layer within that fits becomes an Int8Linear, of this kind where it fits that."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and Int8Linear.fits(child):
-                setattr(parent, name, Int8Linear.of(child))
+                setattr(parent, name, (kind if kind.fits(child) else Int8Linear).of(child))
 
 
 def linear_share(model: Any) -> float:

@@ -17,10 +17,10 @@ from ..presets import PRESETS, nearest
 from .capture import TURN
 from .codec import Codec
 from .default_model import cache_folder, ensure_default_model
-from .formats import choose_format
+from .formats import choose_format, int4_kind
 from .gpu import why_unusable
 from .hub import base_of, refusal
-from .int4 import stored_in_few_bits, use_few_bits
+from .int4 import Int4Linear, stored_in_few_bits, use_few_bits
 from .int8 import COVERS, linear_share, quantize_linears
 from .memory import CONTEXT, plan_memory, sizes_of
 from .nf4 import loading_options, require_nf4
@@ -180,7 +180,9 @@ def _shrink(model: Any, config: EngineConfig, weights: str, notes: list[str]) ->
     for and cannot be."""
     if weights in ("", "nf4"):  # the latter are quantised as they are read
         return weights
-    share = use_few_bits(model) if weights == "int4" else linear_share(model)
+    # AOTInductor compiles torch's own products alone
+    kind = Int4Linear if config.compile or weights != "int4" else int4_kind(cache_folder())
+    share = use_few_bits(model, kind) if weights == "int4" else linear_share(model)
     if share < COVERS:
         why = f"only {share:.0%} of its weights lie in plain linear layers"
         why += " and are four-bit numbers" if weights == "int4" else ""
@@ -190,6 +192,8 @@ def _shrink(model: Any, config: EngineConfig, weights: str, notes: list[str]) ->
         return ""
     if weights == "int4":
         notes.append("int4 weights because the model's are four-bit numbers already: read smaller, not changed")
+        if kind is not Int4Linear:
+            notes.append("int4 products by Numba because this machine makes them faster than torch's")
         return weights
     quantize_linears(model)
     notes.append("the text is that of the model in int8, a changed model; quantize none keeps the model's own")

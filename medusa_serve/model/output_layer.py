@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LoadError
-from .int4 import Int4Linear, int4_product, rounded
+from .int4 import Int4Linear
 from .int8 import WIDTH, Int8Linear, int8_product, quantized
 
 
@@ -21,10 +21,11 @@ class OutputLayer(nn.Module):
     token map once, contiguous, so that each step reads V' rows instead of gathering among V.
     """
 
-    weight: Tensor | None  # float, int8 with the scale of each row, or int4 as Int4Linear's of one part
+    weight: Tensor | None  # float, or int8 with the scale of each row
     scale: Tensor | None
     bias: Tensor | None
     token_map: Tensor | None
+    small: Int4Linear | None  # in place of the weight
 
     def __init__(
         self,
@@ -41,6 +42,7 @@ class OutputLayer(nn.Module):
         self.tied = vocab_size is None
         self.register_buffer("token_map", None if token_map is None else token_map.long())
         self.register_buffer("scale", None, persistent=False)
+        self.small = None
         if vocab_size is None:
             self.register_buffer("weight", None, persistent=False)
             self.register_buffer("bias", None, persistent=False)
@@ -52,7 +54,15 @@ class OutputLayer(nn.Module):
     @property
     def vocab_size(self) -> int:
         """V', the width of the logits; 0 while tied and not attached."""
+        if self.small is not None:
+            return self.small.out_features
         return 0 if self.weight is None else self.weight.shape[-2]
+
+    @property
+    def device(self) -> torch.device:
+        held = self.weight if self.small is None else self.small.packed
+        assert held is not None
+        return held.device
 
     def attach(self, base_output: nn.Module | Tensor, token_map: Tensor | None = None) -> None:
         """Borrow the base's output layer ([V, H], maybe a bias). `token_map` replaces the heads' own (tied only)."""
@@ -97,23 +107,24 @@ class OutputLayer(nn.Module):
             self.register_buffer("weight", weight, persistent=False)
             self.scale = scale
 
-    def to_int4(self) -> None:
+    def to_int4(self, kind: type[Int4Linear] = Int4Linear) -> None:
         """The same in int4, rounded: for drafts alone."""
         assert self.weight is not None
         if self.scale is None and self.weight.dim() == 2:
-            weight, scale = rounded(self.weight.detach())
+            self.small = kind.rounded(self.weight.detach())
             del self.weight
-            self.register_buffer("weight", weight, persistent=False)
-            self.scale = scale
+            self.register_buffer("weight", None, persistent=False)
 
     def forward(self, x: Tensor, head: int | None = None) -> Tensor:
         """[R, H] → [R, V'] (`head` picks the weight where each head has its own), or [R, K, H] → [R, K, V']."""
         weight, bias = self.weight, self.bias
+        if self.small is not None:
+            out = self.small(x)
+            return out if bias is None else out + bias
         if weight is None:
             raise RuntimeError("tied heads must be attached to a base model first")
         if self.scale is not None:
-            product = int4_product if weight.dtype == torch.uint8 else int8_product
-            out = product(x, weight, self.scale)
+            out = int8_product(x, weight, self.scale)
             return out if bias is None else out + bias
         x = x.to(weight.dtype)
         if weight.dim() == 2:

@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 NAMES = ("libgomp", "libiomp5", "libomp")
 SOFT = 1  # omp_pause_soft: variables keep their values
@@ -22,9 +23,18 @@ def give_up_workers() -> bool:
     return pause is not None and pause(SOFT) == 0
 
 
-@lru_cache
 def _pause() -> Callable[[int], int] | None:
     """omp_pause_resource_all of the OpenMP that torch computes with."""
+    return _function("omp_pause_resource_all")
+
+
+def openmp_address(name: str) -> int:
+    """Of a function of the OpenMP that torch computes with; 0 where there is none."""
+    return ctypes.cast(_function(name), ctypes.c_void_p).value or 0
+
+
+@lru_cache
+def _function(name: str) -> Any:
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -33,7 +43,7 @@ def _pause() -> Callable[[int], int] | None:
     loaded = [path for path in sorted(paths) if Path(path).name.startswith(NAMES)]
     # torch's wheel brings its own; one that something else loaded has no workers of torch's
     for path in sorted(loaded, key=lambda path: "/torch" not in path):
-        pause = getattr(ctypes.CDLL(path), "omp_pause_resource_all", None)
-        if pause is not None:
-            return pause
+        function = getattr(ctypes.CDLL(path), name, None)
+        if function is not None:
+            return function
     return None

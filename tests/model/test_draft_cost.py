@@ -7,7 +7,9 @@ from medusa_serve.errors import LoadError
 from medusa_serve.model import draft_cost, formats
 from medusa_serve.model.draft_cost import limit_vocabulary, make_fast
 from medusa_serve.model.heads import MedusaHeads, SequentialHeads
+from medusa_serve.model.int4 import Int4Linear
 from medusa_serve.model.int8 import Int8Linear
+from medusa_serve.model.native_products import NativeInt4Linear, NativeInt8Linear
 
 HIDDEN, VOCAB = 32, 60
 
@@ -72,7 +74,7 @@ def test_small_and_other_heads_keep_their_numbers(monkeypatch):
     before = state(heads)
     assert make_fast(heads) == []
     monkeypatch.setattr(draft_cost, "WORTH_IT", 1)
-    monkeypatch.setattr(draft_cost, "format_times", lambda weights, rows: dict.fromkeys(formats.PASSES, 1.0))
+    monkeypatch.setattr(draft_cost, "format_times", lambda weights, rows, int4: dict.fromkeys(formats.PASSES, 1.0))
     assert make_fast(heads) == []  # all alike: the most exact one
     assert state(heads) == before
     assert make_fast(heads.double()) == []
@@ -89,7 +91,7 @@ def test_the_fastest_format_is_used(monkeypatch, best, output):
     exact = made.logits(made.start(hidden, token))
     monkeypatch.setattr(draft_cost, "WORTH_IT", 1)
     monkeypatch.setattr(
-        draft_cost, "format_times", lambda weights, rows: dict.fromkeys(formats.PASSES, 1.0) | {best: 0.5}
+        draft_cost, "format_times", lambda weights, rows, int4: dict.fromkeys(formats.PASSES, 1.0) | {best: 0.5}
     )
     (note,) = make_fast(made)
     assert best in note
@@ -116,7 +118,8 @@ def test_heads_of_an_int8_base_draft_in_int8(monkeypatch):
     assert torch.equal(made.project(features), want)
 
 
-def test_a_bfloat16_output_layer_may_draft_in_int4(monkeypatch):
+@pytest.mark.parametrize(("kind", "linears"), [(Int4Linear, Int8Linear), (NativeInt4Linear, NativeInt8Linear)])
+def test_a_bfloat16_output_layer_may_draft_in_int4(monkeypatch, kind, linears):
     """Rounded to 16 steps a group of 32: drafts alone read it, so the base's layer keeps its numbers."""
     torch.manual_seed(0)
     made = SequentialHeads(HIDDEN, inner=64, readout=32, token_map=torch.arange(59, 11, -1)).eval()
@@ -127,10 +130,11 @@ def test_a_bfloat16_output_layer_may_draft_in_int4(monkeypatch):
     exact = made.project(features).float()
     monkeypatch.setattr(draft_cost, "WORTH_IT", 1)
     times = dict.fromkeys(formats.PASSES, 1.0) | {"int8": 0.5, "int4": 0.3}
-    monkeypatch.setattr(draft_cost, "format_times", lambda weights, rows: times)
-    (note,) = make_fast(made)
+    monkeypatch.setattr(draft_cost, "format_times", lambda weights, rows, int4: times)
+    (note,) = make_fast(made, kind)
     assert "int4" in note
-    assert made.output.weight.dtype == torch.uint8
+    assert type(made.output.small) is kind
+    assert type(made.cell[0].w_in) is linears
     assert made.output.vocab_size == 48
     assert layer.weight.dtype == torch.bfloat16
     got = made.project(features)

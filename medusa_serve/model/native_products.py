@@ -1,0 +1,184 @@
+"""int4 and int8 products by kernels of our own, where they are faster than torch's: on CPUs without AVX-512 by half."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numba import carray, cfunc, njit, types
+from torch import Tensor
+
+from .int4 import GROUP, Int4Linear
+from .int8 import Int8Linear
+from .native import OPTIONS, pointer, wide
+from .native_team import number_in_team, run_in_team, team
+from .native_tile import UNIT, Int4Tile, Int8Tile, tile
+
+
+class NativeInt4Linear(Int4Linear):
+    """packed (P, out / 16, in / 2, 16) uint8, a byte: the steps of two inputs, the first one's in the low bits · scales
+    (P, out / 16, in / 32, 2, 16) bfloat16: scale and zero"""
+
+    note = ", own products"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        _, units, pairs, _ = self.packed.shape
+        return units * UNIT, pairs * 2
+
+    @staticmethod
+    def arranged(steps: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = steps.to(torch.uint8).unflatten(0, (-1, UNIT)).unflatten(2, (-1, 2)).unbind(3)
+        return (low | high << 4).transpose(1, 2).contiguous(), scales.unflatten(0, (-1, UNIT)).permute(0, 2, 3, 1)
+
+    @staticmethod
+    def can_merge(layers: list[Any]) -> bool:
+        inputs = {(layer.in_features, layer.packed.shape[0]) for layer in layers}
+        return len(inputs) == 1 and all(layer.bias is None for layer in layers)
+
+    @classmethod
+    def merged(cls, layers: list[Any]) -> Self:
+        """One layer with the outputs of all, whose weights the layers share."""
+        whole = cls(*(torch.cat([getattr(layer, name) for layer in layers], dim=1) for name in ("packed", "scales")))
+        units = [layer.packed.shape[1] for layer in layers]
+        for name in ("packed", "scales"):
+            for layer, rows in zip(layers, getattr(whole, name).split(units, dim=1), strict=True):
+                setattr(layer, name, rows)
+                layer._parts = None
+        return whole
+
+    def _part(self, x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+        return product(x, packed, scales, 4)
+
+
+class NativeInt8Linear(Int8Linear):
+    """weight (out / 16, in, 16) int8 · scale (out) bfloat16"""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        units, inputs, _ = self.weight.shape
+        return units * UNIT, inputs
+
+    @staticmethod
+    def fits(module: Any) -> bool:
+        return Int8Linear.fits(module) and module.out_features % UNIT == 0
+
+    @staticmethod
+    def arranged(weight: Tensor) -> Tensor:
+        return weight.unflatten(0, (-1, UNIT)).transpose(1, 2).contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features).bfloat16().contiguous()
+        out = product(rows, self.weight, self.scale, 8).view(*x.shape[:-1], -1)
+        return out if self.bias is None else out + self.bias
+
+
+def product(x: Tensor, packed: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """x (M, in) bfloat16, without gaps, by weights of so many bits → (M, out) bfloat16"""
+    (rows, inputs), outputs = x.shape, packed.shape[0] * UNIT
+    out, threads = torch.empty(rows, outputs, dtype=torch.bfloat16), team()
+    native_product(
+        x.data_ptr(), packed.data_ptr(), scales.data_ptr(), out.data_ptr(), rows, inputs, outputs, bits,
+        threads.threads(), threads.start, threads.number, share(),
+    )  # fmt: skip
+    return out
+
+
+@lru_cache
+def share() -> int:
+    """Address of the function that a thread runs: its share of a product's outputs."""
+
+    @cfunc(types.void(types.voidptr), cache=True, **OPTIONS)
+    def body(task_at):
+        task = carray(task_at, (TASK,), np.int64)
+        work(task, number_in_team(task[10]))
+
+    return int(body.address or 0)
+
+
+# two units by one or two rows: so that there are sums enough to wait for none of them
+_4_one_by_two, _4_two_by_two = tile(Int4Tile, 1, 2), tile(Int4Tile, 2, 2)
+_4_one, _4_two, _4_three, _4_four = (tile(Int4Tile, rows, 1) for rows in (1, 2, 3, 4))
+_8_one_by_two, _8_two_by_two = tile(Int8Tile, 1, 2), tile(Int8Tile, 2, 2)
+_8_one, _8_two, _8_three, _8_four = (tile(Int8Tile, rows, 1) for rows in (1, 2, 3, 4))
+
+# numbers of a task: x, sums, packed, scales, out, rows, inputs, outputs, bits, threads, omp_get_thread_num
+TASK = 11
+
+
+@njit(cache=True, **OPTIONS)
+def native_product(x_at, packed, scales, out, rows, inputs, outputs, bits, threads, start, number, body):
+    numbers = np.empty(rows * (inputs + inputs // GROUP), np.float32)
+    sums = numbers[rows * inputs :]
+    x = carray(pointer(x_at), (rows, inputs), np.uint16)
+    for row in range(rows):
+        for group in range(inputs // GROUP):
+            total = np.float32(0)
+            for i in range(group * GROUP, (group + 1) * GROUP):
+                value = wide(x[row, i])
+                numbers[row * inputs + i] = value
+                total += value
+            sums[row * (inputs // GROUP) + group] = total
+    task = np.array(
+        (numbers.ctypes.data, sums.ctypes.data, packed, scales, out, rows, inputs, outputs, bits, threads, number),
+        np.int64,
+    )
+    if threads > 1:
+        run_in_team(start, body, task.ctypes.data, threads)
+    else:
+        work(task, 0)
+
+
+@njit(cache=True, **OPTIONS)
+def work(task, thread):
+    """One thread's share of the output rows."""
+    x, sums, packed, scales, out = task[0], task[1], task[2], task[3], task[4]
+    rows, inputs, outputs, bits, threads = task[5], task[6], task[7], task[8], task[9]
+    groups, units = inputs // GROUP, outputs // UNIT
+    weight_bytes, scale_bytes = inputs * UNIT * bits // 8, groups * 4 * UNIT if bits == 4 else 2 * UNIT
+    unit, end = units * thread // threads, units * (thread + 1) // threads
+    while unit < end:
+        together = 2 if rows < 3 and unit + 2 <= end else 1
+        w, s = packed + unit * weight_bytes, scales + unit * scale_bytes
+        for row in range(0, rows, 4):
+            a, t, o = x + 4 * row * inputs, sums + 4 * row * groups, out + 2 * (row * outputs + unit * UNIT)
+            shape = min(rows - row, 4) + 4 * (together - 1)
+            if bits == 4:
+                _4_tile(shape, a, inputs, t, w, s, o, outputs)
+            else:
+                _8_tile(shape, a, inputs, t, w, s, o, outputs)
+        unit += together
+
+
+@njit(**OPTIONS)
+def _4_tile(shape, a, inputs, t, w, s, o, outputs):
+    if shape == 4:
+        _4_four(a, inputs, t, w, s, o, outputs)
+    elif shape == 5:
+        _4_one_by_two(a, inputs, t, w, s, o, outputs)
+    elif shape == 6:
+        _4_two_by_two(a, inputs, t, w, s, o, outputs)
+    elif shape == 3:
+        _4_three(a, inputs, t, w, s, o, outputs)
+    elif shape == 2:
+        _4_two(a, inputs, t, w, s, o, outputs)
+    else:
+        _4_one(a, inputs, t, w, s, o, outputs)
+
+
+@njit(**OPTIONS)
+def _8_tile(shape, a, inputs, t, w, s, o, outputs):
+    if shape == 4:
+        _8_four(a, inputs, t, w, s, o, outputs)
+    elif shape == 5:
+        _8_one_by_two(a, inputs, t, w, s, o, outputs)
+    elif shape == 6:
+        _8_two_by_two(a, inputs, t, w, s, o, outputs)
+    elif shape == 3:
+        _8_three(a, inputs, t, w, s, o, outputs)
+    elif shape == 2:
+        _8_two(a, inputs, t, w, s, o, outputs)
+    else:
+        _8_one(a, inputs, t, w, s, o, outputs)
