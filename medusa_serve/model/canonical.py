@@ -21,13 +21,12 @@ LANES = 16
 
 
 def fits(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, view: View) -> bool:
+    return query.dtype == torch.bfloat16 and query.stride(3) == 1 and fits_slab(keys, values, view)
+
+
+def fits_slab(keys: torch.Tensor, values: torch.Tensor, view: View) -> bool:
     slabs = keys.is_contiguous() and values.is_contiguous()
-    return (
-        query.dtype == keys.dtype == torch.bfloat16
-        and slabs
-        and query.stride(3) == 1
-        and (view.causal or view.num_new <= 64)
-    )
+    return keys.dtype == torch.bfloat16 and slabs and (view.causal or view.num_new <= 64)
 
 
 def canonical_attention(
@@ -69,16 +68,14 @@ def rotated_attention(
     _, columns, kv_heads, value_dim = values.shape
     rows, new = view.positions.shape
     out = torch.empty(1, tokens, heads, value_dim, dtype=torch.bfloat16)
-    room = view.width + TILE
-    scratch = torch.empty(TILE * (room + dim + value_dim) + tokens * (heads + kv_heads) * dim)
-    _rotate_and_attend(
+    rotate_and_attend(
         query.data_ptr(), query.stride(1), query.stride(2), key.data_ptr(), key.stride(1), key.stride(2),
         value.data_ptr(), value.stride(1), value.stride(2),
         cos.data_ptr(), cos.stride(1), sin.data_ptr(), sin.stride(1),
-        keys.data_ptr(), values.data_ptr(), out.data_ptr(), scratch.data_ptr(),
+        keys.data_ptr(), values.data_ptr(), out.data_ptr(),
         view.slots.data_ptr(), view.length.data_ptr(), view.positions.data_ptr(), view.positions.stride(0),
         view.flat_columns.data_ptr(), 0 if view.causal else view.bits.data_ptr(),
-        rows, new, heads, kv_heads, columns, dim, value_dim, room, scaling, window or 0,
+        rows, new, heads, kv_heads, columns, dim, value_dim, view.width, scaling, window or 0,
     )  # fmt: skip
     return out
 
@@ -220,19 +217,21 @@ def _place(index, new, group, kv):
 
 
 @njit(cache=True, nogil=True, **OPTIONS)
-def _rotate_and_attend(
+def rotate_and_attend(
     query_at, query_head, query_token, key_at, key_head, key_token, value_at, value_head, value_token,
-    cos_at, cos_row, sin_at, sin_row, keys_at, values_at, out_at, scratch_at,
+    cos_at, cos_row, sin_at, sin_row, keys_at, values_at, out_at,
     slots_at, length_at, positions_at, positions_row, columns_at, bits_at,
-    rows, new, heads, kv_heads, columns, dim, value_dim, room, scaling, window,
+    rows, new, heads, kv_heads, columns, dim, value_dim, width, scaling, window,
 ):  # fmt: skip
-    tokens = rows * new
+    tokens, room = rows * new, width + TILE
+    scratch = np.empty(TILE * (room + dim + value_dim) + tokens * (heads + kv_heads) * dim, np.float32)
+    scratch_at = scratch.ctypes.data
     turned = scratch_at + 4 * TILE * (room + dim + value_dim)
     turned_key = turned + 2 * tokens * heads * dim
     _rotate(query_at, cos_at, sin_at, turned, query_head, query_token, cos_row, sin_row, heads, tokens, dim)
     _rotate(key_at, cos_at, sin_at, turned_key, key_head, key_token, cos_row, sin_row, kv_heads, tokens, dim)
-    width = kv_heads * dim
-    _write_rows(keys_at, slots_at, columns_at, turned_key, new * width, dim, width, rows, kv_heads, new, dim, columns)
+    across = kv_heads * dim
+    _write_rows(keys_at, slots_at, columns_at, turned_key, new * across, dim, across, rows, kv_heads, new, dim, columns)
     apart = (new * value_token, value_head, value_token)
     _write_rows(values_at, slots_at, columns_at, value_at, *apart, rows, kv_heads, new, value_dim, columns)
     _attend(

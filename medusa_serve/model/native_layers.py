@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,10 +19,13 @@ from torch.utils import _pytree as pytree
 
 from ..errors import reason_of
 from . import native_ops
+from .attention import View
+from .canonical import fits_slab
 from .forward import TreeForward, decoder_layers
 from .int4 import Int4Linear
 from .int8 import Int8Linear
 from .layers import EXAMPLE, LINEAR, FusedLayers, _facts, _Stand, _Traced
+from .native_tape import NoTape, Tape, TapeRun, view_facts
 
 aten = torch.ops.aten
 LAST = torch.iinfo(torch.int64).max  # where a slice ends that has no end
@@ -62,6 +65,8 @@ class NativeLayers(FusedLayers):
         self._functions: list[Callable[..., Any]] = []
         self._inputs: list[list[Any]] = []
         self._natives: list[_Native] = []
+        self._weights: list[Any] = []  # of a tape
+        self._facts: Any = None  # of the pass, for a tape
         for index, layer in enumerate(self._layers):
             kind = repr((_facts(layer), [(name, type(module)) for name, module in layer.named_modules()]))
             if kind not in made:
@@ -70,6 +75,8 @@ class NativeLayers(FusedLayers):
             native = made[kind]
             self._natives.append(native)
             self._inputs.append(native.inputs_of(layer))
+            tape = native.tape_over(self._inputs[-1], self._operator)
+            self._weights.append(None if tape is None else tape.tape.weights_of(self._inputs[-1]))
         self.kernels = sum(native.kernels for native in made.values())
         self._shared: tuple[Any, ...] = ()
         for index, layer in enumerate(self._layers):
@@ -85,17 +92,31 @@ class NativeLayers(FusedLayers):
             if not native.traced.takes(leaves, spec):
                 return type(layer).forward(layer, *args, **kwargs)
             self._shared, self._tensors = mine, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            self._facts = self._facts_of(view, native)
+        if native.tape is not None and self._facts is not None and args[0].is_contiguous():
+            cache = self._forward.cache
+            return native.tape(args[0], self._weights[index], self._facts, cache.keys[index], cache.values[index])
         self._operator.layer = index
         inputs = self._inputs[index].copy()
         self._tensors[0] = args[0]
         for place, tensor in native.given:
             inputs[place] = self._tensors[tensor]
-        out = native.run(*inputs)
-        return out[0] if native.single else pytree.tree_unflatten(out, native.traced._out_spec)
+        return native.out(native.run(*inputs))
+
+    def _facts_of(self, view: View, native: _Native) -> Any:
+        """What a tape needs of the pass; None where the graph runs as it is."""
+        cache = self._forward.cache
+        if native.tape is None or not self._forward.exact or not fits_slab(cache.keys, cache.values, view):
+            return None
+        places = dict(native.given)
+        cos, sin = (self._tensors[places[place]] for place in native.tape.tape.positions)
+        if cos.stride(2) != 1 or sin.stride(2) != 1:
+            return None
+        return view_facts(view, cache.keys.shape[2], cos, sin)
 
     def close(self) -> None:
         super().close()
-        self._shared = ()
+        self._shared, self._facts = (), None
 
 
 class _Native:
@@ -134,6 +155,19 @@ class _Native:
         traced.graph.recompile()
         self.run = traced.graph.forward
         self.single = traced._out_spec.is_leaf()
+        self._order = {place: at for at, place in enumerate(kept)}
+        self.tape: TapeRun | None = None
+
+    def tape_over(self, inputs: list[Any], attention: Any) -> TapeRun | None:
+        """The graph as one call, made of the first layer's inputs; None where an operation of it has no kernel."""
+        if self.tape is None and self.single:
+            with suppress(NoTape):
+                self.tape = TapeRun(Tape(self.traced.graph.graph, self._order, inputs, attention.attend_rotated))
+        return self.tape
+
+    def out(self, made: Any) -> Any:
+        """What the graph made, as the layer gives it."""
+        return made[0] if self.single else pytree.tree_unflatten(made, self.traced._out_spec)
 
     def inputs_of(self, layer: nn.Module) -> list[Any]:
         """A layer's weights and products in the order of the graph's inputs; None: what the model hands over."""

@@ -20,7 +20,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x (…, H) over the root of its mean square, times weight (H) (Zhang and Sennrich 2019)"""
     x = x if x.is_contiguous() else x.contiguous()
     out, dim = torch.empty_like(x), x.shape[-1]
-    _rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // dim, dim, epsilon)
+    native_rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // dim, dim, epsilon)
     return out
 
 
@@ -28,7 +28,7 @@ def silu_times(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up, (1, M, H) both; rows may lie apart"""
     _, rows, dim = gate.shape
     out = torch.empty(1, rows, dim, dtype=BFLOAT16)
-    _silu_times(gate.data_ptr(), gate.stride(1), up.data_ptr(), up.stride(1), out.data_ptr(), rows, dim)
+    native_silu_times(gate.data_ptr(), gate.stride(1), up.data_ptr(), up.stride(1), out.data_ptr(), rows, dim)
     return out
 
 
@@ -52,7 +52,7 @@ def write_rows(slab: Tensor, slots: Tensor, columns: Tensor, rows: Tensor) -> No
 
 
 @njit(cache=True, **OPTIONS)
-def _rms_norm(x_at, weight_at, out_at, rows, dim, epsilon):
+def native_rms_norm(x_at, weight_at, out_at, rows, dim, epsilon):
     weight = carray(pointer(weight_at), (dim,), np.uint16)
     for row in range(rows):
         x, out = _row(x_at, row * dim, dim), _row(out_at, row * dim, dim)
@@ -65,7 +65,7 @@ def _rms_norm(x_at, weight_at, out_at, rows, dim, epsilon):
 
 
 @njit(cache=True, **OPTIONS)
-def _silu_times(gate_at, gate_row, up_at, up_row, out_at, rows, dim):
+def native_silu_times(gate_at, gate_row, up_at, up_row, out_at, rows, dim):
     for row in range(rows):
         gate, up = _row(gate_at, row * gate_row, dim), _row(up_at, row * up_row, dim)
         out = _row(out_at, row * dim, dim)

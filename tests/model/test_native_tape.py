@@ -1,0 +1,64 @@
+"""A layer that runs as one call gives the bits that its graph gives, operation by operation."""
+
+import pytest
+import torch
+
+from medusa_serve.model.exact import make_exact
+from medusa_serve.model.forward import TreeForward, decoder_layers
+from medusa_serve.model.int4 import Int4Linear, use_few_bits
+from medusa_serve.model.native_layers import NativeLayers
+from medusa_serve.model.native_products import NativeInt4Linear
+from tests.model.test_exact import COLUMNS, SLOTS, on_steps
+from tests.model.test_native_layers import passes
+from tests.tiny import tiny_model
+
+
+@pytest.fixture
+def forward_of():
+    opened = []
+
+    def make(family, kind=NativeInt4Linear):
+        model = on_steps(tiny_model(family, torch.float32, layers=2))
+        use_few_bits(model, kind)
+        forward = TreeForward(model, SLOTS, COLUMNS, None)
+        forward.layers, forward.packs = NativeLayers(forward, decoder_layers(model)), True
+        opened.append(forward)
+        return forward
+
+    with torch.inference_mode():
+        yield make
+        for forward in opened:
+            forward.close()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_tape_is_its_graph(family, forward_of):
+    forward = forward_of(family)
+    assert make_exact(forward, None, SLOTS).startswith("exact:")
+    (native, *_) = forward.layers._natives
+    tape, calls = native.tape, []
+    native.tape = lambda *given: calls.append(0) or tape(*given)
+    native.tape.tape = tape.tape
+    got = passes(forward)
+    assert len(calls) == 5 * 2  # passes and layers
+    native.tape = None
+    forward.layers._shared = ()
+    for one, other in zip(got, passes(forward), strict=True):
+        assert torch.equal(one, other)
+    assert len(calls) == 5 * 2
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("qwen2", NativeInt4Linear), ("gpt2", NativeInt4Linear), ("llama", Int4Linear)]
+)
+def test_layers_with_other_operations_keep_their_graph(family, kind, forward_of):
+    forward = forward_of(family, kind)
+    assert all(native.tape is None for native in forward.layers._natives)
+
+
+def test_a_pass_that_is_not_exact_keeps_the_graph(forward_of):
+    forward = forward_of("llama")
+    assert forward.layers._natives[0].tape is not None
+    assert not forward.exact
+    passes(forward)
+    assert forward.layers._facts is None
