@@ -8,13 +8,16 @@ SDPA for few queries: one call, no mask.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import carray, cfunc, njit, types
 
 from .attention import View
-from .native import OPTIONS, exponential, half, pointer, wide
+from .native import OPTIONS, bits_of, exponential, half, number_of, pointer, wide
 from .native_ops import _rotate, _write_rows
+from .native_team import HEAD, run_in_team, team, thread_of
 
 TILE = 4  # queries that read a key together
 LANES = 16
@@ -37,14 +40,13 @@ def canonical_attention(
     rows, heads, new, dim = query.shape
     slots, columns, kv_heads, value_dim = values.shape
     out = query.new_empty(rows, new, heads, value_dim)
-    room = view.width + TILE
-    scratch = torch.empty(TILE * (room + dim + value_dim))
     bits = 0 if view.causal else view.bits.data_ptr()
     _attend(
         query.data_ptr(), query.stride(0), query.stride(1), query.stride(2),
-        keys.data_ptr(), values.data_ptr(), out.data_ptr(), scratch.data_ptr(),
+        keys.data_ptr(), values.data_ptr(), out.data_ptr(),
         view.slots.data_ptr(), view.length.data_ptr(), view.positions.data_ptr(), view.positions.stride(0), bits,
-        rows, new, heads, kv_heads, columns, dim, value_dim, room, scaling, window or 0,
+        rows, new, heads, kv_heads, columns, dim, value_dim, view.width + TILE, scaling, window or 0,
+        *team().given(), attention_share(),
     )  # fmt: skip
     return out
 
@@ -76,8 +78,20 @@ def rotated_attention(
         view.slots.data_ptr(), view.length.data_ptr(), view.positions.data_ptr(), view.positions.stride(0),
         view.flat_columns.data_ptr(), 0 if view.causal else view.bits.data_ptr(),
         rows, new, heads, kv_heads, columns, dim, value_dim, view.width, scaling, window or 0,
+        *team().given(), attention_share(),
     )  # fmt: skip
     return out
+
+
+@lru_cache
+def attention_share() -> int:
+    """Address of the function that a thread runs: its share of the tiles of queries."""
+
+    @cfunc(types.void(types.voidptr), cache=True, **OPTIONS)
+    def body(task_at):
+        _attend_share(carray(task_at, (TASK,), np.int64), thread_of(task_at))
+
+    return int(body.address or 0)
 
 
 @njit(inline="never", **OPTIONS)
@@ -140,73 +154,105 @@ def _weigh_one(weight, value, out):
         out[d] += weight * wide(value[d])
 
 
+# numbers of a task: what thread_of reads, then the arguments of _attend but for the last ones
+TASK = HEAD + 22
+
+
 @njit(cache=True, nogil=True, **OPTIONS)
 def _attend(
-    query_at, query_row, query_head, query_new, keys_at, values_at, out_at, scratch_at,
+    query_at, query_row, query_head, query_new, keys_at, values_at, out_at,
     slots_at, length_at, positions_at, positions_row, bits_at,
-    rows, new, heads, kv_heads, columns, dim, value_dim, room, scaling, window,
+    rows, new, heads, kv_heads, columns, dim, value_dim, room, scaling, window, threads, start, number, share,
 ):  # fmt: skip
     """query_row, _head, _new: strides · bits_at: 0 where each query sees all columns up to its position"""
-    group, scale = heads // kv_heads, np.float32(scaling)
+    task = np.array(
+        (threads, number, query_at, query_row, query_head, query_new, keys_at, values_at, out_at,
+         slots_at, length_at, positions_at, positions_row, bits_at,
+         rows, new, heads, kv_heads, columns, dim, value_dim, room, np.int64(bits_of(np.float32(scaling))), window),
+        np.int64,
+    )  # fmt: skip
+    run_in_team(start, share, task.ctypes.data, threads)
+    task[0] = 0  # Numba frees an array behind its last use, and of an address it does not know
+
+
+@njit(**OPTIONS)
+def _attend_share(task, thread):
+    threads = task[0]
+    query_at, query_row, query_head, query_new = task[HEAD], task[HEAD + 1], task[HEAD + 2], task[HEAD + 3]
+    keys_at, values_at, out_at, slots_at, length_at = (
+        task[HEAD + 4], task[HEAD + 5], task[HEAD + 6], task[HEAD + 7], task[HEAD + 8],
+    )  # fmt: skip
+    positions_at, positions_row, bits_at, rows, new = (
+        task[HEAD + 9], task[HEAD + 10], task[HEAD + 11], task[HEAD + 12], task[HEAD + 13],
+    )  # fmt: skip
+    heads, kv_heads, columns, dim, value_dim = (
+        task[HEAD + 14], task[HEAD + 15], task[HEAD + 16], task[HEAD + 17], task[HEAD + 18],
+    )  # fmt: skip
+    room, scale, window = task[HEAD + 19], number_of(np.int32(task[HEAD + 20])), task[HEAD + 21]
+    group = heads // kv_heads
     slots, lengths = carray(pointer(slots_at), (rows,), np.int64), carray(pointer(length_at), (rows,), np.int64)
     positions = carray(pointer(positions_at), (rows * positions_row + new,), np.int64)
     bits = carray(pointer(bits_at), (rows, new), np.int64)
     out = carray(pointer(out_at), (rows, new, heads, value_dim), np.uint16)
+    scratch = np.empty(TILE * (room + dim + value_dim), np.float32)
+    scratch_at = scratch.ctypes.data
     scores = carray(pointer(scratch_at), (TILE, room), np.float32)
     q = carray(pointer(scratch_at + 4 * TILE * room), (TILE, dim), np.float32)
     sums = carray(pointer(scratch_at + 4 * TILE * (room + dim)), (TILE, value_dim), np.float32)
     first, total = np.empty(TILE, np.int64), np.empty(TILE, np.int64)
     weight, lanes = np.empty(TILE, np.float32), np.empty(LANES, np.float32)
-    for b in range(rows):
+    tiles = (new * group + TILE - 1) // TILE
+    units = rows * kv_heads * tiles
+    for unit in range(units * thread // threads, units * (thread + 1) // threads):
+        b, kv, tile = unit // (kv_heads * tiles), unit // tiles % kv_heads, unit % tiles * TILE
         length, slot = lengths[b], slots[b] * columns * kv_heads
         keys = carray(pointer(keys_at + 2 * slot * dim), (columns, kv_heads, dim), np.uint16)
         values = carray(pointer(values_at + 2 * slot * value_dim), (columns, kv_heads, value_dim), np.uint16)
-        for kv in range(kv_heads):
-            for tile in range(0, new * group, TILE):
-                reach, begin, shared = 0, 0, columns
-                for i in range(TILE):
-                    n, head = _place(tile + i, new, group, kv)
-                    at = query_at + 2 * (b * query_row + head * query_head + n * query_new)
-                    numbers = carray(pointer(at), (dim,), np.uint16)
-                    for d in range(dim):
-                        q[i, d] = wide(numbers[d])
-                    for d in range(value_dim):
-                        sums[i, d] = np.float32(0)
-                    total[i] = positions[b * positions_row + n] + 1
-                    first[i] = max(0, total[i] - window) if window else 0
-                    reach = max(reach, length + n + 1 if bits_at else total[i])
-                    begin = max(begin, first[i])
-                    shared = min(shared, length if bits_at else total[i])
-                _scores(q, keys, kv, reach, scores)
-                for i in range(TILE):
-                    n, _ = _place(tile + i, new, group, kv)
-                    if bits_at:  # scores of the ancestors close up behind the history's
-                        place = length
-                        for j in range(n + 1):
-                            if (bits[b, n] >> j) & 1:
-                                scores[i, place] = scores[i, length + j]
-                                place += 1
-                    count = total[i] - first[i]
-                    row = carray(pointer(scratch_at + 4 * (i * room + first[i])), (count,), np.float32)
-                    weight[i] = _softmax(row, count, scale, lanes)
-                    for t in range(first[i], min(begin, shared)):
-                        _weigh_one(scores[i, t], values[t, kv], sums[i])
-                if begin < shared:
-                    _weigh(scores, values, kv, begin, shared, sums)
-                for i in range(TILE):
-                    n, head = _place(tile + i, new, group, kv)
-                    place = shared
-                    if bits_at:
-                        for j in range(n + 1):
-                            if (bits[b, n] >> j) & 1:
-                                if place >= first[i]:
-                                    _weigh_one(scores[i, place], values[length + j, kv], sums[i])
-                                place += 1
-                    else:
-                        for t in range(max(first[i], shared), total[i]):
-                            _weigh_one(scores[i, t], values[t, kv], sums[i])
-                    for d in range(value_dim):
-                        out[b, n, head, d] = half(sums[i, d] / weight[i])
+        reach, begin, shared = 0, 0, columns
+        for i in range(TILE):
+            n, head = _place(tile + i, new, group, kv)
+            at = query_at + 2 * (b * query_row + head * query_head + n * query_new)
+            numbers = carray(pointer(at), (dim,), np.uint16)
+            for d in range(dim):
+                q[i, d] = wide(numbers[d])
+            for d in range(value_dim):
+                sums[i, d] = np.float32(0)
+            total[i] = positions[b * positions_row + n] + 1
+            first[i] = max(0, total[i] - window) if window else 0
+            reach = max(reach, length + n + 1 if bits_at else total[i])
+            begin = max(begin, first[i])
+            shared = min(shared, length if bits_at else total[i])
+        _scores(q, keys, kv, reach, scores)
+        for i in range(TILE):
+            n, _ = _place(tile + i, new, group, kv)
+            if bits_at:  # scores of the ancestors close up behind the history's
+                place = length
+                for j in range(n + 1):
+                    if (bits[b, n] >> j) & 1:
+                        scores[i, place] = scores[i, length + j]
+                        place += 1
+            count = total[i] - first[i]
+            row = carray(pointer(scratch_at + 4 * (i * room + first[i])), (count,), np.float32)
+            weight[i] = _softmax(row, count, scale, lanes)
+            for t in range(first[i], min(begin, shared)):
+                _weigh_one(scores[i, t], values[t, kv], sums[i])
+        if begin < shared:
+            _weigh(scores, values, kv, begin, shared, sums)
+        for i in range(TILE):
+            n, head = _place(tile + i, new, group, kv)
+            place = shared
+            if bits_at:
+                for j in range(n + 1):
+                    if (bits[b, n] >> j) & 1:
+                        if place >= first[i]:
+                            _weigh_one(scores[i, place], values[length + j, kv], sums[i])
+                        place += 1
+            else:
+                for t in range(max(first[i], shared), total[i]):
+                    _weigh_one(scores[i, t], values[t, kv], sums[i])
+            for d in range(value_dim):
+                out[b, n, head, d] = half(sums[i, d] / weight[i])
+    scratch[0] = 0  # as in _attend
 
 
 @njit(inline="always", **OPTIONS)
@@ -221,12 +267,11 @@ def rotate_and_attend(
     query_at, query_head, query_token, key_at, key_head, key_token, value_at, value_head, value_token,
     cos_at, cos_row, sin_at, sin_row, keys_at, values_at, out_at,
     slots_at, length_at, positions_at, positions_row, columns_at, bits_at,
-    rows, new, heads, kv_heads, columns, dim, value_dim, width, scaling, window,
+    rows, new, heads, kv_heads, columns, dim, value_dim, width, scaling, window, threads, start, number, share,
 ):  # fmt: skip
-    tokens, room = rows * new, width + TILE
-    scratch = np.empty(TILE * (room + dim + value_dim) + tokens * (heads + kv_heads) * dim, np.float32)
-    scratch_at = scratch.ctypes.data
-    turned = scratch_at + 4 * TILE * (room + dim + value_dim)
+    tokens = rows * new
+    scratch = np.empty(tokens * (heads + kv_heads) * dim, np.uint16)
+    turned = scratch.ctypes.data
     turned_key = turned + 2 * tokens * heads * dim
     _rotate(query_at, cos_at, sin_at, turned, query_head, query_token, cos_row, sin_row, heads, tokens, dim)
     _rotate(key_at, cos_at, sin_at, turned_key, key_head, key_token, cos_row, sin_row, kv_heads, tokens, dim)
@@ -235,7 +280,9 @@ def rotate_and_attend(
     apart = (new * value_token, value_head, value_token)
     _write_rows(values_at, slots_at, columns_at, value_at, *apart, rows, kv_heads, new, value_dim, columns)
     _attend(
-        turned, new * heads * dim, dim, heads * dim, keys_at, values_at, out_at, scratch_at,
+        turned, new * heads * dim, dim, heads * dim, keys_at, values_at, out_at,
         slots_at, length_at, positions_at, positions_row, bits_at,
-        rows, new, heads, kv_heads, columns, dim, value_dim, room, scaling, window,
+        rows, new, heads, kv_heads, columns, dim, value_dim, width + TILE, scaling, window,
+        threads, start, number, share,
     )  # fmt: skip
+    scratch[0] = 0  # as in _attend

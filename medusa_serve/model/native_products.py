@@ -13,7 +13,7 @@ from torch import Tensor
 from .int4 import GROUP, Int4Linear
 from .int8 import Int8Linear
 from .native import OPTIONS, pointer, wide
-from .native_team import number_in_team, run_in_team, team
+from .native_team import HEAD, run_in_team, team, thread_of
 from .native_tile import UNIT, Int4Tile, Int8Tile, tile
 
 
@@ -78,22 +78,21 @@ class NativeInt8Linear(Int8Linear):
 def product(x: Tensor, packed: Tensor, scales: Tensor, bits: int) -> Tensor:
     """x (M, in) bfloat16, without gaps, by weights of so many bits → (M, out) bfloat16"""
     (rows, inputs), outputs = x.shape, packed.shape[0] * UNIT
-    out, threads = torch.empty(rows, outputs, dtype=torch.bfloat16), team()
+    out = torch.empty(rows, outputs, dtype=torch.bfloat16)
     native_product(
         x.data_ptr(), packed.data_ptr(), scales.data_ptr(), out.data_ptr(), rows, inputs, outputs, bits,
-        threads.threads(), threads.start, threads.number, share(),
+        *team().given(), product_share(),
     )  # fmt: skip
     return out
 
 
 @lru_cache
-def share() -> int:
+def product_share() -> int:
     """Address of the function that a thread runs: its share of a product's outputs."""
 
     @cfunc(types.void(types.voidptr), cache=True, **OPTIONS)
     def body(task_at):
-        task = carray(task_at, (TASK,), np.int64)
-        work(task, number_in_team(task[10]))
+        _share(carray(task_at, (TASK,), np.int64), thread_of(task_at))
 
     return int(body.address or 0)
 
@@ -104,12 +103,12 @@ _4_one, _4_two, _4_three, _4_four = (tile(Int4Tile, rows, 1) for rows in (1, 2, 
 _8_one_by_two, _8_two_by_two = tile(Int8Tile, 1, 2), tile(Int8Tile, 2, 2)
 _8_one, _8_two, _8_three, _8_four = (tile(Int8Tile, rows, 1) for rows in (1, 2, 3, 4))
 
-# numbers of a task: x, sums, packed, scales, out, rows, inputs, outputs, bits, threads, omp_get_thread_num
-TASK = 11
+# numbers of a task: what thread_of reads, x, sums, packed, scales, out, rows, inputs, outputs, bits
+TASK = HEAD + 9
 
 
 @njit(cache=True, **OPTIONS)
-def native_product(x_at, packed, scales, out, rows, inputs, outputs, bits, threads, start, number, body):
+def native_product(x_at, packed, scales, out, rows, inputs, outputs, bits, threads, start, number, share):
     numbers = np.empty(rows * (inputs + inputs // GROUP), np.float32)
     sums = numbers[rows * inputs :]
     x = carray(pointer(x_at), (rows, inputs), np.uint16)
@@ -122,20 +121,19 @@ def native_product(x_at, packed, scales, out, rows, inputs, outputs, bits, threa
                 total += value
             sums[row * (inputs // GROUP) + group] = total
     task = np.array(
-        (numbers.ctypes.data, sums.ctypes.data, packed, scales, out, rows, inputs, outputs, bits, threads, number),
+        (threads, number, numbers.ctypes.data, sums.ctypes.data, packed, scales, out, rows, inputs, outputs, bits),
         np.int64,
     )
-    if threads > 1:
-        run_in_team(start, body, task.ctypes.data, threads)
-    else:
-        work(task, 0)
+    run_in_team(start, share, task.ctypes.data, threads)
+    numbers[0] = task[0]  # Numba frees an array behind its last use, and of an address it does not know
 
 
-@njit(cache=True, **OPTIONS)
-def work(task, thread):
+@njit(**OPTIONS)
+def _share(task, thread):
     """One thread's share of the output rows."""
-    x, sums, packed, scales, out = task[0], task[1], task[2], task[3], task[4]
-    rows, inputs, outputs, bits, threads = task[5], task[6], task[7], task[8], task[9]
+    threads, _, x, sums, packed, scales, out, rows, inputs, outputs, bits = (
+        task[0], task[1], task[2], task[3], task[4], task[5], task[6], task[7], task[8], task[9], task[10],
+    )  # fmt: skip
     groups, units = inputs // GROUP, outputs // UNIT
     weight_bytes, scale_bytes = inputs * UNIT * bits // 8, groups * 4 * UNIT if bits == 4 else 2 * UNIT
     unit, end = units * thread // threads, units * (thread + 1) // threads

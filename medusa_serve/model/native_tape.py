@@ -18,10 +18,10 @@ from torch import Tensor, fx
 
 from . import native_ops
 from .attention import View
-from .canonical import rotate_and_attend
+from .canonical import attention_share, rotate_and_attend
 from .native import OPTIONS, half, pointer, wide
 from .native_ops import native_rms_norm, native_silu_times
-from .native_products import NativeInt4Linear, native_product, share
+from .native_products import NativeInt4Linear, native_product, product_share
 from .native_team import team
 
 NORM, PRODUCT, ADD, SILU_TIMES, ATTEND = range(5)
@@ -210,13 +210,13 @@ class TapeRun:
 
     def __call__(self, x: Tensor, weights: np.ndarray, facts: np.ndarray, keys: Tensor, values: Tensor) -> Tensor:
         """x (1, M, H) → (1, M, H). keys, values: the layer's part of the slab"""
-        rows, out, threads = x.shape[1], torch.empty_like(x), team()
+        rows, out = x.shape[1], torch.empty_like(x)
         if self._between.numel() < rows * self.tape.width:
             self._between = torch.empty(rows * self.tape.width, dtype=torch.bfloat16)
         _run(
             *self._at, *self._buffers, weights.ctypes.data, facts.ctypes.data, keys.data_ptr(), values.data_ptr(),
             x.data_ptr(), out.data_ptr(), self._between.data_ptr(), rows,
-            threads.threads(), threads.start, threads.number, share(),
+            *team().given(), product_share(), attention_share(),
         )  # fmt: skip
         return out
 
@@ -224,7 +224,7 @@ class TapeRun:
 @njit(cache=True, **OPTIONS)
 def _run(
     ops_at, count, numbers_at, buffers_at, num_buffers, weights_at, facts_at, keys_at, values_at,
-    x_at, out_at, between, rows, threads, start, number, body,
+    x_at, out_at, between, rows, threads, start, number, product_share, attention_share,
 ):  # fmt: skip
     ops = carray(pointer(ops_at), (count, FIELDS), np.int64)
     numbers = carray(pointer(numbers_at), (count,), np.float64)
@@ -244,7 +244,9 @@ def _run(
             native_rms_norm(a, weights[i, 0], out, rows, width, numbers[i])
         elif kind == PRODUCT:
             outputs = buffers[op[7], 1]
-            native_product(a, weights[i, 0], weights[i, 1], out, rows, width, outputs, 4, threads, start, number, body)
+            native_product(
+                a, weights[i, 0], weights[i, 1], out, rows, width, outputs, 4, threads, start, number, product_share,
+            )  # fmt: skip
         elif kind == ADD:
             _add(a, b, out, rows * width)
         elif kind == SILU_TIMES:
@@ -255,6 +257,7 @@ def _run(
                 a, dim, a_row, b, dim, b_row, c, value_dim, c_row, facts[0], facts[1], facts[2], facts[3],
                 keys_at, values_at, out, facts[4], facts[5], facts[6], facts[7], facts[8], facts[9],
                 facts[10], facts[11], heads, kv_heads, facts[12], dim, value_dim, facts[13], numbers[i], window,
+                threads, start, number, attention_share,
             )  # fmt: skip
 
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from llvmlite import ir
-from numba import types
+from numba import carray, njit, types
 
-from .native import intrinsic
+from .native import OPTIONS, intrinsic
 from .workers import openmp_address
 
 VOID, ADDRESS, INT = ir.VoidType(), ir.IntType(8).as_pointer(), ir.IntType(32)
+
+
+HEAD = 2  # numbers that a task begins with: of threads, and the address of omp_get_thread_num
 
 
 class Team(NamedTuple):
@@ -27,6 +31,10 @@ class Team(NamedTuple):
     def threads(self) -> int:
         return torch.get_num_threads() if self.start else 1
 
+    def given(self) -> tuple[int, int, int]:
+        """To a kernel: threads, start, number."""
+        return self.threads(), self.start, self.number
+
 
 @lru_cache
 def team() -> Team:
@@ -34,10 +42,24 @@ def team() -> Team:
     return Team(start, number) if start and number else Team(0, 0)
 
 
-@intrinsic
-def run_in_team(_, start, body, data, threads):
-    """Call body(data), both addresses, in so many threads at once, and wait for all of them."""
+@njit(inline="always", **OPTIONS)
+def run_in_team(start, share, task, threads):
+    """Call share(task), both addresses, in so many threads at once, and wait for all of them."""
+    if threads > 1:
+        _fork(start, share, task, threads)
+    else:
+        _call(share, task)
 
+
+@njit(inline="always", **OPTIONS)
+def thread_of(task_at):
+    """Which of the task's threads runs this."""
+    head = carray(task_at, (HEAD,), np.int64)
+    return _number(head[1]) if head[0] > 1 else 0
+
+
+@intrinsic
+def _fork(_, start, share, task, threads):
     def generate(context, builder, signature, arguments):
         kind = ir.FunctionType(VOID, [ADDRESS, ADDRESS, INT, INT])
         function = builder.inttoptr(arguments[0], kind.as_pointer())
@@ -49,7 +71,17 @@ def run_in_team(_, start, body, data, threads):
 
 
 @intrinsic
-def number_in_team(_, number):
+def _call(_, share, task):
+    def generate(context, builder, signature, arguments):
+        function = builder.inttoptr(arguments[0], ir.FunctionType(VOID, [ADDRESS]).as_pointer())
+        builder.call(function, [builder.inttoptr(arguments[1], ADDRESS)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def _number(_, number):
     def generate(context, builder, signature, arguments):
         function = builder.inttoptr(arguments[0], ir.FunctionType(INT, []).as_pointer())
         return builder.sext(builder.call(function, []), ir.IntType(64))
