@@ -38,9 +38,9 @@ class Int8Linear(nn.Module):
         return out, inputs
 
     @staticmethod
-    def arranged(weight: Tensor) -> Tensor:
-        """A weight (out, in), as the kernel reads it."""
-        return weight
+    def arranged(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """As `quantized` gives them, as the kernel reads them."""
+        return weight, scale
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -50,8 +50,7 @@ class Int8Linear(nn.Module):
     @classmethod
     def of(cls, linear: nn.Linear) -> Self:
         bias = None if linear.bias is None else linear.bias.detach().bfloat16()
-        weight, scale = quantized(linear.weight.detach())
-        return cls(cls.arranged(weight), scale, bias)
+        return cls(*cls.arranged(*quantized(linear.weight.detach())), bias)
 
     @staticmethod
     def can_merge(layers: list[Any]) -> bool:

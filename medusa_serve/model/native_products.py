@@ -18,25 +18,37 @@ from .native_tile import UNIT, Int4Tile, Int8Tile, tile
 
 
 class NativeInt4Linear(Int4Linear):
-    """packed (P, out / 16, in / 2, 16) uint8, a byte: the steps of two inputs, the first one's in the low bits · scales
-    (P, out / 16, in / 32, 2, 16) bfloat16: scale and zero"""
+    """packed (1, out / 16, in / 2, 16) uint8, a byte: the steps of two inputs, the first one's in the low bits · scales
+    (1, out / 16, in / 32, 2, 16) bfloat16: scale and zero. Of weights with two parts packed (1, out / 16, in, 16) int8,
+    both in one, and scales (1, out / 16, in / 32, 16)"""
 
     note = ", own products"
 
     @property
     def shape(self) -> tuple[int, int]:
-        _, units, pairs, _ = self.packed.shape
-        return units * UNIT, pairs * 2
+        return self.packed.shape[1] * UNIT, self.scales.shape[2] * GROUP
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.packed.dtype == torch.int8 else 4
+
+    @classmethod
+    def _made(cls, parts: list[Any], bias: Tensor | None = None) -> Self:
+        if len(parts) == 2:
+            (high, _), (low, scales) = parts
+            return cls(_in_units((16 * high + low - 128).to(torch.int8))[None], _in_units(scales[..., 0])[None], bias)
+        return super()._made(parts, bias)
 
     @staticmethod
     def arranged(steps: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = steps.to(torch.uint8).unflatten(0, (-1, UNIT)).unflatten(2, (-1, 2)).unbind(3)
-        return (low | high << 4).transpose(1, 2).contiguous(), scales.unflatten(0, (-1, UNIT)).permute(0, 2, 3, 1)
+        low, high = steps.to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
+        return _in_units(low | high << 4), scales.unflatten(0, (-1, UNIT)).permute(0, 2, 3, 1)
 
     @staticmethod
     def can_merge(layers: list[Any]) -> bool:
-        inputs = {(layer.in_features, layer.packed.shape[0]) for layer in layers}
-        return len(inputs) == 1 and all(layer.bias is None for layer in layers)
+        return len({(layer.in_features, layer.bits) for layer in layers}) == 1 and all(
+            layer.bias is None for layer in layers
+        )
 
     @classmethod
     def merged(cls, layers: list[Any]) -> Self:
@@ -50,11 +62,11 @@ class NativeInt4Linear(Int4Linear):
         return whole
 
     def _part(self, x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-        return product(x, packed, scales, 4)
+        return product(x, packed, scales, self.bits)
 
 
 class NativeInt8Linear(Int8Linear):
-    """weight (out / 16, in, 16) int8 · scale (out) bfloat16"""
+    """weight (out / 16, in, 16) int8 · scale (out / 16, in / 32, 16) bfloat16, the same for all inputs of a row"""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -66,13 +78,18 @@ class NativeInt8Linear(Int8Linear):
         return Int8Linear.fits(module) and module.out_features % UNIT == 0
 
     @staticmethod
-    def arranged(weight: Tensor) -> Tensor:
-        return weight.unflatten(0, (-1, UNIT)).transpose(1, 2).contiguous()
+    def arranged(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return _in_units(weight), _in_units(scale[:, None].expand(-1, weight.shape[1] // GROUP))
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).bfloat16().contiguous()
         out = product(rows, self.weight, self.scale, 8).view(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.bias
+
+
+def _in_units(numbers: Tensor) -> Tensor:
+    """(out, n) → (out / 16, n, 16)"""
+    return numbers.unflatten(0, (-1, UNIT)).transpose(1, 2).contiguous()
 
 
 def product(x: Tensor, packed: Tensor, scales: Tensor, bits: int) -> Tensor:
@@ -135,7 +152,7 @@ def _share(task, thread):
         task[0], task[1], task[2], task[3], task[4], task[5], task[6], task[7], task[8], task[9], task[10],
     )  # fmt: skip
     groups, units = inputs // GROUP, outputs // UNIT
-    weight_bytes, scale_bytes = inputs * UNIT * bits // 8, groups * 4 * UNIT if bits == 4 else 2 * UNIT
+    weight_bytes, scale_bytes = inputs * UNIT * bits // 8, groups * UNIT * (4 if bits == 4 else 2)
     unit, end = units * thread // threads, units * (thread + 1) // threads
     while unit < end:
         together = 2 if rows < 3 and unit + 2 <= end else 1

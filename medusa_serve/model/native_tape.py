@@ -43,9 +43,9 @@ class NoTape(Exception):
 
 
 class Tape:
-    """ops (O, FIELDS) int64: kind, then buffer and column of up to three values, the output's buffer, columns read and
-    written, columns of a head of keys and of values, window, attention's heads · numbers (O) float64: ε or scaling ·
-    buffers (n, 2) int64: first column of a row of M, and width"""
+    """ops (O, FIELDS) int64: kind, then buffer and column of up to three values, the output's buffer, columns read, and
+    five more: bits of a product's weights; attention's columns of a head of keys and of values, window, heads, kv_heads
+    numbers (O) float64: ε or scaling · buffers (n, 2) int64: first column of a row of M, and width"""
 
     def __init__(self, graph: fx.Graph, order: dict[fx.Node, int], inputs: list[Any], attend: Any) -> None:
         """order: the graph's inputs by place · inputs: a layer's, None what the model hands over · attend: the operator
@@ -54,7 +54,7 @@ class Tape:
         self._ops: list[list[int]] = []
         self._numbers: list[float] = []
         self._widths: list[int] = []
-        self._weights: list[tuple[int, int]] = []  # of each operation: its place among the inputs, and which part
+        self._weights: list[int] = []  # of each operation: its place among the inputs, -1: none
         self._values: dict[fx.Node, Any] = {}
         self.positions: tuple[int, ...] = ()  # places of the cosines and the sines among the inputs
         self._order = order
@@ -74,10 +74,10 @@ class Tape:
     def weights_of(self, inputs: list[Any]) -> np.ndarray:
         """(O, 2) addresses of what each operation reads of a layer's own."""
         found = np.zeros((len(self._weights), 2), np.int64)
-        for row, (place, part) in zip(found, self._weights, strict=True):
+        for row, place in zip(found, self._weights, strict=True):
             given = inputs[place] if place >= 0 else None
             if isinstance(given, NativeInt4Linear):
-                row[:] = given.packed[part].data_ptr(), given.scales[part].data_ptr()
+                row[:] = given.packed.data_ptr(), given.scales.data_ptr()
             elif given is not None:
                 row[0] = given.data_ptr()
         return found
@@ -121,7 +121,7 @@ class Tape:
 
     def _norm(self, x: Any, weight: Any, epsilon: float) -> Value:
         a = self._whole(x)
-        return self._put(NORM, [a], a.width, number=epsilon, weights=(self._values[weight], 0))
+        return self._put(NORM, [a], a.width, number=epsilon, weights=self._values[weight])
 
     def _add(self, *terms: Any) -> Value:
         a, b = (self._whole(term) for term in terms)
@@ -135,13 +135,7 @@ class Tape:
         layer = self._inputs[place]
         if not isinstance(layer, NativeInt4Linear) or layer.bias is not None or x.width != self._widths[x.buffer]:
             raise NoTape
-        parts = [
-            self._put(PRODUCT, [x], layer.out_features, weights=(place, part)) for part in range(len(layer.packed))
-        ]
-        total = parts[0]
-        for part in parts[1:]:
-            total = self._put(ADD, [total, part], total.width)
-        return total
+        return self._put(PRODUCT, [x], layer.out_features, facts=(layer.bits, 0, 0, 0, 0), weights=place)
 
     def _attention(self, query: Any, key: Any, value: Any, cos: Any, sin: Any, scaling: float, window: int) -> Value:
         q, k, v = (self._value(node) for node in (query, key, value))
@@ -173,7 +167,7 @@ class Tape:
         *,
         facts: tuple[int, ...] = (0,) * 5,
         number: float = 0.0,
-        weights: tuple[int, int] = (-1, 0),
+        weights: int = -1,
     ) -> Value:
         places = [place for value in values for place in value[:2]]
         self._widths.append(width)
@@ -245,7 +239,8 @@ def _run(
         elif kind == PRODUCT:
             outputs = buffers[op[7], 1]
             native_product(
-                a, weights[i, 0], weights[i, 1], out, rows, width, outputs, 4, threads, start, number, product_share,
+                a, weights[i, 0], weights[i, 1], out, rows, width, outputs, op[9],
+                threads, start, number, product_share,
             )  # fmt: skip
         elif kind == ADD:
             _add(a, b, out, rows * width)

@@ -75,16 +75,13 @@ class Tile:
             for row, values in zip(totals, found, strict=True):
                 for total, value in zip(row, values, strict=True):
                     b.store(value, total)
-        for r, row in enumerate(self.scaled([[b.load(total) for total in row] for row in totals])):
-            for v, value in enumerate(row):
-                self.keep(self.at(self.out[r], 2 * LANES * v), value)
+        for r, row in enumerate(totals):
+            for v, total in enumerate(row):
+                self.keep(self.at(self.out[r], 2 * LANES * v), b.load(total))
 
     def group(self, group: Any, totals: list[list[Any]]) -> list[list[Any]]:
         """Each row's and vector's totals with the products of a group's inputs added."""
         raise NotImplementedError
-
-    def scaled(self, totals: list[list[Any]]) -> list[list[Any]]:
-        return totals
 
     def fetch(self, places: list[Any], size: int, unit: Any) -> None:
         """Ask for what the next tile reads of this group: the hardware alone does not come after."""
@@ -166,26 +163,23 @@ class Int4Tile(Tile):
 
 
 class Int8Tile(Tile):
-    """A unit's weights (inputs, 16) int8, scales (16) bfloat16"""
+    """A unit's weights (inputs, 16) int8, scales (groups, 16) bfloat16: totals are sums of scale · Σ step · x over a
+    group"""
 
-    group_bytes, scale_bytes = GROUP * UNIT, 0
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.scales = [self.at(self.scales[0], u, self.word(2 * UNIT)) for u in range(len(self.packed))]
+    group_bytes, scale_bytes = GROUP * UNIT, 2 * UNIT
 
     def group(self, group: Any, totals: list[list[Any]]) -> list[list[Any]]:
         x = [self.at(row, group, self.word(4 * GROUP)) for row in self.x]
         packed = [self.at(unit, group, self.word(self.group_bytes)) for unit in self.packed]
+        scales = [self.at(unit, group, self.word(self.scale_bytes)) for unit in self.scales]
         self.fetch(packed, self.group_bytes, self.unit)
+        self.fetch(scales, self.scale_bytes, self.scale_unit)
+        products = [[_same(FLOATS, 0.0)] * len(self.vectors) for _ in self.rows]
         for place in range(GROUP):
             found = (self.load(self.at(packed[v // 2], place * UNIT + v % 2 * LANES), BYTES, 1) for v in self.vectors)
             steps = [self.b.sitofp(self.b.sext(each, WORDS), FLOATS) for each in found]
             for r in self.rows:
                 number = self.spread(self.at(x[r], 4 * place))
-                totals[r] = [self.fma(number, steps[v], totals[r][v]) for v in self.vectors]
-        return totals
-
-    def scaled(self, totals: list[list[Any]]) -> list[list[Any]]:
-        scales = [self.wide(self.at(self.scales[v // 2], 2 * (v % 2 * LANES))) for v in self.vectors]
-        return [[self.b.fmul(total, scale) for total, scale in zip(row, scales, strict=True)] for row in totals]
+                products[r] = [self.fma(number, steps[v], products[r][v]) for v in self.vectors]
+        scale = [self.wide(self.at(scales[v // 2], 2 * (v % 2 * LANES))) for v in self.vectors]
+        return [[self.fma(scale[v], products[r][v], totals[r][v]) for v in self.vectors] for r in self.rows]

@@ -15,19 +15,20 @@ SHAPES = [(16, 32), (48, 64), (192, 576), (80, 96), (2064, 64)]
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-@pytest.mark.parametrize(("make", "count"), [(four_bits, 1), (eight_bits, 2)])
+@pytest.mark.parametrize(("make", "bits"), [(four_bits, 4), (eight_bits, 8)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_int4_products_are_torchs(rows, columns, make, count, bias):
+def test_int4_products_are_torchs(rows, columns, make, bits, bias):
     torch.manual_seed(0)
     given = linear(make(rows, columns), bias)
     layer, reference = NativeInt4Linear.of(given), Int4Linear.of(given)
-    assert (layer.packed.shape[0], layer.in_features, layer.out_features) == (count, columns, rows)
+    assert (layer.bits, layer.in_features, layer.out_features) == (bits, columns, rows)
     x = torch.randn(2, 7, columns)
     got, wanted = layer(x), reference(x)
     assert (got.shape, got.dtype) == (wanted.shape, torch.bfloat16)
     torch.testing.assert_close(got, wanted, rtol=2**-6, atol=2**-7 * float(wanted.abs().max()))
     if rows < 1000:
-        torch.testing.assert_close(layer.dense(), reference.dense(), rtol=2**-7, atol=0)
+        error = (layer.dense().double() - given.weight.double()).abs().max()
+        assert error < 2**-7 * given.weight.abs().max()  # bfloat16 rounds scales and what is made of them
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
