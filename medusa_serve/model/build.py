@@ -21,7 +21,7 @@ from .draft import Drafter
 from .exact import make_exact
 from .forward import PlainForward, PlugInError, TreeForward, kv_shapes, uses_alibi
 from .fused_heads import fuse_heads
-from .int4 import int4_kind_of
+from .int4 import Int4Linear, int4_kind_of
 from .layers import fuse_layers
 from .masked import MaskedForward
 from .memory import LEAST_CONTEXT, SLACK
@@ -85,6 +85,9 @@ def build_runner(
     shapes = plan_shapes(config, drafter, device)
     columns = context + SLACK
     indexes, more_notes = hidden_inputs(drafter), list[str]()
+    if config.compile and int4_kind_of(model) is not Int4Linear:
+        config = replace(config, compile=None)
+        more_notes.append("no compiled passes because own kernels make this model's products faster than torch's")
     plugged, slots, slots_why, error, plain_because = _plug_in(
         model, config, columns, max_positions, indexes, more_notes, tried
     )

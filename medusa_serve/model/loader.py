@@ -180,8 +180,7 @@ def _shrink(model: Any, config: EngineConfig, weights: str, notes: list[str]) ->
     for and cannot be."""
     if weights in ("", "nf4"):  # the latter are quantised as they are read
         return weights
-    # AOTInductor compiles torch's own products alone
-    kind = Int4Linear if config.compile or weights != "int4" else int4_kind(cache_folder())
+    kind = int4_kind(cache_folder()) if weights == "int4" else Int4Linear
     share = use_few_bits(model, kind) if weights == "int4" else linear_share(model)
     if share < COVERS:
         why = f"only {share:.0%} of its weights lie in plain linear layers"

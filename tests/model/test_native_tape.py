@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from medusa_serve.config import EngineConfig
+from medusa_serve.model.build import build_runner
 from medusa_serve.model.exact import make_exact
 from medusa_serve.model.forward import TreeForward, decoder_layers
 from medusa_serve.model.int4 import Int4Linear, use_few_bits
@@ -62,3 +64,13 @@ def test_a_pass_that_is_not_exact_keeps_the_graph(forward_of):
     assert not forward.exact
     passes(forward)
     assert forward.layers._facts is None
+
+
+def test_what_own_kernels_multiply_is_not_compiled():
+    model = on_steps(tiny_model("llama", torch.float32, layers=2))
+    use_few_bits(model, NativeInt4Linear)
+    built = build_runner(model, EngineConfig(compile=True), eos_ids=[], max_positions=512)
+    assert any(note.startswith("no compiled passes because own kernels") for note in built.notes)
+    assert any(note.startswith("exact:") for note in built.notes)
+    assert built.runner.forward.layers._natives[0].tape is not None
+    built.runner.close()
