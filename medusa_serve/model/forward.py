@@ -35,6 +35,7 @@ class HiddenTap:
 
     def __init__(self, model: Any, indexes: Sequence[int] = (-1,)) -> None:
         self._kept: dict[int, torch.Tensor] = {}
+        self.layers: tuple[int, ...] = ()  # by number, whose input is kept
         self._handles: list[Any] = []
         output = model.get_output_embeddings()
         if output is None:
@@ -45,6 +46,7 @@ class HiddenTap:
             indexes = [_normal(index, len(layers)) for index in indexes]
             wanted |= {index: layers[index] for index in indexes if index >= 0}
         self._indexes = tuple(indexes)
+        self.layers = tuple(index for index in wanted if index >= 0)
         for index, module in wanted.items():
             self._handles.append(module.register_forward_pre_hook(partial(self._keep, index), with_kwargs=True))
 

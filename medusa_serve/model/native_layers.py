@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -65,7 +66,7 @@ class NativeLayers(FusedLayers):
         self._functions: list[Callable[..., Any]] = []
         self._inputs: list[list[Any]] = []
         self._natives: list[_Native] = []
-        self._weights: list[Any] = []  # of a tape
+        weights: list[Any] = []
         self._facts: Any = None  # of the pass, for a tape
         for index, layer in enumerate(self._layers):
             kind = repr((_facts(layer), [(name, type(module)) for name, module in layer.named_modules()]))
@@ -76,13 +77,20 @@ class NativeLayers(FusedLayers):
             self._natives.append(native)
             self._inputs.append(native.inputs_of(layer))
             tape = native.tape_over(self._inputs[-1], self._operator)
-            self._weights.append(None if tape is None else tape.tape.weights_of(self._inputs[-1]))
+            weights.append(None if tape is None else tape.tape.weights_of(self._inputs[-1]))
+        self._alike = len(made) == 1 and weights[0] is not None
+        self._weights: Any = np.stack(weights) if self._alike else weights
+        self._ends = [self._end_of(index) if self._alike else index + 1 for index in range(len(self._layers))]
+        self._ahead: Any = None
+        self._end = 0  # up to where the last tape went; what it made is ahead
         self.kernels = sum(native.kernels for native in made.values())
         self._shared: tuple[Any, ...] = ()
         for index, layer in enumerate(self._layers):
             layer.__dict__["forward"] = _Stand(self, index, layer)
 
     def call(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if index < self._end and args and args[0] is self._ahead:
+            return self._ahead  # the call of an earlier layer went on through this one
         view, native = self._forward.view, self._natives[index]
         if view is None or not view.packed or not args:
             return type(layer).forward(layer, *args, **kwargs)
@@ -94,14 +102,27 @@ class NativeLayers(FusedLayers):
             self._shared, self._tensors = mine, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             self._facts = self._facts_of(view, native)
         if native.tape is not None and self._facts is not None and args[0].is_contiguous():
-            cache = self._forward.cache
-            return native.tape(args[0], self._weights[index], self._facts, cache.keys[index], cache.values[index])
+            cache, self._end = self._forward.cache, self._ends[index]
+            span = slice(index, self._end)
+            self._ahead = native.tape(
+                args[0],
+                self._weights[span] if self._alike else self._weights[index],
+                self._facts,
+                cache.keys[span],
+                cache.values[span],
+            )
+            return self._ahead
         self._operator.layer = index
         inputs = self._inputs[index].copy()
         self._tensors[0] = args[0]
         for place, tensor in native.given:
             inputs[place] = self._tensors[tensor]
         return native.out(native.run(*inputs))
+
+    def _end_of(self, index: int) -> int:
+        """Up to where layers may run as one call: whoever reads a layer's input needs to see it."""
+        read = [place for place in self._forward._tap.layers if place > index]
+        return min(read, default=len(self._layers))
 
     def _facts_of(self, view: View, native: _Native) -> Any:
         """What a tape needs of the pass; None where the graph runs as it is."""
@@ -116,7 +137,7 @@ class NativeLayers(FusedLayers):
 
     def close(self) -> None:
         super().close()
-        self._shared, self._facts = (), None
+        self._shared, self._facts, self._ahead = (), None, None
 
 
 class _Native:

@@ -203,13 +203,16 @@ class TapeRun:
         self._buffers = (tape.buffers.ctypes.data, len(tape.buffers))
 
     def __call__(self, x: Tensor, weights: np.ndarray, facts: np.ndarray, keys: Tensor, values: Tensor) -> Tensor:
-        """x (1, M, H) → (1, M, H). keys, values: the layer's part of the slab"""
+        """x (1, M, H) → (1, M, H), through L layers. weights (L, O, 2) · keys, values: their part of the slab, (L, S,
+        C, kv_heads, dim)"""
         rows, out = x.shape[1], torch.empty_like(x)
-        if self._between.numel() < rows * self.tape.width:
-            self._between = torch.empty(rows * self.tape.width, dtype=torch.bfloat16)
+        width = self.tape.width + x.shape[2]  # every other layer's output lies between too
+        if self._between.numel() < rows * width:
+            self._between = torch.empty(rows * width, dtype=torch.bfloat16)
         _run(
             *self._at, *self._buffers, weights.ctypes.data, facts.ctypes.data, keys.data_ptr(), values.data_ptr(),
             x.data_ptr(), out.data_ptr(), self._between.data_ptr(), rows,
+            len(keys), 2 * keys.stride(0), 2 * values.stride(0), self.tape.width,
             *team().given(), product_share(), attention_share(),
         )  # fmt: skip
         return out
@@ -218,28 +221,34 @@ class TapeRun:
 @njit(cache=True, **OPTIONS)
 def _run(
     ops_at, count, numbers_at, buffers_at, num_buffers, weights_at, facts_at, keys_at, values_at,
-    x_at, out_at, between, rows, threads, start, number, product_share, attention_share,
+    x_at, out_at, between, rows, layers, keys_size, values_size, width_between,
+    threads, start, number, product_share, attention_share,
 ):  # fmt: skip
     ops = carray(pointer(ops_at), (count, FIELDS), np.int64)
     numbers = carray(pointer(numbers_at), (count,), np.float64)
     buffers = carray(pointer(buffers_at), (num_buffers, 2), np.int64)
-    weights = carray(pointer(weights_at), (count, 2), np.int64)
+    weights = carray(pointer(weights_at), (layers, count, 2), np.int64)
     facts = carray(pointer(facts_at), (FACTS,), np.int64)
     places = np.empty(num_buffers, np.int64)
     for i in range(num_buffers):
         places[i] = between + 2 * rows * buffers[i, 0]
-    places[0], places[num_buffers - 1] = x_at, out_at
-    for i in range(count):
+    places[num_buffers - 1] = x_at
+    spare = between + 2 * rows * width_between
+    for step in range(layers * count):
+        layer, i = step // count, step % count
+        if i == 0:
+            places[0] = places[num_buffers - 1]
+            places[num_buffers - 1] = out_at if (layers - layer) % 2 else spare
         op = ops[i]
         kind, width, out = op[0], op[8], places[op[7]]
         a, b, c = places[op[1]] + 2 * op[2], places[op[3]] + 2 * op[4], places[op[5]] + 2 * op[6]
         a_row, b_row, c_row = buffers[op[1], 1], buffers[op[3], 1], buffers[op[5], 1]
         if kind == NORM:
-            native_rms_norm(a, weights[i, 0], out, rows, width, numbers[i])
+            native_rms_norm(a, weights[layer, i, 0], out, rows, width, numbers[i])
         elif kind == PRODUCT:
             outputs = buffers[op[7], 1]
             native_product(
-                a, weights[i, 0], weights[i, 1], out, rows, width, outputs, op[9],
+                a, weights[layer, i, 0], weights[layer, i, 1], out, rows, width, outputs, op[9],
                 threads, start, number, product_share,
             )  # fmt: skip
         elif kind == ADD:
@@ -250,7 +259,8 @@ def _run(
             dim, value_dim, window, heads, kv_heads = op[9], op[10], op[11], op[12], op[13]
             rotate_and_attend(
                 a, dim, a_row, b, dim, b_row, c, value_dim, c_row, facts[0], facts[1], facts[2], facts[3],
-                keys_at, values_at, out, facts[4], facts[5], facts[6], facts[7], facts[8], facts[9],
+                keys_at + layer * keys_size, values_at + layer * values_size, out,
+                facts[4], facts[5], facts[6], facts[7], facts[8], facts[9],
                 facts[10], facts[11], heads, kv_heads, facts[12], dim, value_dim, facts[13], numbers[i], window,
                 threads, start, number, attention_share,
             )  # fmt: skip

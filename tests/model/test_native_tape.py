@@ -19,10 +19,10 @@ from tests.tiny import tiny_model
 def forward_of():
     opened = []
 
-    def make(family, kind=NativeInt4Linear):
-        model = on_steps(tiny_model(family, torch.float32, layers=2))
+    def make(family, kind=NativeInt4Linear, layers=2, hidden_inputs=(-1,)):
+        model = on_steps(tiny_model(family, torch.float32, layers=layers))
         use_few_bits(model, kind)
-        forward = TreeForward(model, SLOTS, COLUMNS, None)
+        forward = TreeForward(model, SLOTS, COLUMNS, None, hidden_inputs)
         forward.layers, forward.packs = NativeLayers(forward, decoder_layers(model)), True
         opened.append(forward)
         return forward
@@ -33,21 +33,25 @@ def forward_of():
             forward.close()
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_a_tape_is_its_graph(family, forward_of):
-    forward = forward_of(family)
+@pytest.mark.parametrize(
+    ("family", "layers", "hidden_inputs", "calls"),
+    [("llama", 2, (-1,), 1), ("mistral", 1, (-1,), 1), ("llama", 5, (-1, 2, 3), 3), ("llama", 5, (0, 4, -1), 2)],
+)
+def test_a_tape_is_its_graph(family, layers, hidden_inputs, calls, forward_of):
+    """calls: one goes through all layers up to the next whose input the heads read"""
+    forward = forward_of(family, layers=layers, hidden_inputs=hidden_inputs)
     assert make_exact(forward, None, SLOTS).startswith("exact:")
-    (native, *_) = forward.layers._natives
-    tape, calls = native.tape, []
-    native.tape = lambda *given: calls.append(0) or tape(*given)
+    (native,) = set(forward.layers._natives)
+    tape, made = native.tape, []
+    native.tape = lambda *given: made.append(0) or tape(*given)
     native.tape.tape = tape.tape
     got = passes(forward)
-    assert len(calls) == 5 * 2  # passes and layers
+    assert len(made) == 5 * calls
     native.tape = None
     forward.layers._shared = ()
     for one, other in zip(got, passes(forward), strict=True):
         assert torch.equal(one, other)
-    assert len(calls) == 5 * 2
+    assert len(made) == 5 * calls
 
 
 @pytest.mark.parametrize(
