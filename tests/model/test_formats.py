@@ -8,7 +8,9 @@ import torch
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import InvalidConfig, LoadError
 from medusa_serve.model import formats, loader, measured
-from medusa_serve.model.formats import best_format, choose_format, format_times
+from medusa_serve.model.formats import best_format, choose_format, format_times, int4_kind
+from medusa_serve.model.int4 import Int4Linear
+from medusa_serve.model.native_products import NativeInt4Linear
 from tests.tiny import save_tiny_folder
 
 ALL = ("float32", "bfloat16", "int8")
@@ -118,3 +120,19 @@ def test_int8_computes_in_bfloat16_on_a_cpu():
     assert error.value.param == "quantize"
     with pytest.raises(InvalidConfig, match="quantize must be one of auto, none, int8, int4, nf4, not 'int2'"):
         EngineConfig(quantize="int2")
+
+
+def test_whose_int4_products_are_faster_is_measured_once(tmp_path, monkeypatch):
+    asked = []
+
+    def times(passes, x):
+        asked.append(set(passes))
+        return {"torch": 2.0, "own": own}
+
+    monkeypatch.setattr(formats, "_timed", times)
+    for own, kind in ((1.0, NativeInt4Linear), (3.0, Int4Linear)):
+        cache = tmp_path / str(own)
+        assert [int4_kind(cache), int4_kind(cache)] == [kind, kind]
+    assert asked == [{"torch", "own"}] * 2
+    monkeypatch.setattr(formats, "has_numba", lambda: False)
+    assert int4_kind(tmp_path / "1.0") is Int4Linear

@@ -9,7 +9,8 @@ from medusa_serve.config import EngineConfig
 from medusa_serve.errors import LoadError
 from medusa_serve.model import loader
 from medusa_serve.model.heads import SequentialHeads
-from medusa_serve.model.int4 import Int4Linear, few_bit_parts, stored_in_few_bits
+from medusa_serve.model.int4 import Int4Linear, few_bit_parts, int4_kind_of, stored_in_few_bits
+from medusa_serve.model.native_products import NativeInt4Linear
 from tests.tiny import save_tiny_folder, tiny_tokenizer
 
 
@@ -104,13 +105,20 @@ def load(path, **options):
     return loader.load_model(EngineConfig(model=str(path), device="cpu", **options), progress=False)
 
 
-def test_a_model_of_such_weights_keeps_its_text(folder):
+@pytest.mark.parametrize("kind", [Int4Linear, NativeInt4Linear])
+def test_a_model_of_such_weights_keeps_its_text(folder, kind, monkeypatch):
+    monkeypatch.setattr(loader, "int4_kind", lambda cache: kind)
     assert stored_in_few_bits(folder)
     exact, found = load(folder, dtype="float32"), load(folder, quantize="int4")
     assert (found.numbers, found.dtype, found.weights) == ("int4", torch.bfloat16, "int4")
     assert any("not changed" in note for note in found.notes)
     layers = [module for module in found.model.modules() if isinstance(module, Int4Linear)]
-    assert {layer.packed.shape[0] for layer in layers} == {1, 2}
+    assert {type(layer) for layer in layers} == {kind} == {int4_kind_of(found.model)}
+    assert any("by Numba" in note for note in found.notes) == (kind is NativeInt4Linear)
+    if kind is NativeInt4Linear:
+        assert {layer.bits for layer in layers} == {4, 8}
+    else:
+        assert {layer.packed.shape[0] for layer in layers} == {1, 2}
     assert not any(type(module) is nn.Linear for module in found.model.modules())
     assert found.model.dtype == torch.bfloat16
     assert found.model.model.rotary_emb.inv_freq.dtype == torch.float32
