@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from .attention import has_numba
 from .int8 import MAX_ROWS
 
 GROUP = 32  # weights of a row that share a scale
@@ -51,7 +52,7 @@ class Int4Linear(nn.Module):
     @staticmethod
     def arranged(steps: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         """A part as few_bit_parts gives it, as the kernel reads it."""
-        return torch._convert_weight_to_int4pack_for_cpu(steps, 2), scales.transpose(0, 1)
+        return torch._convert_weight_to_int4pack_for_cpu(steps.int(), 2), scales.transpose(0, 1)
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Self | None:
@@ -80,12 +81,12 @@ class Int4Linear(nn.Module):
         groups = weight.float().unflatten(1, (-1, GROUP))
         low = groups.amin(dim=2)
         scale = (groups.amax(dim=2) - low) / 15
-        return cls._made([_part(_steps(groups - low[..., None], scale), scale, low + 8 * scale)])
+        return cls._made([_part(_steps(groups - low[..., None], scale).flatten(1), scale, low + 8 * scale)])
 
     @classmethod
     def random(cls, out_features: int, in_features: int) -> Self:
         """Of one part, to time products."""
-        steps = torch.randint(0, 16, (out_features, in_features), dtype=torch.int32)
+        steps = torch.randint(0, 16, (out_features, in_features), dtype=torch.uint8)
         return cls._made([(steps, torch.rand(out_features, in_features // GROUP, 2).bfloat16())])
 
     @staticmethod
@@ -140,26 +141,39 @@ def int4_kind_of(model: Any) -> type[Int4Linear]:
 
 
 def few_bit_parts(weight: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-    """weight (out, in) float32 → of each part steps (out, in) int32 from 0 to 15, and scales (out, in / 32, 2)
+    """weight (out, in) float32 → of each part steps (out, in) uint8 from 0 to 15, and scales (out, in / 32, 2)
     bfloat16; None where the weights lie on no such steps."""
+    if not has_numba():
+        return plain_few_bit_parts(weight)
+    from .native_steps import eight_bit_steps, four_bit_steps
+
+    near = OFF_GRID * float(weight.abs().max())
+    if (four := four_bit_steps(weight, near)) is not None:
+        steps, scale, low = four
+        return [_part(steps, scale, low + 8 * scale)]
+    eight = eight_bit_steps(weight, near)
+    return None if eight is None else _two_parts(*eight[:2])
+
+
+def plain_few_bit_parts(weight: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+    """The same by torch's operations."""
     groups = weight.unflatten(1, (-1, GROUP))
     near = OFF_GRID * float(weight.abs().max())
     low, high = groups.amin(dim=2), groups.amax(dim=2)
     scale = (high - low) / 15
     steps = _steps(groups - low[..., None], scale)
     if _beside(steps * scale[..., None] + low[..., None], groups) <= near:
-        return [_part(steps, scale, low + 8 * scale)]
+        return [_part(steps.flatten(1), scale, low + 8 * scale)]
     scale = torch.maximum(high, -low) / 127
     steps = _steps(groups, scale)
     if _beside(steps * scale[..., None], groups) <= near:
-        steps = steps + 128
-        high_bits = (steps / 16).floor_()
-        # 16 × high + low bits - 128: the kernel takes 8 from each part's steps
-        return [
-            _part(high_bits, 16 * scale, torch.zeros_like(scale)),
-            _part(steps - 16 * high_bits, scale, 8 * scale),
-        ]
+        return _two_parts((steps + 128).flatten(1).to(torch.uint8), scale)
     return None
+
+
+def _two_parts(steps: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """16 × high + low bits - 128: the kernel takes 8 from each part's steps."""
+    return [_part(steps >> 4, 16 * scale, torch.zeros_like(scale)), _part(steps & 15, scale, 8 * scale)]
 
 
 def _steps(values: Tensor, scale: Tensor) -> Tensor:
@@ -171,7 +185,7 @@ def _beside(made: Tensor, wanted: Tensor) -> float:
 
 
 def _part(steps: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    return steps.flatten(1).to(torch.int32), torch.stack([scale, zero], dim=-1).bfloat16()
+    return steps.to(torch.uint8), torch.stack([scale, zero], dim=-1).bfloat16()
 
 
 def stored_in_few_bits(folder: Path) -> bool:
@@ -197,14 +211,19 @@ def use_few_bits(model: Any, kind: type[Int4Linear] = Int4Linear) -> float:
     """Every linear layer on such steps becomes one of this kind, every other weight bfloat16; → the share of the linear
     layers' weights that did."""
     done = every = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                every += child.weight.numel()
-                small = kind.of(child)
-                if small is not None:
-                    setattr(parent, name, small)
-                    done += child.weight.numel()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a thousand short operations: beside a busy neighbour two threads wait ten times as long
+    try:
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    every += child.weight.numel()
+                    small = kind.of(child)
+                    if small is not None:
+                        setattr(parent, name, small)
+                        done += child.weight.numel()
+    finally:
+        torch.set_num_threads(threads)
     for parameter in model.parameters():  # buffers stay: rotary frequencies need float32
         parameter.data = parameter.data.bfloat16()
     model.config.dtype = torch.bfloat16

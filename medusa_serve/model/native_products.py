@@ -36,12 +36,14 @@ class NativeInt4Linear(Int4Linear):
     def _made(cls, parts: list[Any], bias: Tensor | None = None) -> Self:
         if len(parts) == 2:
             (high, _), (low, scales) = parts
-            return cls(_in_units((16 * high + low - 128).to(torch.int8))[None], _in_units(scales[..., 0])[None], bias)
+            return cls(
+                _in_units(((high << 4 | low) ^ 128).view(torch.int8))[None], _in_units(scales[..., 0])[None], bias
+            )
         return super()._made(parts, bias)
 
     @staticmethod
     def arranged(steps: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = steps.to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
+        low, high = steps.unflatten(1, (-1, 2)).unbind(2)
         return _in_units(low | high << 4), scales.unflatten(0, (-1, UNIT)).permute(0, 2, 3, 1)
 
     @staticmethod

@@ -9,7 +9,7 @@ from medusa_serve.config import EngineConfig
 from medusa_serve.errors import LoadError
 from medusa_serve.model import loader
 from medusa_serve.model.heads import SequentialHeads
-from medusa_serve.model.int4 import Int4Linear, few_bit_parts, int4_kind_of, stored_in_few_bits
+from medusa_serve.model.int4 import Int4Linear, few_bit_parts, int4_kind_of, plain_few_bit_parts, stored_in_few_bits
 from medusa_serve.model.native_products import NativeInt4Linear
 from tests.tiny import save_tiny_folder, tiny_tokenizer
 
@@ -60,8 +60,22 @@ def test_steps_and_scales_are_the_ones_it_was_made_of():
     assert scales.tolist() == [[[0.5, 3.0]]]  # (step - 8) x 0.5 + 3
     weight = torch.tensor([[-127.0, 127.0, 5.0, -16.0, *[0.0] * 28]]) * 0.25
     (high, high_scales), (low, low_scales) = few_bit_parts(weight)
-    assert (16 * high + low - 128)[0, :5].tolist() == [-127, 127, 5, -16, 0]
+    assert (16 * high.int() + low - 128)[0, :5].tolist() == [-127, 127, 5, -16, 0]
     assert (high_scales.tolist(), low_scales.tolist()) == ([[[4.0, 0.0]]], [[[0.25, 2.0]]])
+
+
+@pytest.mark.parametrize("make", [four_bits, eight_bits])
+def test_one_pass_finds_the_steps_that_torchs_operations_find(make):
+    torch.manual_seed(0)
+    weight = make(70, 96)
+    weight[3, 32:64] = 0.0  # a group without a scale
+    for one, other in zip(few_bit_parts(weight), plain_few_bit_parts(weight), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    for wrong in (1e-3, torch.nan, torch.inf):
+        weight[17, 40] += wrong
+        assert few_bit_parts(weight) is None
+        assert plain_few_bit_parts(weight) is None
+        weight = make(70, 96)
 
 
 def test_other_weights_are_left_alone():
