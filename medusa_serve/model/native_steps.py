@@ -27,7 +27,7 @@ def eight_bit_steps(weight: Tensor, near: float) -> tuple[Tensor, Tensor, Tensor
 def _found(find: Any, weight: Tensor, near: float) -> tuple[Tensor, Tensor, Tensor] | None:
     rows, columns = weight.shape
     steps = torch.empty(rows, columns, dtype=torch.uint8)
-    scale, low = torch.empty(rows, columns // GROUP), torch.empty(rows, columns // GROUP)
+    scale, low = (torch.empty(rows, columns // GROUP, dtype=torch.float32) for _ in range(2))
     good = find(weight.contiguous().numpy(), np.float32(near), steps.numpy(), scale.numpy(), low.numpy())
     return (steps, scale, low) if good else None
 
