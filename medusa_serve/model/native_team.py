@@ -5,6 +5,7 @@ Numba's own pool would be a second one on the same cores, and each would keep th
 
 from __future__ import annotations
 
+import ctypes
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -39,7 +40,14 @@ class Team(NamedTuple):
 @lru_cache
 def team() -> Team:
     start, number = openmp_address("GOMP_parallel"), openmp_address("omp_get_thread_num")
-    return Team(start, number) if start and number else Team(0, 0)
+    return Team(start, number) if start and number and _gives_what_is_asked() else Team(0, 0)
+
+
+def _gives_what_is_asked() -> bool:
+    """Whether a team has as many threads as it is asked for: a smaller one would leave shares undone."""
+    dynamic, limit = openmp_address("omp_get_dynamic"), openmp_address("omp_get_thread_limit")
+    told = ctypes.CFUNCTYPE(ctypes.c_int)
+    return bool(dynamic and limit) and not told(dynamic)() and told(limit)() >= torch.get_num_threads()
 
 
 @njit(inline="always", **OPTIONS)
