@@ -250,14 +250,15 @@ def test_the_figures_hold():
     assert result["lookup"]["texts_equal_plain"] == result["lookup"]["prompts"]
 
 
-def test_in_int4_the_text_is_plain_decodings_token_for_token():
+@pytest.mark.parametrize("tree", ["auto", "8"])
+def test_in_int4_the_text_is_plain_decodings_token_for_token(tree):
     """The exact mode, on the default model as a CPU without a compiler runs it: with and without speculation, alone
     and in company, greedy and sampled."""
     count, tokens = 12, 96
     greedy_ones = [SamplingParams(max_tokens=tokens, ignore_eos=True)] * count
     hot = [SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0.7, top_p=0.9, seed=n) for n in range(4)]
     asked = [*greedy_ones, *hot]
-    with LLM(quantize="int4", slots=8, exact=True) as llm:
+    with LLM(quantize="int4", slots=8, exact=True, tree=tree) as llm:
         assert llm.dtype == "int4"
         together = llm.generate(prompts()[: len(asked)], asked)
         alone = [llm.generate([p], [q])[0] for p, q in zip(prompts()[:3], asked[:3], strict=True)]
@@ -265,4 +266,5 @@ def test_in_int4_the_text_is_plain_decodings_token_for_token():
         plain = llm.generate(prompts()[: len(asked)], asked)
     assert [c.token_ids for c in together] == [c.token_ids for c in plain]
     assert [c.token_ids for c in alone] == [c.token_ids for c in plain[:3]]
-    assert sum(c.steps for c in together) < 0.8 * sum(c.steps for c in plain)
+    if tree != "auto":  # which may find that one node is the fastest
+        assert sum(c.steps for c in together) < 0.8 * sum(c.steps for c in plain)
