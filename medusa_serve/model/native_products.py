@@ -14,7 +14,7 @@ from .int4 import GROUP, Int4Linear
 from .int8 import Int8Linear
 from .native import OPTIONS, pointer, wide
 from .native_team import HEAD, run_in_team, team, thread_of
-from .native_tile import UNIT, Int4Tile, Int8Tile, tile
+from .native_tile import UNIT, Int4Tile, Int8Tile, Tile, tile
 
 
 class NativeInt4Linear(Int4Linear):
@@ -116,11 +116,31 @@ def product_share() -> int:
     return int(body.address or 0)
 
 
-# two units by one or two rows: so that there are sums enough to wait for none of them
-_4_one_by_two, _4_two_by_two = tile(Int4Tile, 1, 2), tile(Int4Tile, 2, 2)
-_4_one, _4_two, _4_three, _4_four = (tile(Int4Tile, rows, 1) for rows in (1, 2, 3, 4))
-_8_one_by_two, _8_two_by_two = tile(Int8Tile, 1, 2), tile(Int8Tile, 2, 2)
-_8_one, _8_two, _8_three, _8_four = (tile(Int8Tile, rows, 1) for rows in (1, 2, 3, 4))
+def _tiles(kind: type[Tile]) -> Any:
+    """A tile of so many rows, by two units from five on: what a share is made of."""
+    one, two, three, four = (tile(kind, rows, 1) for rows in (1, 2, 3, 4))
+    # two units by one or two rows: so that there are sums enough to wait for none of them
+    one_by_two, two_by_two = tile(kind, 1, 2), tile(kind, 2, 2)
+
+    @njit(**OPTIONS)
+    def run(shape, a, inputs, t, w, s, o, outputs):
+        if shape == 4:
+            four(a, inputs, t, w, s, o, outputs)
+        elif shape == 5:
+            one_by_two(a, inputs, t, w, s, o, outputs)
+        elif shape == 6:
+            two_by_two(a, inputs, t, w, s, o, outputs)
+        elif shape == 3:
+            three(a, inputs, t, w, s, o, outputs)
+        elif shape == 2:
+            two(a, inputs, t, w, s, o, outputs)
+        else:
+            one(a, inputs, t, w, s, o, outputs)
+
+    return run
+
+
+_4_tile, _8_tile = _tiles(Int4Tile), _tiles(Int8Tile)
 
 # numbers of a task: what thread_of reads, x, sums, packed, scales, out, rows, inputs, outputs, bits
 TASK = HEAD + 9
@@ -167,35 +187,3 @@ def _share(task, thread):
             else:
                 _8_tile(shape, a, inputs, t, w, s, o, outputs)
         unit += together
-
-
-@njit(**OPTIONS)
-def _4_tile(shape, a, inputs, t, w, s, o, outputs):
-    if shape == 4:
-        _4_four(a, inputs, t, w, s, o, outputs)
-    elif shape == 5:
-        _4_one_by_two(a, inputs, t, w, s, o, outputs)
-    elif shape == 6:
-        _4_two_by_two(a, inputs, t, w, s, o, outputs)
-    elif shape == 3:
-        _4_three(a, inputs, t, w, s, o, outputs)
-    elif shape == 2:
-        _4_two(a, inputs, t, w, s, o, outputs)
-    else:
-        _4_one(a, inputs, t, w, s, o, outputs)
-
-
-@njit(**OPTIONS)
-def _8_tile(shape, a, inputs, t, w, s, o, outputs):
-    if shape == 4:
-        _8_four(a, inputs, t, w, s, o, outputs)
-    elif shape == 5:
-        _8_one_by_two(a, inputs, t, w, s, o, outputs)
-    elif shape == 6:
-        _8_two_by_two(a, inputs, t, w, s, o, outputs)
-    elif shape == 3:
-        _8_three(a, inputs, t, w, s, o, outputs)
-    elif shape == 2:
-        _8_two(a, inputs, t, w, s, o, outputs)
-    else:
-        _8_one(a, inputs, t, w, s, o, outputs)

@@ -83,6 +83,15 @@ class Tile:
         """Each row's and vector's totals with the products of a group's inputs added."""
         raise NotImplementedError
 
+    def places(self, group: Any) -> tuple[list[Any], list[Any], list[Any]]:
+        """Of each row's inputs and of each unit's weights and scales of a group; the next tile's are asked for."""
+        x = [self.at(row, group, self.word(4 * GROUP)) for row in self.x]
+        packed = [self.at(unit, group, self.word(self.group_bytes)) for unit in self.packed]
+        scales = [self.at(unit, group, self.word(self.scale_bytes)) for unit in self.scales]
+        self.fetch(packed, self.group_bytes, self.unit)
+        self.fetch(scales, self.scale_bytes, self.scale_unit)
+        return x, packed, scales
+
     def fetch(self, places: list[Any], size: int, unit: Any) -> None:
         """Ask for what the next tile reads of this group: the hardware alone does not come after."""
         for place in places:
@@ -134,12 +143,8 @@ class Int4Tile(Tile):
     group_bytes, scale_bytes = PAIRS * UNIT, 4 * UNIT
 
     def group(self, group: Any, totals: list[list[Any]]) -> list[list[Any]]:
-        x = [self.at(row, group, self.word(4 * GROUP)) for row in self.x]
+        x, packed, scales = self.places(group)
         sums = [self.spread(self.at(row, group, self.word(4))) for row in self.sums]
-        packed = [self.at(unit, group, self.word(self.group_bytes)) for unit in self.packed]
-        scales = [self.at(unit, group, self.word(self.scale_bytes)) for unit in self.scales]
-        self.fetch(packed, self.group_bytes, self.unit)
-        self.fetch(scales, self.scale_bytes, self.scale_unit)
         products = [[_same(FLOATS, 0.0)] * len(self.vectors) for _ in self.rows]
         for pair in range(PAIRS):
             steps = [self._steps(self.at(packed[v // 2], pair * UNIT + v % 2 * LANES)) for v in self.vectors]
@@ -169,11 +174,7 @@ class Int8Tile(Tile):
     group_bytes, scale_bytes = GROUP * UNIT, 2 * UNIT
 
     def group(self, group: Any, totals: list[list[Any]]) -> list[list[Any]]:
-        x = [self.at(row, group, self.word(4 * GROUP)) for row in self.x]
-        packed = [self.at(unit, group, self.word(self.group_bytes)) for unit in self.packed]
-        scales = [self.at(unit, group, self.word(self.scale_bytes)) for unit in self.scales]
-        self.fetch(packed, self.group_bytes, self.unit)
-        self.fetch(scales, self.scale_bytes, self.scale_unit)
+        x, packed, scales = self.places(group)
         products = [[_same(FLOATS, 0.0)] * len(self.vectors) for _ in self.rows]
         for place in range(GROUP):
             found = (self.load(self.at(packed[v // 2], place * UNIT + v % 2 * LANES), BYTES, 1) for v in self.vectors)
