@@ -2,7 +2,8 @@
 machine.
 
 Decoding reads every weight once a step, so smaller numbers are faster where the CPU has instructions for them
-(bfloat16: AVX512_BF16 or AMX), and far slower where it emulates them.
+(bfloat16: AVX512_BF16 or AMX), and far slower where it emulates them: without instructions of its own a CPU gains with
+few rows, where the bytes count, and loses a prompt's or a training's products, of many rows, eight times over.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ from .measured import machine_key, recall, remember
 
 SMALL = 30_000_000  # weights up to which a model is fast enough to stay exact
 ROWS = 4  # of a product: a small tree
+WIDE = 256  # of a prompt's or a training's
 NUMBERS = 1 << 24  # of the weights that are read: more than a cache holds
 ROUNDS = 7
 INT4_SHAPE = (3072, 576)  # of the weights that two kernels of int4 products are timed with
 GAIN = 0.8  # of the time: what a smaller format must at least save to be chosen
+LOSS = 1.25  # of float32's time with WIDE rows: what bfloat16 may take
+SLOWER = "bfloat16 / float32, many rows"
 
 
 def choose_format(config: Any, formats: tuple[str, ...], cache: Path) -> tuple[str, str]:
@@ -47,28 +51,34 @@ def choose_format(config: Any, formats: tuple[str, ...], cache: Path) -> tuple[s
     formats = tuple(name for name in formats if _fits(name, inner, hidden) and _fits(name, hidden, inner))
     key = f"format {hidden} x {inner}: {machine_key('cpu')}"
     times, unkept = recall(cache, key), None
-    if not isinstance(times, dict) or not set(formats) <= set(times):
+    if not isinstance(times, dict) or not {*formats, SLOWER} <= set(times):
         times = format_times([torch.randn(inner, hidden) for _ in range(max(1, NUMBERS // (hidden * inner)))])
         unkept = remember(cache, key, times)
     told = ", ".join(f"{name} {times[name]:.1f} ms" for name in formats)
+    if "bfloat16" in formats and times[SLOWER] > LOSS:
+        told += f"; bfloat16 takes {times[SLOWER]:.1f}x as long as float32 with many rows"
     return best_format(times, formats), f"of its products here ({told})" + (f"; {unkept}" if unkept else "")
 
 
 def best_format(times: dict[str, float], formats: tuple[str, ...]) -> str:
-    """The most exact one, unless a later one saves a fifth of its time."""
+    """The most exact one, unless a later one saves a fifth of its time; bfloat16 not where a prompt would pay for it.
+    times: milliseconds, and SLOWER: bfloat16's over float32's with WIDE rows"""
     best = formats[0]
     for name in formats[1:]:
-        if times[name] < GAIN * times[best]:
+        if times[name] < GAIN * times[best] and not (name == "bfloat16" and times[SLOWER] > LOSS):
             best = name
     return best
 
 
 def format_times(weights: list[Tensor], rows: int = ROWS, int4: type[Int4Linear] = Int4Linear) -> dict[str, float]:
     """Milliseconds of the products of `rows` rows with these weights (out, in) float in each format: the median of
-    rounds that take turns."""
+    rounds that take turns; and SLOWER, of the first weight alone."""
     makers = PASSES | {"int4": partial(_int4, int4)}
     passes = {name: make(weights) for name, make in makers.items() if _fits(name, *weights[0].shape)}
-    return _timed(passes, torch.randn(rows, weights[0].shape[1]))
+    times = _timed(passes, torch.randn(rows, weights[0].shape[1]))
+    floats = {name: PASSES[name](weights[:1]) for name in ("float32", "bfloat16")}
+    wide = _timed(floats, torch.randn(WIDE, weights[0].shape[1]))
+    return {**times, SLOWER: round(wide["bfloat16"] / wide["float32"], 3)}
 
 
 def _timed(passes: dict[str, Callable[[Tensor], None]], x: Tensor) -> dict[str, float]:

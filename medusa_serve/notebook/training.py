@@ -40,9 +40,15 @@ class HeadsTraining:
     def forecast(self, *, seconds: float = 20.0) -> Forecast | str:
         """What to expect, measured in so many seconds; the answers made meanwhile are kept."""
         from ..training.forecast import forecast
+        from ..training.pipeline import under_way
 
         if self.done:
             return f"The heads are in {self.out} already; to train others, delete that folder."
+        if under_way(self.out):  # of the answers that it began with, to which a forecast would add
+            return (
+                f"A training was interrupted, and goes on from its last state with the answers it began with; to begin "
+                f"anew, delete {self.out}.training."
+            )
         _make_room()
         return forecast(
             self._engine(), self.prompts, minutes=self.minutes, answers=self.answers, seconds=seconds,

@@ -23,7 +23,7 @@ from .finish import Measured
 from .prompts import Prompt, read_prompts, split
 from .report import running
 from .shards import read_answers
-from .train_heads import Report, TrainConfig, check_output, is_out_of_memory, train
+from .train_heads import Report, TrainConfig, check_output, is_out_of_memory, state_path, train
 
 DISTILL_SHARE = 0.4  # of the minutes asked for go into answers
 SLOTS = {"cpu": 16, "cuda": 512}
@@ -121,8 +121,7 @@ def train_from_prompts(
         raise LoadError(f"{prompts} holds too few prompts to train on: {len(training)} beside those held out.")
     folder = Path(answers or f"{str(out).rstrip('/')}.answers")
     loaded = load_model(source)
-    started = Path(f"{str(out).rstrip('/')}.training").exists()
-    if not started:  # a training under way must not see other answers than it began with
+    if not under_way(out):  # it must not see other answers than it began with
         config_of_answers = DistillConfig(seconds=60 * minutes * DISTILL_SHARE, max_tokens=answer_tokens)
         make_answers(loaded, training, folder, config_of_answers, note=note)
     line = ProgressLine()
@@ -134,6 +133,11 @@ def train_from_prompts(
         loaded.model, read_answers(folder), config, model_name=loaded.name, eos_ids=loaded.eos_ids,
         max_positions=loaded.max_positions, progress=show, note=note,
     )  # fmt: skip
+
+
+def under_way(out: str | Path) -> bool:
+    """Whether a training into this folder was interrupted, and goes on when it is asked for again."""
+    return state_path(str(out)).is_file()
 
 
 class ProgressLine:

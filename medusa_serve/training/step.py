@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import LoadError
 from ..model.heads import Heads
+from .muon import Muon
 
 CLIP, FLOOR = 1.0, 0.02  # gradient norm at most; the learning rate ends at this share of its peak
 MAX_SKIPPED = 50  # steps in a row without finite gradients: something is wrong for good
@@ -19,8 +20,8 @@ GAUGES = ("loss", "skipped", "bad", "good", "scale")
 
 
 class Stepper:
-    """Muon for the matrices of the heads, AdamW for all else, the first at the second's learning rate (Jordan et al.
-    2024; Liu et al., 2502.16982): the default model's heads had 3.02 tokens per step after 2,500, AdamW's alone 2.93.
+    """Muon for the matrices of the heads, AdamW for all else, the first at the second's learning rate: the default
+    model's heads had 3.02 tokens per step after 2,500, AdamW's alone 2.93.
 
     On the device, numbers each: loss (a moving average) · skipped · bad and good, steps in a row · scale, by which the
     gradients that `step` finds are too large, against underflow in fp16."""
@@ -29,14 +30,14 @@ class Stepper:
         """dtype: of the heads' body, the base's"""
         self.dtype = dtype
         named = dict(heads.named_parameters())
-        flat = [name for name, parameter in named.items() if parameter.dim() < 2 or name.endswith("bias")]
-        self.parameters, vectors = list(named.values()), [named[name] for name in flat]
-        self.stacks = [parameter for name, parameter in named.items() if name not in flat]
-        # Muon takes single matrices: of what is stacked, views that share its memory
-        self.matrices = [torch.nn.Parameter(view) for stack in self.stacks for view in _single(stack.detach())]
+        self.parameters = list(named.values())
+        vectors: list[Tensor] = []
+        matrices: list[Tensor] = []
+        for name, parameter in named.items():
+            (vectors if parameter.dim() < 2 or name.endswith("bias") else matrices).append(parameter)
         # fused: the one that takes found_inf and grad_scale, as torch.amp.GradScaler gives them
         self.adamw: Any = torch.optim.AdamW(vectors, lr=lr, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
-        self.muon = torch.optim.Muon(self.matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.muon = Muon(matrices, weight_decay, dtype)
         device = self.parameters[0].device
         self.loss = torch.full((), math.nan, device=device)
         self.skipped, self.bad, self.good = (torch.zeros((), device=device) for _ in range(3))
@@ -48,31 +49,16 @@ class Stepper:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / self.scale
         found = (~norm.isfinite()).float()
         divisor = self.scale * (norm / CLIP).clamp(min=1.0)
-        for optimizer in (self.adamw, self.muon):
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
         self.adamw.found_inf, self.adamw.grad_scale = found, divisor
         self.adamw.step()
-        self._muon_step(found > 0, divisor)
+        self.muon.step(lr, found, divisor)
         self.clear()
         self._count(found, loss.float())
 
-    @torch.no_grad()
-    def _muon_step(self, found: Tensor, divisor: Tensor) -> None:
-        """It knows no found_inf: it learns from zeros, and what it changed is put back."""
-        gradients = [view for stack in self.stacks for view in _single(stack.grad)]
-        for matrix, gradient in zip(self.matrices, gradients, strict=True):
-            matrix.grad = torch.where(found, 0.0, gradient / divisor)
-        before = [tensor.clone() for tensor in self._muon_tensors()]
-        self.muon.step()
-        for tensor, old in zip(self._muon_tensors(), before, strict=False):  # its first step makes the moments: zeros
-            tensor.copy_(torch.where(found, old, tensor))
-
-    def _muon_tensors(self) -> list[Tensor]:
-        return [*self.matrices, *(moment for state in self.muon.state.values() for moment in state.values())]
-
     def clear(self) -> None:
-        for parameter in (*self.parameters, *self.matrices):
+        for parameter in self.parameters:
             parameter.grad = None
 
     def _count(self, found: Tensor, loss: Tensor) -> None:
@@ -91,20 +77,15 @@ class Stepper:
             raise LoadError(f"{int(self.bad)} training steps in a row gave no finite numbers in {self.dtype}.")
 
     def state(self) -> dict[str, Any]:
-        optimizers = {"adamw": self.adamw.state_dict(), "muon": self.muon.state_dict()}
-        return {**optimizers, **{name: getattr(self, name) for name in GAUGES}}
+        gauges = {name: getattr(self, name) for name in GAUGES}
+        return {"adamw": self.adamw.state_dict(), "moments": self.muon.moments, **gauges}
 
     def load(self, state: dict[str, Any]) -> None:
         self.adamw.load_state_dict(state["adamw"])
-        self.muon.load_state_dict(state["muon"])
+        for moment, kept in zip(self.muon.moments, state["moments"], strict=True):
+            moment.copy_(kept)
         for name in GAUGES:
             setattr(self, name, state[name])
-
-
-def _single(stack: Tensor | None) -> tuple[Tensor, ...]:
-    """(…, out, in) → its matrices."""
-    assert stack is not None
-    return stack.view(-1, *stack.shape[-2:]).unbind(0)
 
 
 def schedule(fraction: float, warmup: float) -> float:

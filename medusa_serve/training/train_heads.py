@@ -132,7 +132,7 @@ class Run:
         self.step = self.epoch = self.place = self.tokens = 0
         self.elapsed = self.prepared = 0.0  # seconds, and those among them before steps began
         self._transient = 0  # bytes that a step takes for a while
-        self.state_path = Path(config.out.rstrip("/") + ".training") / "state.pt"
+        self.state_path = state_path(config.out)
 
     def autocast(self) -> Any:
         half = self.teacher.dtype in (torch.float16, torch.bfloat16)
@@ -345,6 +345,11 @@ class Run:
             "lr": self.lr,
             "decay": self.config.decay,
         }
+
+
+def state_path(out: str) -> Path:
+    """Where a training into the folder `out` keeps its state until it is done."""
+    return Path(out.rstrip("/") + ".training") / "state.pt"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ import torch
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import InvalidConfig, LoadError
 from medusa_serve.model import formats, loader, measured
-from medusa_serve.model.formats import best_format, choose_format, format_times, int4_kind
+from medusa_serve.model.formats import SLOWER, best_format, choose_format, format_times, int4_kind
 from medusa_serve.model.int4 import Int4Linear
 from medusa_serve.model.native_products import NativeInt4Linear
 from tests.tiny import save_tiny_folder
@@ -32,16 +32,24 @@ def config(hidden=576, inner=1536, layers=30, vocab=49152):
     ],
 )
 def test_the_most_exact_format_that_is_not_a_fifth_slower(times, best):
-    assert best_format(dict(zip(ALL, times, strict=True)), ALL) == best
-    assert best_format(dict(zip(ALL, times, strict=True)), ALL[:2]) != "int8"
+    measured = dict(zip(ALL, times, strict=True)) | {SLOWER: 1.0}
+    assert best_format(measured, ALL) == best
+    assert best_format(measured, ALL[:2]) != "int8"
+
+
+def test_bfloat16_is_not_taken_where_a_prompt_would_pay_for_it():
+    times = dict(zip(ALL, (10, 7, 6), strict=True))
+    assert best_format(times | {SLOWER: 1.2}, ALL) == "bfloat16"
+    assert best_format(times | {SLOWER: 6.0}, ALL[:2]) == "float32"
+    assert best_format(times | {SLOWER: 6.0}, ALL) == "int8"
 
 
 def test_every_format_is_timed():
     times = format_times([torch.randn(64, 32)] * 2)
-    assert set(times) == {*ALL, "int4"}
+    assert set(times) == {*ALL, "int4", SLOWER}
     assert all(0 < ms < 1000 for ms in times.values())
-    assert set(format_times([torch.randn(64, 33)])) == {"float32", "bfloat16"}  # no kernel for such rows
-    assert set(format_times([torch.randn(63, 32)])) == set(ALL)
+    assert set(format_times([torch.randn(64, 33)])) == {"float32", "bfloat16", SLOWER}  # no kernel for such rows
+    assert set(format_times([torch.randn(63, 32)])) == {*ALL, SLOWER}
 
 
 def test_a_choice_is_measured_once(tmp_path, monkeypatch):
@@ -49,7 +57,7 @@ def test_a_choice_is_measured_once(tmp_path, monkeypatch):
 
     def times(weights, rows=4):
         asked.append(len(weights))
-        return {"float32": 10.0, "bfloat16": 5.0, "int8": 2.0}
+        return {"float32": 10.0, "bfloat16": 5.0, "int8": 2.0, SLOWER: 0.5}
 
     monkeypatch.setattr(formats, "format_times", times)
     for _ in range(2):
@@ -67,7 +75,7 @@ def test_a_choice_is_measured_once(tmp_path, monkeypatch):
 
 def test_what_cannot_be_kept_is_told(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(formats, "format_times", lambda weights, rows=4: dict.fromkeys(ALL, 1.0))
+    monkeypatch.setattr(formats, "format_times", lambda weights, rows=4: dict.fromkeys((*ALL, SLOWER), 1.0))
     name, why = choose_format(config(), ALL, tmp_path / "file" / "cache")
     assert name == "float32"
     assert "cannot be written" in why
