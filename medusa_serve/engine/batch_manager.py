@@ -156,7 +156,7 @@ class BatchManager:
             return told("failed", message=self._death or "The engine thread is gone.")
         if self._restarting:
             return told("restarting", message="The engine starts again after an error.")
-        trouble = self._pulse.trouble(self.metrics.median_turn_s) if activity is None else None
+        trouble = self._pulse.trouble(lambda: self.metrics.median_turn_s) if activity is None else None
         if trouble is not None:
             return told("stalled", message=trouble)
         return told("draining" if self._draining else "ok", message=activity)
