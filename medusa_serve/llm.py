@@ -46,7 +46,7 @@ class LLM:
         loaded, built, self.heads_name, heads_notes = _elsewhere(lambda: _loaded(self.config, load))
         self.model_name, self.codec = loaded.name, loaded.codec
         self.device, self.dtype = str(loaded.device), loaded.numbers
-        self.notes = [*loaded.notes, *heads_notes, *built.notes]
+        self._notes = (loaded.notes, heads_notes, built.notes)
         self.tree_error = built.tree_error
         self.manager = BatchManager(built.runner, self.codec, self.config, model_name=self.model_name)
         self._close = weakref.finalize(self, self.manager.close)  # a pass under way would abort a process that ends
@@ -58,6 +58,11 @@ class LLM:
             "nodes": list(runner.node_choices),
         }
         self._runner = runner
+
+    @property
+    def notes(self) -> list[str]:
+        """They change when the engine has done what it left for later."""
+        return [note for notes in self._notes for note in notes]
 
     @property
     def forecast(self) -> tuple[int, float, float] | None:
@@ -183,16 +188,18 @@ def _built(config: EngineConfig, loaded: Any) -> tuple[Any, Any, str, list[str]]
         max_positions=loaded.max_positions,
         drafter=drafter,
         what=f"{loaded.name} in {loaded.numbers}, heads {heads}",
+        later=True,
     )
     return loaded, built, heads, notes
 
 
 def _forecast(runner: Any) -> tuple[int, float, float] | None:
     """By the step times measured here and the acceptance that the heads were calibrated with."""
-    if not runner.step_ms or not runner.has_heads:
+    ms = runner.step_ms or runner.later_ms
+    if not ms or not runner.has_heads:
         return None
     speeds = [
-        (tokens / runner.step_ms[1, nodes], nodes, tokens)
+        (tokens / ms[1, nodes], nodes, tokens)
         for nodes, tokens in zip(runner.node_choices, (1.0, *runner.expected[1:]), strict=True)
     ]
     best, nodes, tokens = max(speeds)

@@ -298,6 +298,7 @@ class Runner(Protocol):
     step_ms: Mapping[tuple[int, int], float]  # measured decode steps by (rows, N); empty where none were
     expected: tuple[float, ...]  # tokens per step of each N, as calibrated
     overlaps: bool  # calls return before the device is done: worth starting a step before reading the last one
+    grace_s: float  # without work before it may rest: what it does then keeps newcomers waiting
     can_reuse: bool  # a prefix left in a slot's KV cache can be kept
     activity: str | None  # "compiling …" while a call may take long; None otherwise
 

@@ -124,6 +124,7 @@ class FakeRunner:
     step_ms: dict[tuple[int, int], float] = field(default_factory=dict)
     expected: tuple[float, ...] = ()
     overlaps: bool = False
+    grace_s: float = 0.0
     can_reuse: bool = True
     activity: str | None = None
     row_budget: int = 16

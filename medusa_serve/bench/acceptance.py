@@ -128,10 +128,10 @@ def _measure(
     """Add one tree's rows. The model is loaded again for each tree: seconds, against minutes of decoding."""
     from ..llm import LLM
     from ..training.pipeline import ProgressLine
-    from .engine import machine
+    from .engine import machine, rested
 
     nodes = int(engine.tree)
-    with LLM(engine) as llm:
+    with rested(LLM(engine)) as llm:
         facts = {name: value for name, value in llm.describe().items() if name != "nodes"}
         facts["hardware"] = machine()["device"]  # whose times must not mix in one file
         if result["engine"] is not None and result["engine"] != facts:

@@ -86,8 +86,9 @@ class Ours:
 
     def __init__(self, match: Match, config: EngineConfig) -> None:
         from ..llm import LLM
+        from .engine import rested
 
-        self._llm = LLM(replace(config, slots=config.slots or match.together))
+        self._llm = rested(LLM(replace(config, slots=config.slots or match.together)))
         told = self._llm.describe()
         self.facts: dict[str, Any] = {name: told[name] for name in ("dtype", "drafts", "nodes", "slots")}
         self._params = SamplingParams(max_tokens=match.tokens, ignore_eos=True)

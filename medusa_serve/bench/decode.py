@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from ..llm import LLM
 
 Row = dict[str, Any]
-REST_S = 60.0
 Deliveries = list[tuple[float, list[tuple[str, Delta]]]]
 RULE = (
     "`concurrency` prompts are sent together and answered with exactly {tokens} tokens each; all modes in turn in each "
@@ -162,8 +161,10 @@ class Engines(ExitStack):
 
     def rest(self) -> None:
         """Wait until all engines have done ahead what they can."""
+        from .engine import rested
+
         for llm in self._open.values():
-            llm.manager.wait_until_rested(REST_S)
+            rested(llm)
 
 
 def modes(config: DecodeConfig) -> list[Mode]:

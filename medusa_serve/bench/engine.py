@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from ..llm import LLM
 
+REST_S = 600.0  # a machine that has compiled nothing before takes minutes
+
 
 class Prompts(NamedTuple):
     """Our own words: texts to summarise or rewrite, with the tasks, and questions."""
@@ -74,12 +76,19 @@ def machine() -> dict[str, str]:
     }
 
 
+def rested(llm: LLM) -> LLM:
+    """The same, once it has done what it leaves for when it idles: what is measured is how it serves from then on, and
+    nothing is compiled or captured beside it."""
+    llm.manager.wait_until_rested(REST_S)
+    return llm
+
+
 def bench_engine(engine: EngineConfig, bench: BenchConfig) -> dict[str, Any]:
     """The three figures of the engine, with what they were measured on."""
     from ..llm import LLM
 
     config = replace(engine, heads="none")
-    with LLM(config) as llm:
+    with rested(LLM(config)) as llm:
         lookup = lookup_acceptance(llm, bench.tokens)
         streams = stream_ratio(llm, bench)
         facts = llm.describe()
@@ -97,7 +106,7 @@ def plain_ratio(config: EngineConfig, bench: BenchConfig) -> dict[str, Any]:
     prompts = [loaded.codec.encode_chat([{"role": "user", "content": text}]) for text in read_prompts().questions]
     ours: list[float] = []
     theirs: list[float] = []
-    with LLM(replace(config, tree="off")) as llm:
+    with rested(LLM(replace(config, tree="off"))) as llm:
         for index in range(bench.rounds + 1):  # the first round warms up
             prompt = prompts[index % len(prompts)]
             mine = _timed(lambda ids=prompt: llm.generate_ids([ids], params))

@@ -154,11 +154,11 @@ def served(llm: Any, lag: Lag, key: str) -> Iterator[str]:
 def bench_load(engine: EngineConfig, config: LoadConfig) -> dict[str, Any]:
     """All loads, one after the other. Raises LoadError: the model cannot be had."""
     from ..llm import LLM
-    from .engine import read_prompts
+    from .engine import read_prompts, rested
     from .facts import command, facts
 
     lag, key = Lag(), secrets.token_urlsafe()
-    with LLM(engine) as llm, served(llm, lag, key) as url, http_load.clients() as run:
+    with rested(LLM(engine)) as llm, served(llm, lag, key) as url, http_load.clients() as run:
         target = Target(url, read_prompts().questions, config.tokens, chat=llm.codec.has_chat_template, key=key)
         with closing(Invariants(llm, url, lag.loop, key)) as invariants:
             loads = list(_loads(run, target, config, invariants, lag))

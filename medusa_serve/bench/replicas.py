@@ -266,13 +266,13 @@ def count(streams: list[Sample]) -> Row:
 def split_text(engine: EngineConfig, random: str | None) -> Row:
     """The same greedy tokens from a model on one GPU and over all of them, both with the eager step."""
     from ..llm import LLM
-    from .engine import read_prompts
+    from .engine import read_prompts, rested
 
     texts = read_prompts().questions[:SPLIT_PROMPTS]
     found: dict[str, Row] = {}
     for device in ("cuda:0", "split"):
         here = replace(engine, device=device, slots=SPLIT_PROMPTS, max_context=1024)
-        with random_llm(here, random) if random else LLM(here) as llm:
+        with rested(random_llm(here, random) if random else LLM(here)) as llm:
             params = SamplingParams(max_tokens=SPLIT_TOKENS, ignore_eos=True)
             prompts: list[Any] = list(texts)
             llm.generate(prompts[:1], params)

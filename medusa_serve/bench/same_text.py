@@ -56,10 +56,11 @@ def bench_same_text(engine: EngineConfig, config: SameTextConfig) -> Row:
 
     from ..llm import LLM
     from ..training.pipeline import ProgressLine
+    from .engine import rested
     from .facts import command, facts
 
     line = ProgressLine()
-    with LLM(replace(engine, slots=max(config.concurrency))) as llm:
+    with rested(LLM(replace(engine, slots=max(config.concurrency)))) as llm:
         questions, about = asked_prompts(llm, config.prompts, config.tokens), llm.describe()
         floats = {"float32": torch.float32, "float16": torch.float16}  # quantised weights compute in bfloat16
         near = ROUNDINGS * LOGIT * torch.finfo(floats.get(about["dtype"], torch.bfloat16)).eps

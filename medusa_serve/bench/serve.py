@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from ..llm import LLM
 
 RunLoad = Callable[..., list[Sample]]
-REST_S = 60.0
 TURNS = 4  # requests of a client beside the engine alone: of a single one, more than half may be its way in
 RULE = (
     "Greedy streamed answers of at most {tokens} tokens to the built-in questions, numbered, so that no two prompts "
@@ -83,7 +82,7 @@ class ServeConfig:
 
 def bench_serve(engine: EngineConfig, config: ServeConfig) -> dict[str, Any]:
     """All loads, one after the other. Raises LoadError: no server answers at the url, or the model cannot be had."""
-    from .engine import read_prompts
+    from .engine import read_prompts, rested
     from .facts import command, facts
 
     questions = read_prompts().questions
@@ -91,7 +90,7 @@ def bench_serve(engine: EngineConfig, config: ServeConfig) -> dict[str, Any]:
         health = health_of(url)
         target = Target(url, questions, config.tokens, chat=_takes_chats(run, url, config.key), key=config.key)
         if llm is not None:
-            llm.manager.wait_until_rested(REST_S)
+            rested(llm)
         compared = [] if llm is None else [over_engine(run, llm, target, n, config.rounds) for n in config.clients]
         loads = list(_loads(run, target, config))
     names = ("clients", "rates", "seconds", "requests", "tokens", "rounds", "seed")
@@ -172,12 +171,14 @@ def over_engine(run: RunLoad, llm: LLM, target: Target, together: int, rounds: i
 
     The prompts are the same in all rounds, so what a KV prefix saves it saves both.
     """
+    from .engine import rested
+
     requests = TURNS * together
     ids = [_ids(llm, target.body(number)) for number in range(requests)]
     params = SamplingParams(max_tokens=target.tokens)
     speeds: dict[str, list[float]] = {"http": [], "engine": []}
     for index in range(rounds + 1):
-        llm.manager.wait_until_rested(REST_S)  # nothing is captured beside what is measured
+        rested(llm)
         samples = run(http_load.closed_loop, target, together, 0, requests, 0.0)
         failed = [sample.status for sample in samples if not sample.ok]
         if failed:

@@ -156,7 +156,7 @@ class BatchManager:
             return told("failed", message=self._death or "The engine thread is gone.")
         if self._restarting:
             return told("restarting", message="The engine starts again after an error.")
-        trouble = self._pulse.trouble(self.metrics.median_turn_s) if activity is None else None
+        trouble = self._pulse.trouble(lambda: self.metrics.median_turn_s) if activity is None else None
         if trouble is not None:
             return told("stalled", message=trouble)
         return told("draining" if self._draining else "ok", message=activity)
@@ -176,7 +176,8 @@ class BatchManager:
         return False
 
     def wait_until_rested(self, seconds: float) -> bool:
-        """Wait until the engine idles and has done ahead what it can (a GPU's captures); → whether it has."""
+        """Wait until the engine idles and has done ahead what it can (a GPU's compiled layers, captures); → whether it
+        has."""
         with self._lock:
             return self._lock.wait_for(lambda: self._rested and not self._open, seconds)
 
@@ -240,17 +241,19 @@ class BatchManager:
                 again = self.recover(error)
 
     def _turn_until_closed(self) -> None:
-        resting = False
+        resting, worked = False, self._clock()
         while not self._closing:
             if self.step():
-                resting = self._rested = False
+                resting, self._rested, worked = False, False, self._clock()
                 continue
-            resting = resting or not self._runner.rest()
+            grace_s = worked + self._runner.grace_s - self._clock()
+            if not resting and grace_s <= 0:
+                resting = not self._runner.rest()
             with self._lock:
                 self._rested = resting
                 self._lock.notify_all()
-                if resting and not self._inbox and not self._closing:
-                    self._lock.wait(IDLE_WAIT_S)
+                if (resting or grace_s > 0) and not self._inbox and not self._closing:
+                    self._lock.wait(IDLE_WAIT_S if resting else min(grace_s, IDLE_WAIT_S))
 
     def _load(self) -> tuple[int, int]:
         """(running, waiting). Sequences still in the inbox wait; what a dead engine left in its slots does not run."""

@@ -35,13 +35,14 @@ class Pulse:
         """Since the last turn ended."""
         return max(0.0, self._clock() - self._last)
 
-    def trouble(self, median_turn_s: float) -> str | None:
-        """What is wrong, in a sentence: a turn far older than usual, or none for long."""
+    def trouble(self, median_turn_s: Callable[[], float]) -> str | None:
+        """What is wrong, in a sentence: a turn far older than usual, or none for long. median_turn_s: is asked of old
+        turns alone; it costs more than the rest of a submission"""
         began = self._began
         if began is None:
             return "The engine loop does not turn." if self.age_s() > HEARTBEAT_S else None
         age = self._clock() - began
-        late = age > max(self.stall_s, STALL_STEPS * median_turn_s)
+        late = age > self.stall_s and age > STALL_STEPS * median_turn_s()
         return f"A step has been running for {age:.0f} s." if late else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -20,9 +21,8 @@ from .default_model import cache_folder
 from .draft import Drafter
 from .exact import make_exact
 from .forward import PlainForward, PlugInError, TreeForward, kv_shapes, uses_alibi
-from .fused_heads import fuse_heads
+from .fuse import SOON, Fusing, fuses
 from .int4 import Int4Linear, int4_kind_of
-from .layers import fuse_layers
 from .masked import MaskedForward
 from .memory import LEAST_CONTEXT, SLACK
 from .plan import expected_tokens, plan_context, plan_shapes, plan_slots
@@ -35,6 +35,8 @@ from .tables import SlotTables
 
 @dataclass(frozen=True)
 class Built:
+    """notes: the choices, with their reasons; what is done later is told in them when it is done"""
+
     runner: ModelRunner
     notes: list[str] = field(default_factory=list)
     tree_error: float | None = None  # the self-test's largest relative error; None: plain decoding
@@ -48,7 +50,8 @@ def build_that_fits(model: Any, config: EngineConfig, **rest: Any) -> Built:
     while True:
         with contextlib.suppress(torch.OutOfMemoryError):
             built = build_runner(model, config, **rest, tried=tried)
-            return replace(built, notes=[*notes, *built.notes])
+            built.notes[:0] = notes  # the same list: what is done later is told in it
+            return built
         gc.collect()  # the failed attempt's tensors
         if torch.cuda.is_available():
             give_back()
@@ -74,9 +77,11 @@ def build_runner(
     max_positions: int | None,
     drafter: Drafter | None = None,
     what: str | None = None,
+    later: bool = False,
     tried: list[tuple[int, int]] | None = None,
 ) -> Built:
-    """tried: gets the slots and the context once they are chosen.
+    """tried: gets the slots and the context once they are chosen · later: what takes a GPU seconds, compiling above
+    all, is left to `runner.rest`; the first answers then need not wait for it.
 
     Plan, plug in, check, and measure steps where the size of tree is to be chosen; `what` names model and heads
     among the measurements that are kept, without it none is made. Raises LoadError when the plan cannot be met."""
@@ -88,7 +93,7 @@ def build_runner(
     if config.compile and int4_kind_of(model) is not Int4Linear:
         config = replace(config, compile=None)
         more_notes.append("no compiled passes because own kernels make this model's products faster than torch's")
-    plugged, slots, slots_why, error, plain_because = _plug_in(
+    plugged, slots, slots_why, error, plain_because, packed = _plug_in(
         model, config, columns, max_positions, indexes, more_notes, tried
     )
     if plain_because is not None:
@@ -102,12 +107,8 @@ def build_runner(
     )
     if plugged is None:
         notes.append(f"this model decodes plainly, one row at a time, because {plain_because}")
-    if plugged is not None and plugged.layers is not None and plugged.layers.compiled and drafter is not None:
-        width = len(indexes) * model.config.get_text_config().hidden_size
-        notes += [fuse_heads(drafter.heads, width)] if hasattr(drafter, "heads") else []
     if plugged is not None and plugged.layers is not None:
-        kind = "compiled" if plugged.layers.compiled else "merged"
-        what = what and f"{what}, layers {kind}{int4_kind_of(model).note}"
+        what = what and f"{what}, layers merged{int4_kind_of(model).note}"
     if config.compile and plugged is not None and plugged.attends:
         notes.append(compile_passes(plugged, drafter, shapes, config, cache_folder()))
         what = what and f"{what}, compiled {plugged.compiled.sizes if plugged.compiled else 'nothing'}"
@@ -123,8 +124,16 @@ def build_runner(
         expected=expected_tokens(sorted(shapes), drafter),
     )
     weights = sum(parameter.numel() for parameter in (*model.parameters(), *model.buffers()))
-    if what is not None and worth_timing(runner, weights):
-        notes.append(time_steps(runner, f"{what}, {weights} numbers", cache_folder()))
+    name = f"{what}, {weights} numbers" if what is not None and worth_timing(runner, weights) else ""
+    if plugged is not None and packed is not None and fuses(plugged, config):
+        fusing = Fusing(runner, packed, config.compile, name, cache_folder())
+        notes.append(SOON)
+        fusing.prove()
+        runner.later = fusing.parts(notes)
+        if not later:
+            runner.finish()
+    elif name:
+        notes.append(time_steps(runner, name, cache_folder()))
     return Built(runner, notes, error)
 
 
@@ -152,8 +161,9 @@ def _plug_in(
     hidden_inputs: tuple[int, ...],
     notes: list[str],
     tried: list[tuple[int, int]] | None = None,
-) -> tuple[TreeForward | None, int, str, float | None, str | None]:
-    """(forward, slots, why so many, the self-test's error, None), or without a forward and with the reason last."""
+) -> tuple[TreeForward | None, int, str, float | None, str | None, Callable[[], float] | None]:
+    """(forward, slots, why so many, the self-test's error, None, that test of packed passes), or without a forward and
+    test and with the reason in the last place but one."""
     try:
         if uses_alibi(model.config):
             raise PlugInError("its attention adds biases by distance (ALiBi), which a tree of tokens has not")
@@ -175,9 +185,6 @@ def _plug_in(
                 raise first from second
             notes.append(f"the tree is a mask for this model's own attention, because {first}; no step is captured")
         packed = partial(check, forward, prompts, wanted, slots, packed=True)
-        if model.device.type == "cuda" and forward.can_capture and config.compile is not False:
-            with torch.inference_mode():  # as the engine's passes: what is compiled holds for its kind of tensors
-                notes.append(fuse_layers(forward, packed, wanted=config.compile))
         if _may_trace(forward, config):
             from .native_layers import native_layers
 
@@ -194,8 +201,8 @@ def _plug_in(
         if config.exact:
             raise LoadError(f"The exact mode cannot be had: this model decodes plainly, because {reason}.") from reason
         slots, why = (config.slots, "as asked") if config.slots else (8, "the default for plain decoding")
-        return None, slots, why, None, str(reason)
-    return forward, slots, why, error, None
+        return None, slots, why, None, str(reason), None
+    return forward, slots, why, error, None, packed
 
 
 def _may_trace(forward: TreeForward, config: EngineConfig) -> bool:

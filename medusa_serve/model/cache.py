@@ -30,6 +30,11 @@ class SlotCache:
         self.values = torch.zeros(*shape, value_dim, dtype=dtype, device=device)
         self._native = self.keys.device.type == "cpu" and dtype == torch.bfloat16 and has_numba()
 
+    def like(self, slots: int, columns: int) -> SlotCache:
+        """An empty one of the same layers."""
+        layers = [(self.keys.shape[3], self.keys.shape[4], self.values.shape[4])] * len(self.keys)
+        return SlotCache(layers, slots, columns, self.keys.dtype, self.keys.device)
+
     def write(
         self, layer: int, slots: torch.Tensor, columns: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,6 +24,8 @@ from .cache import SlotCache
 from .split import SplitCache, layer_devices
 from .structure import decoder_layers
 
+ASIDE = 128  # tokens of a pass that is no sequence's
+
 
 class HiddenTap:
     """Keeps the hidden states of a pass that the heads read, while the model still applies its own post-processing of
@@ -243,6 +245,16 @@ class TreeForward:
             yield
         finally:
             self._traced_attention, self._slab_cache.traced = None, False
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Meanwhile passes have two short slots of their own (ASIDE tokens), and no sequence's is touched."""
+        kept = self.cache
+        self.cache = self._slab_cache.slab = kept.like(2, ASIDE)
+        try:
+            yield
+        finally:
+            self.cache = self._slab_cache.slab = kept
 
     def run(
         self, tokens: torch.Tensor, view: View, last_only: bool = False

@@ -3,7 +3,7 @@ around its four products, and eight when it is compiled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -30,33 +30,45 @@ class Compiled:
         return self._compiled(*tensors)
 
 
-@torch.inference_mode()
-def fuse_heads(heads: Any, hidden_width: int) -> str:
-    """Compile the steps of heads that have them, unless they were before or give other numbers; → a note.
+def fuse_heads(heads: Any, hidden_width: int, changed: Callable[[], None]) -> Generator[None, None, str]:
+    """Compile the steps of heads that have them, unless they were before or give other numbers, part by part; → a note.
 
-    hidden_width: of what `start` is given
+    hidden_width: of what `start` is given · changed: called when passes are no longer what was captured of them
     """
     steps = [name for name in STEPS if hasattr(heads, name)]
     if steps[:2] != list(STEPS[:2]):
         return "heads are not compiled (they draft all depths at once)"
     if STEPS[0] in vars(heads):
         return "heads are compiled"
-    wanted = [_features(heads, hidden_width, rows) for rows in ROWS]
-    for name in steps:
-        setattr(heads, name, Compiled(getattr(heads, name)))
+    errors: list[float] = []
     try:
-        got = [_features(heads, hidden_width, rows) for rows in ROWS]
-        error = max(float((a - b).norm() / b.norm()) for a, b in zip(got, wanted, strict=True))
-        why = "" if error <= TOLERANCE.get(heads.output.weight.dtype, 0.05) else f"their features differ by {error:.1%}"
+        wanted = [_features(heads, hidden_width, rows) for rows in ROWS]
+        compiled = {name: Compiled(getattr(heads, name)) for name in steps}
+        for rows, want in zip(ROWS, wanted, strict=True):
+            vars(heads).update(compiled)
+            try:
+                got = _features(heads, hidden_width, rows)
+            finally:
+                _own_steps(heads)
+            errors.append(float((got - want).norm() / want.norm()))
+            yield
+        allowed = TOLERANCE.get(heads.output.weight.dtype, 0.05)
+        why = next((f"their features differ by {error:.1%}" for error in errors if not error <= allowed), "")
     except Exception as reason:  # two compilers' code: whatever it raises
         why = reason_of(reason)
     if why:
-        for name in steps:
-            delattr(heads, name)
         return f"heads are not compiled ({why})"
+    vars(heads).update(compiled)
+    changed()
     return "heads are compiled"
 
 
+def _own_steps(heads: Any) -> None:
+    for name in STEPS:
+        vars(heads).pop(name, None)
+
+
+@torch.inference_mode()
 def _features(heads: Any, hidden_width: int, rows: int) -> Tensor:
     """Two depths behind random hidden states."""
     weight = heads.output.weight

@@ -22,7 +22,7 @@ import torch
 
 from . import splitk
 from .between import between
-from .capture import CaptureFailed, capture
+from .capture import CaptureFailed, capture, give_back, settle
 from .packed import MIN_BLOCKS, Packed, flat_size, pack, views
 from .tables import PLAIN, Needs
 
@@ -254,6 +254,15 @@ class StepGraphs:
             raise
         finally:
             runner.activity = None
+
+    def drop(self) -> None:
+        """Forget every capture: the passes are no longer what was captured. No step may be under way."""
+        settle(self._runner.device)
+        self._graphs.clear()
+        self._owed.clear()
+        self._failed.clear()
+        self._pool, self._most = None, MOST_GRAPHS  # a pool ends with its last graph
+        give_back()
 
     def close(self) -> None:
         self._graphs.clear()

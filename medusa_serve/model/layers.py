@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from ..errors import reason_of
 from .attention import tree_view
 from .capture import give_back
 from .nf4 import scales_of
+from .parts import imported
 from .tree import Tree
 
 if TYPE_CHECKING:
@@ -35,10 +36,11 @@ LINEAR = torch.ops.aten.linear.default
 
 
 class FusedLayers:
-    """Stands in for the forward of a TreeForward's decoder layers until `close`, in passes that see all rows as one.
+    """Stands in for the forward of a TreeForward's decoder layers, in passes that see all rows as one, from
+    `take_place` until `step_aside` or `close`. `make` comes first, and `compile` where compiled functions are wanted:
+    both go part by part, and meanwhile the model runs as it is.
 
     compiled False: the traced functions run as they are, with merged products alone (no Triton, or no wish to wait).
-    Raises PlugInError where the layers cannot be traced.
     """
 
     def __init__(self, forward: TreeForward, layers: nn.ModuleList, *, merge: bool = True, compiled: bool = True):
@@ -48,36 +50,53 @@ class FusedLayers:
         self._kinds: dict[str, dict[bool, _Traced]] = {}  # by what tells layers apart; whether a single token
         self._of: list[dict[bool, _Traced]] = []
         self._weights: list[dict[bool, list[Tensor | None]]] = []
-        try:
-            self._trace()
-        except BaseException:
-            self.close()
-            raise
 
-    def _trace(self) -> None:
-        """A function for each kind of layer and for one token and many, from what a real pass hands the layers."""
+    def make(self, moved: Callable[[], None]) -> Iterator[None]:
+        """A function for each kind of layer and for one token and many, from what a real pass hands the layers; then
+        their weights are merged, which takes them to another place. moved: called just before, since what was captured
+        of the passes reads the old one. Raises PlugInError where the layers cannot be traced."""
         from .forward import PlugInError
 
         if any(scales_of(parameter) for layer in self._layers for parameter in layer.parameters()):
             raise PlugInError("four-bit weights are not traced")
         calls = {tokens: self._calls(tokens) for tokens in (EXAMPLE, 1)}
         for index, layer in enumerate(self._layers):
-            kind = _facts(layer)
-            if kind not in self._kinds:
-                self._kinds[kind] = {
-                    tokens == 1: _Traced(layer, *calls[tokens][index], self._operator, self._merge) for tokens in calls
-                }
-            mine = self._kinds[kind]
+            mine = self._kinds.setdefault(_facts(layer), {})
+            for tokens in calls if not mine else ():
+                mine[tokens == 1] = _Traced(layer, *calls[tokens][index], self._operator, self._merge)
+                yield
+            self._of.append(mine)
+        moved()
+        for layer, mine in zip(self._layers, self._of, strict=True):
             merged = _merge_weights(layer, mine[False].merged)
             if sum(weight.nbytes for weight in merged.values()) > GIVEN_BACK and torch.cuda.is_available():
                 give_back()  # or the separate weights' places stay taken: two thirds of the model again
-            self._of.append(mine)
             self._weights.append({single: traced.weights_of(layer, merged) for single, traced in mine.items()})
+        yield
+
+    def compile(self) -> Iterator[None]:
+        """Have Inductor make its functions, by calls whose numbers nobody reads."""
+        for kind in self._kinds.values():
+            index = next(index for index, mine in enumerate(self._of) if mine is kind)
+            for single, traced in kind.items():
+                self._operator.muted = True
+                try:
+                    traced.run(self._weights[index][single], traced.example, compiled=True)
+                finally:
+                    self._operator.muted = False
+                yield
+
+    def take_place(self) -> None:
         for index, layer in enumerate(self._layers):
-            layer.forward = _Stand(self, index, layer)
+            layer.__dict__["forward"] = _Stand(self, index, layer)
+
+    def step_aside(self) -> None:
+        """The layers run their own code again, over weights that lie where they were merged."""
+        for layer in self._layers:
+            layer.__dict__.pop("forward", None)
 
     def _calls(self, tokens: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """What each layer is called with in a packed pass of so many tokens; slot 0 must be free."""
+        """What each layer is called with in a packed pass of so many tokens."""
         found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         hooks = [
             layer.register_forward_pre_hook(lambda _, args, kwargs: found.append((args, kwargs)), with_kwargs=True)
@@ -87,12 +106,11 @@ class FusedLayers:
         chain = Tree(num_lookup=tokens - 1).draft(torch.ones(1, tokens, dtype=torch.int64, device=device))
         zero = torch.zeros(1, dtype=torch.int64, device=device)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._forward.aside():
                 self._forward.run(chain.tokens, tree_view(zero, zero, [0], [0], chain, packed=True))
         finally:
             for hook in hooks:
                 hook.remove()
-            self._forward.zero(0)
         return found
 
     def call(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -108,33 +126,54 @@ class FusedLayers:
         return traced.run(weights, tensors, self.compiled)
 
     def close(self) -> None:
-        for layer in self._layers:
-            layer.__dict__.pop("forward", None)
+        self.step_aside()
         self._operator.close()
 
 
-def fuse_layers(forward: TreeForward, check: Callable[[], float], *, wanted: bool | None = None) -> str:
-    """Give the forward fused layers if they pass the self-test, compiled if they can be; → a note.
+def fuse_layers(
+    forward: TreeForward, check: Callable[[], float], changed: Callable[[], None], *, wanted: bool | None = None
+) -> Generator[None, None, str]:
+    """Give the forward fused layers if they pass the self-test, compiled if they can be, part by part; → a note.
 
-    check: as selftest.check, of packed passes · wanted: compiled ones; None: in half precision, where fused kernels
-    round less than the model's own, and not in float32, whose text is to be the model's token for token
+    check: as selftest.check, of packed passes; it must touch no slot that is in use · changed: called when passes are
+    no longer what was captured of them · wanted: compiled ones; None: in half precision, where fused kernels round less
+    than the model's own, and not in float32, whose text is to be the model's token for token
     """
     from .forward import decoder_layers
 
-    why = "" if wanted or (wanted is None and forward.model.dtype.itemsize < 4) else "float32 keeps its own kernels"
-    for compiled in (False,) if why else (True, False):
+    why = "" if compiles(forward, wanted) else "float32 keeps its own kernels"
+    yield from imported("torch.export._trace", *([] if why else ["torch._inductor.compile_fx"]))
+    fused = FusedLayers(forward, decoder_layers(forward.model))
+    try:
         try:
-            forward.layers = FusedLayers(forward, decoder_layers(forward.model), compiled=compiled)
-            error = check()
-        except Exception as reason:  # tracing and compiling run a model's and two compilers' code: whatever they raise
-            why = why or reason_of(reason)
-            if forward.layers is not None:
-                forward.layers.close()
+            yield from fused.make(changed)
+        except Exception as reason:  # tracing runs a model's code: whatever it raises
+            return f"decoder layers stay as they are ({reason_of(reason)})"
+        for compiled in (False,) if why else (True, False):
+            fused.compiled = compiled
+            try:
+                if compiled:
+                    yield from fused.compile()
+                forward.layers = fused
+                fused.take_place()
+                error = check()
+            except Exception as reason:  # compiling runs two compilers' code: whatever they raise
+                why = why or reason_of(reason)
                 forward.layers = None
-            continue
-        told = "compiled, with merged products" if compiled else f"not compiled ({why}), but with merged products"
-        return f"decoder layers are {told} ({error:.1e} apart)"
-    return f"decoder layers stay as they are ({why})"
+                fused.step_aside()
+                continue
+            changed()
+            told = "compiled, with merged products" if compiled else f"not compiled ({why}), but with merged products"
+            return f"decoder layers are {told} ({error:.1e} apart)"
+        return f"decoder layers stay as they are ({why})"
+    finally:
+        if forward.layers is not fused:
+            fused.close()
+
+
+def compiles(forward: TreeForward, wanted: bool | None) -> bool:
+    """Whether its layers are to be compiled; `wanted` as of fuse_layers."""
+    return bool(wanted) or (wanted is None and forward.model.dtype.itemsize < 4)
 
 
 class _Stand:
@@ -152,7 +191,7 @@ class _Operator:
     same in every process, so that what Inductor keeps on disk is found again."""
 
     def __init__(self, forward: TreeForward) -> None:
-        self.layer = 0
+        self.layer, self.muted = 0, False  # muted: it attends to nothing, and gives nothing
         self._library = torch.library.Library(SPACE, "FRAGMENT")
         taken = getattr(torch.ops, SPACE)
         name = next(f"attend_{number}" for number in count() if not hasattr(taken, f"attend_{number}"))
@@ -160,13 +199,13 @@ class _Operator:
 
         me = weakref.ref(self)  # torch keeps what is registered with it for good, and a model with it
 
+        def shape(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:
+            return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
         def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:
             own = me()
             assert own is not None
-            return own.attend(query, key, value, scaling, window)
-
-        def shape(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:
-            return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+            return (shape if own.muted else own.attend)(query, key, value, scaling, window)
 
         self._library.impl(name, attend, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{SPACE}::{name}", shape, lib=self._library)
@@ -199,7 +238,8 @@ class _Traced:
         leaves, self._spec = pytree.tree_flatten((args, kwargs))
         self._rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
-        tensors = tuple(leaf.detach() for leaf in leaves if isinstance(leaf, Tensor))
+        self.example = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = tuple(self.example)
         self.single = tensors[0].shape[1] == 1
         many = torch.export.Dim("M", min=2)
         self._moving = [

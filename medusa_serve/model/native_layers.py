@@ -25,7 +25,7 @@ from .canonical import fits_slab
 from .forward import TreeForward, decoder_layers
 from .int4 import Int4Linear
 from .int8 import Int8Linear
-from .layers import EXAMPLE, LINEAR, FusedLayers, _facts, _Stand, _Traced
+from .layers import EXAMPLE, LINEAR, FusedLayers, _facts, _Traced
 from .native_tape import NoTape, Tape, TapeRun, view_facts
 
 aten = torch.ops.aten
@@ -59,6 +59,11 @@ class NativeLayers(FusedLayers):
 
     def __init__(self, forward: TreeForward, layers: nn.ModuleList) -> None:
         super().__init__(forward, layers, merge=True, compiled=False)
+        try:
+            self._trace()
+        except BaseException:
+            self.close()
+            raise
 
     def _trace(self) -> None:
         calls = self._calls(EXAMPLE)
@@ -85,8 +90,7 @@ class NativeLayers(FusedLayers):
         self._end = 0  # up to where the last tape went; what it made is ahead
         self.kernels = sum(native.kernels for native in made.values())
         self._shared: tuple[Any, ...] = ()
-        for index, layer in enumerate(self._layers):
-            layer.__dict__["forward"] = _Stand(self, index, layer)
+        self.take_place()
 
     def call(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if index < self._end and args and args[0] is self._ahead:

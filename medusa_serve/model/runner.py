@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 ROW_BUDGET = {"cpu": 16, "cuda": 256}  # rows × nodes of one pass, until step times are measured
 TIMED_LENGTH = 192  # tokens of history of the steps that are timed
+GRACE_S = 1.0  # without work before it rests: a capture or a compiler keeps whoever comes next waiting
 PREFILL_ROWS = {"cpu": 1, "cuda": 64}  # prompts of one prefill pass; a CPU is busy with one
 
 
@@ -80,10 +81,13 @@ class ModelRunner:
         self.has_heads = drafter is not None
         self.expected = tuple(expected)
         self.step_ms: Mapping[tuple[int, int], float] = {}
-        self.to_time: StepTimer | None = None  # while the engine idles
+        self.later: Iterator[None] | None = None  # what makes steps faster and takes seconds, for an idle engine
+        self.later_ms: Mapping[tuple[int, int], float] = {}  # of steps after that, where an earlier start measured them
+        self.to_time: StepTimer | None = None  # behind that
         self._held_by = {nodes: held_by(shapes, nodes) for nodes in self.node_choices}
         self._graphs = StepGraphs(self) if self.device.type == "cuda" and forward.can_capture else None
         self.overlaps = self._packs = self._graphs is not None
+        self.grace_s = 0.0 if self._graphs is None else GRACE_S
         self._fused = self._graphs is not None and self._graphs.packs
         self._host_length = [0] * self.num_slots
         self._owner = [0] * self.num_slots  # how many sequences a slot has had
@@ -361,6 +365,8 @@ class ModelRunner:
     def rest(self) -> bool:
         if self.device.type == "cpu":
             give_up_workers()
+        if self._do_later():
+            return True
         if self._graphs is None:
             return False
         try:
@@ -370,6 +376,29 @@ class ModelRunner:
             log.warning("Steps are not timed: %s", error)
             self.to_time = None
         return self.to_time is not None or self._graphs.prepare(self._shapes.values())
+
+    def _do_later(self) -> bool:
+        """The next part of it; → whether there was one."""
+        if self.later is None:
+            return False
+        self.activity = "compiling"
+        try:
+            if next(self.later, self) is self:
+                self.later = None
+        finally:
+            self.activity = None
+        return True
+
+    @torch.inference_mode()
+    def finish(self) -> None:
+        """All that is left for later, now. All slots must be free."""
+        while self._do_later():
+            pass
+
+    def drop_captures(self) -> None:
+        """The passes are no longer what was captured of them."""
+        if self._graphs is not None:
+            self._graphs.drop()
 
     def _poison(self, slot: int) -> None:
         """Masked NaN rows of V would still give NaN: such a slot is zeroed before it rests or serves again."""
@@ -392,6 +421,7 @@ class ModelRunner:
             self.free(slot)
 
     def close(self) -> None:
+        self.later = None  # where it has begun, it closes what it holds
         if self._graphs is not None:
             settle(self.device)  # a step may be under way
             self._graphs.close()

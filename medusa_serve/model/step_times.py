@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,26 +25,52 @@ def worth_timing(runner: ModelRunner, weights: int) -> bool:
     return len(runner.node_choices) > 2 and (runner.device.type == "cuda" or weights > SMALL)
 
 
-def time_steps(runner: ModelRunner, what: str, cache: Path) -> str:
+def time_steps(runner: ModelRunner, what: str, cache: Path, *, proven: bool = False) -> str:
     """Fill `runner.step_ms`, from the cache where this machine measured `what` before; → a note. All slots must be
-    free. Where steps are captured, only the largest is measured now (it shows whether the memory is enough), the others
-    while the engine idles: their kernels take a new machine a minute to compile."""
-    rows = sorted({min(count, runner.num_slots) for count in ROWS[runner.device.type]})
-    cells = [(b, n) for b in rows for n in runner.node_choices if b == 1 or b * n <= MOST[runner.device.type]]
-    key = f"steps of {what}, {runner.num_slots} slots of {runner.max_context}: {machine_key(str(runner.device))}"
-    known = recall(cache, key)
-    if isinstance(known, dict) and set(known) == {f"{b}x{n}" for b, n in cells}:
-        runner.step_ms = {(b, n): float(known[f"{b}x{n}"]) for b, n in cells}
+    free. Where steps are captured they are measured while the engine idles (their kernels take a new machine a minute
+    to compile), but for the largest: it shows whether the memory is enough, unless that is `proven`."""
+    known = known_times(runner, what, cache)
+    if known:
+        runner.step_ms = known
         return "steps were timed at an earlier start"
-    timer = StepTimer(runner, cells, cache, key)
+    timer = StepTimer(runner, _cells(runner), cache, _key(runner, what))
     if runner.overlaps:
-        timer.tried(max(cells, key=lambda cell: cell[0] * cell[1]))
+        if not proven:
+            timer.tried(_largest(runner))
         runner.to_time = timer
         return "steps are timed while the engine idles"
     while timer.turn():
         pass
     one = ", ".join(f"{n}: {runner.step_ms[1, n]:.1f}" for n in runner.node_choices)
     return f"steps timed (one row, ms by nodes: {one})"
+
+
+def known_times(runner: ModelRunner, what: str, cache: Path) -> dict[tuple[int, int], float]:
+    """Those that this machine measured before; empty where it did not."""
+    known, cells = recall(cache, _key(runner, what)), _cells(runner)
+    if not isinstance(known, dict) or set(known) != {f"{b}x{n}" for b, n in cells}:
+        return {}
+    return {(b, n): float(known[f"{b}x{n}"]) for b, n in cells}
+
+
+def try_largest(runner: ModelRunner) -> None:
+    """Raises torch.OutOfMemoryError where the memory is not enough for the largest step."""
+    with contextlib.suppress(CaptureFailed):
+        runner.time_step(*_largest(runner), repeats=1)
+
+
+def _cells(runner: ModelRunner) -> list[tuple[int, int]]:
+    kind = runner.device.type
+    rows = sorted({min(count, runner.num_slots) for count in ROWS[kind]})
+    return [(b, n) for b in rows for n in runner.node_choices if b == 1 or b * n <= MOST[kind]]
+
+
+def _largest(runner: ModelRunner) -> tuple[int, int]:
+    return max(_cells(runner), key=lambda cell: cell[0] * cell[1])
+
+
+def _key(runner: ModelRunner, what: str) -> str:
+    return f"steps of {what}, {runner.num_slots} slots of {runner.max_context}: {machine_key(str(runner.device))}"
 
 
 class StepTimer:

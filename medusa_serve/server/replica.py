@@ -18,7 +18,7 @@ from .places import Places, PlacesOnly
 from .serve import CLOSE_S, Server, bind, url_of
 
 Load = Callable[[EngineConfig], ServedLLM]
-WARM_S = 90.0
+WARM_S = 180.0
 LOOPBACK = "127.0.0.1"
 KEEP_S = 3600.0  # between requests of a connection: the Door closes it first
 MANY = 1 << 20
@@ -34,7 +34,7 @@ class Replica:
 
             load = LLM
         self._llm = load(engine)
-        self._llm.manager.wait_until_rested(WARM_S)  # a replica that is asked has its passes captured
+        self._llm.manager.wait_until_rested(WARM_S)  # who is asked has compiled and captured its passes
         self._places, self._node = Places(), get_node_ip_address()
         self._bound = replace(server, host=LOOPBACK, port=0, keep_alive_s=KEEP_S, max_connections=MANY)
         sock, started = bind(self._bound), threading.Event()

@@ -292,3 +292,19 @@ def test_random_company_random_ends():
             else:
                 assert list(engine.completion(id).token_ids) == ids
         at_rest(engine)
+
+
+def test_a_submission_does_not_look_at_all_turns(monkeypatch):
+    """Their median is asked for when a turn is old, and then it counts."""
+    engine, asked = Engine(), []
+    monkeypatch.setattr(type(engine.manager.metrics), "median_turn_s", property(lambda self: asked.append(0) or 10.0))
+    engine.submit()
+    assert engine.manager.status().state == "ok"
+    engine.run()
+    assert not asked
+    engine.manager._pulse.begin()
+    engine.clock.advance(61)
+    assert engine.manager.status().state == "ok", "turns of 10 s are usual here"
+    engine.clock.advance(140)
+    assert engine.manager.status().state == "stalled"
+    engine.manager._pulse.end()

@@ -319,6 +319,38 @@ def test_a_runner_that_never_has_rested_enough_is_not_waited_for(threaded):
     until(lambda: engine.sink.last(id) is not None)
 
 
+def test_the_runner_rests_only_when_nothing_has_come_for_a_while(threaded):
+    """What it then does may keep the next request of the same person waiting."""
+    engine = threaded(grace_s=0.4, rests_wanted=3)
+    assert not engine.manager.wait_until_rested(0.1)
+    for _ in range(4):
+        id = engine.submit(max_tokens=3)
+        until(lambda id=id: engine.sink.last(id) is not None)
+        time.sleep(0.15)
+        assert engine.runner.rests == 0
+    assert engine.manager.wait_until_rested(10)
+    assert engine.runner.rests == 3
+    engine.submit(max_tokens=3)
+    assert engine.manager.wait_until_rested(10), "and it is waited for again"
+    assert engine.runner.rests == 4
+
+
+def test_who_comes_between_two_parts_of_a_rest_is_answered_before_the_next(threaded):
+    engine, seen = threaded(rests_wanted=10**9), []
+    rest = engine.runner.rest
+
+    def slow():
+        seen.append(len(engine.runner.calls))
+        time.sleep(0.05)
+        return rest()
+
+    engine.runner.rest = slow
+    until(lambda: len(seen) > 1)
+    id, before = engine.submit(max_tokens=30), len(seen)
+    until(lambda: engine.sink.last(id) is not None)
+    assert len(seen) - before <= 1, "the part under way, and no more until it was answered"
+
+
 def test_times_that_come_while_idle_are_used():
     engine = Engine(accept=(0,), has_heads=True, expected=(1.0, 1.8, 2.2, 2.6))
     engine.submit("Hello", 200)

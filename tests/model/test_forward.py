@@ -129,3 +129,22 @@ def test_layers_that_pass_on_something_else_are_refused():
     tap._kept[1] = tap._kept[1][None]  # four dimensions, as in models with several streams
     with pytest.raises(LoadError, match="do not pass on one by one"):
         tap.take()
+
+
+@torch.no_grad()
+def test_a_pass_that_is_no_sequences_touches_no_slot():
+    forward = TreeForward(tiny_model("llama"), 3, 160, None)
+    ids = torch.tensor(tiny_prompts(1)[:1])
+    forward.run(ids, chain_view([1], [0], [ids.shape[1]], ids.device))
+    slab, keys, values = forward.cache, forward.cache.keys.clone(), forward.cache.values.clone()
+    want, _ = forward.run(ids[:, :4], chain_view([0], [0], [4], ids.device))
+    slab.keys.copy_(keys)
+    with forward.aside():
+        got, _ = forward.run(ids[:, :4], chain_view([0], [0], [4], ids.device))
+        forward.run(ids[:, :4].flip(1), chain_view([1], [0], [4], ids.device))
+        forward.zero(1)
+    assert torch.equal(got, want)
+    assert forward.cache is slab
+    assert torch.equal(slab.keys, keys)
+    assert torch.equal(slab.values[:, 1:], values[:, 1:])
+    forward.close()

@@ -6,6 +6,7 @@ import torch
 from medusa_serve.model import fused_heads
 from medusa_serve.model.fused_heads import STEPS, fuse_heads
 from medusa_serve.model.heads import HydraHeads, MedusaHeads, SequentialHeads
+from medusa_serve.model.parts import at_once
 
 HIDDEN, VOCAB = 32, 50
 
@@ -24,6 +25,10 @@ def heads_of(kind: str, device: str = "cpu", dtype: torch.dtype = torch.float32)
     return heads
 
 
+def fuse(heads, hidden_width: int, changed=lambda: None) -> str:
+    return at_once(fuse_heads(heads, hidden_width, changed))
+
+
 @pytest.fixture
 def traced(monkeypatch):
     """torch.compile without a compiler: what Dynamo traces is run as it is."""
@@ -34,8 +39,8 @@ def traced(monkeypatch):
 @pytest.mark.usefixtures("traced")
 def test_any_number_of_rows(monkeypatch):
     heads = heads_of("sequential")
-    assert fuse_heads(heads, 2 * HIDDEN) == "heads are compiled"
-    assert fuse_heads(heads, 2 * HIDDEN) == "heads are compiled"
+    assert fuse(heads, 2 * HIDDEN) == "heads are compiled"
+    assert fuse(heads, 2 * HIDDEN) == "heads are compiled"
     for rows in (1, 2, 7):
         state = heads.start(torch.randn(rows, 2 * HIDDEN), torch.arange(rows))
         plain = heads_of("sequential")
@@ -47,7 +52,7 @@ def test_any_number_of_rows(monkeypatch):
 def test_other_numbers_are_refused(monkeypatch):
     heads = heads_of("sequential")
     monkeypatch.setattr(fused_heads.Compiled, "__call__", lambda self, *tensors: 1.5 * self.plain(*tensors))
-    assert fuse_heads(heads, 2 * HIDDEN).startswith("heads are not compiled (their features differ by ")
+    assert fuse(heads, 2 * HIDDEN).startswith("heads are not compiled (their features differ by ")
     assert not any(name in vars(heads) for name in STEPS)
 
 
@@ -57,12 +62,27 @@ def test_a_compiler_that_fails_is_told(monkeypatch):
 
     monkeypatch.setattr(fused_heads.Compiled, "__call__", broken)
     heads = heads_of("sequential")
-    assert fuse_heads(heads, 2 * HIDDEN) == "heads are not compiled (no gcc here)"
+    assert fuse(heads, 2 * HIDDEN) == "heads are not compiled (no gcc here)"
     assert not any(name in vars(heads) for name in STEPS)
 
 
+@pytest.mark.usefixtures("traced")
+def test_between_the_parts_they_run_as_they_are():
+    heads, voided, seen = heads_of("sequential"), [], []
+    for _ in fuse_heads(heads, 2 * HIDDEN, lambda: voided.append(len(seen))):
+        seen.append(any(name in vars(heads) for name in STEPS))
+    assert (seen, voided) == ([False, False], [2])
+    assert STEPS[0] in vars(heads)
+
+
+@pytest.mark.usefixtures("traced")
+def test_what_is_no_number_is_refused(monkeypatch):
+    monkeypatch.setattr(fused_heads.Compiled, "__call__", lambda self, *tensors: torch.nan * self.plain(*tensors))
+    assert fuse(heads_of("sequential"), 2 * HIDDEN) == "heads are not compiled (their features differ by nan%)"
+
+
 def test_parallel_heads_have_no_steps():
-    assert "all depths at once" in fuse_heads(heads_of("medusa"), HIDDEN)
+    assert "all depths at once" in fuse(heads_of("medusa"), HIDDEN)
 
 
 @pytest.mark.gpu
@@ -70,4 +90,4 @@ def test_parallel_heads_have_no_steps():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu(kind, dtype):
     heads = heads_of(kind, "cuda", dtype)
-    assert fuse_heads(heads, 2 * HIDDEN if kind == "sequential" else HIDDEN) == "heads are compiled"
+    assert fuse(heads, 2 * HIDDEN if kind == "sequential" else HIDDEN) == "heads are compiled"

@@ -110,6 +110,18 @@ def test_without_times_or_for_other_needs_nothing_stands_in(idle):
     assert idle._stand_in((4, WIDTH, SHAPES[0], PLAIN)) == (4, WIDTH, SHAPES[0], PLAIN)
 
 
+def test_after_a_change_of_the_passes_all_is_captured_anew(idle, monkeypatch):
+    done = []
+    monkeypatch.setattr(graphs, "settle", lambda device: done.append(("settled", len(idle._graphs))))
+    monkeypatch.setattr(graphs, "give_back", lambda: done.append(("given back", len(idle._graphs), idle._pool)))
+    idle._seen, idle._pool, idle._most = {(4, WIDTH, HOT)}, (0, 1), 0
+    idle._graphs[4, WIDTH, SHAPES[0], HOT] = idle._graphs["prefill", 8, PLAIN] = None
+    idle._failed[4, WIDTH, SHAPES[1], HOT] = TRIES
+    idle.drop()
+    assert done == [("settled", 2), ("given back", 0, None)]
+    assert {(4, WIDTH, shape, HOT) for shape in SHAPES} <= captured_ahead(idle), "what was asked for comes again"
+
+
 @pytest.mark.parametrize(
     ("least", "captured", "blocks"), [(5, (), 8), (9, (64,), 64), (9, (128,), 16), (17, (32,), 32)]
 )

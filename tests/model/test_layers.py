@@ -15,6 +15,7 @@ from medusa_serve.model.build import build_runner
 from medusa_serve.model.forward import PlugInError, TreeForward, decoder_layers
 from medusa_serve.model.layers import FusedLayers, fuse_layers
 from medusa_serve.model.nf4 import quantize_nf4
+from medusa_serve.model.parts import at_once
 from medusa_serve.model.selftest import check, references
 from medusa_serve.model.tree import Tree
 from tests.tiny import tiny_model
@@ -27,6 +28,27 @@ MERGED = {"llama": [QKV, GATE_UP], "qwen2": [QKV, GATE_UP]}
 
 def forward_of(family: str, **options) -> TreeForward:
     return TreeForward(tiny_model(family, layers=LAYERS, **options), 3, COLUMNS, None)
+
+
+def nothing() -> None: ...
+
+
+def fused_of(forward: TreeForward, **options) -> FusedLayers:
+    fused = FusedLayers(forward, decoder_layers(forward.model), compiled=False, **options)
+    at_once(fused.make(nothing))
+    fused.take_place()
+    return fused
+
+
+def fuse(forward: TreeForward, check, wanted: bool | None = None) -> str:
+    return at_once(fuse_layers(forward, check, nothing, wanted=wanted))
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile without a compiler: what Dynamo traces is run as it is."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, options=None, **how: real(function, backend="eager", **how))
 
 
 @torch.inference_mode()
@@ -49,7 +71,7 @@ def test_traced_layers_are_the_models_own(family):
     forward = forward_of(family)
     wanted = passes(forward)
     weights = {name: value.clone() for name, value in forward.model.state_dict().items()}
-    fused = forward.layers = FusedLayers(forward, decoder_layers(forward.model), compiled=False)
+    fused = forward.layers = fused_of(forward)
     assert len(fused._kinds) == 1
     assert fused._of[0][False].merged == MERGED.get(family, [])
     for got, want in zip(passes(forward), wanted, strict=True):
@@ -65,7 +87,7 @@ def test_traced_layers_are_the_models_own(family):
 def test_a_merged_weight_is_in_memory_once():
     forward = forward_of("llama")
     layer = decoder_layers(forward.model)[1]
-    FusedLayers(forward, decoder_layers(forward.model), compiled=False)
+    fused_of(forward)
     weights = [layer.get_submodule(name).weight for name in QKV]
     assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
 
@@ -73,7 +95,7 @@ def test_a_merged_weight_is_in_memory_once():
 def test_nothing_is_kept_of_what_was_closed():
     def closed() -> list[weakref.ref]:
         forward = forward_of("llama")
-        forward.layers = FusedLayers(forward, decoder_layers(forward.model), compiled=False)
+        forward.layers = fused_of(forward)
         passes(forward)
         parts = [forward, forward.model, forward.cache, forward.layers, forward.layers._weights[1][False][1]]
         forward.close()
@@ -89,7 +111,7 @@ def test_layers_that_differ_have_functions_of_their_own():
     layers = decoder_layers(forward.model)
     layers[1].input_layernorm.variance_epsilon = 0.5
     wanted = passes(forward)
-    fused = FusedLayers(forward, layers, merge=False, compiled=False)
+    fused = fused_of(forward, merge=False)
     assert len(fused._kinds) == 2
     assert not fused._of[0][False].merged
     for got, want in zip(passes(forward), wanted, strict=True):
@@ -100,7 +122,7 @@ def test_a_call_of_another_form_takes_the_models_own_code():
     """What a pass hands the layers may change; a function that was traced without it must not run."""
     forward = forward_of("llama")
     wanted = passes(forward)
-    fused = FusedLayers(forward, decoder_layers(forward.model), compiled=False)
+    fused = fused_of(forward)
 
     def never(*arguments):
         raise AssertionError("a traced function ran")
@@ -115,8 +137,8 @@ def test_a_call_of_another_form_takes_the_models_own_code():
 def test_soft_caps_cannot_be_traced():
     forward = forward_of("gemma2")
     with pytest.raises(PlugInError, match="soft cap"):
-        FusedLayers(forward, decoder_layers(forward.model), compiled=False)
-    note = fuse_layers(forward, lambda: 0.0, wanted=True)
+        fused_of(forward)
+    note = fuse(forward, lambda: 0.0, wanted=True)
     assert note == "decoder layers stay as they are (its attention has a soft cap or sinks)"
     assert forward.layers is None
     assert len(passes(forward)) == 10
@@ -127,10 +149,11 @@ def test_four_bit_weights_are_not_traced():
     pytest.importorskip("bitsandbytes", reason="needs the extra `quant`")
     forward = TreeForward(tiny_model("llama", torch.bfloat16, hidden=64), 3, COLUMNS, None)
     quantize_nf4(forward.model)
-    assert fuse_layers(forward, lambda: 0.0) == "decoder layers stay as they are (four-bit weights are not traced)"
+    assert fuse(forward, lambda: 0.0) == "decoder layers stay as they are (four-bit weights are not traced)"
     assert forward.layers is None
 
 
+@pytest.mark.usefixtures("traced")
 def test_the_self_test_decides():
     """Layers whose code was traced wrongly are not used."""
     model = tiny_model("llama", torch.float32)
@@ -145,18 +168,72 @@ def test_the_self_test_decides():
         layer.graph.forward = lambda *inputs: (torch.randn_like(next(i for i in inputs if i.dim() == 3)),)
         return check(forward, prompts, wanted, 3, packed=True)
 
-    note = fuse_layers(forward, damaged, wanted=True)
+    note = fuse(forward, damaged, wanted=True)
     assert note.startswith("decoder layers stay as they are (its logits differ"), note
     assert calls == [True, False]
     assert check(forward, prompts, wanted, 3) < 1e-4
 
 
+@pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize(("dtype", "kept"), [(torch.float32, True), (torch.float64, True), (torch.bfloat16, False)])
 def test_only_half_precision_is_compiled_unless_it_is_asked_for(dtype, kept):
     forward, asked = forward_of("llama", dtype=dtype), []
-    note = fuse_layers(forward, lambda: asked.append(forward.layers.compiled) or 0.0)
+    note = fuse(forward, lambda: asked.append(forward.layers.compiled) or 0.0)
     assert asked == [not kept]
     assert ("not compiled (float32 keeps its own kernels), but with merged products" in note) == kept
+
+
+@pytest.mark.usefixtures("traced")
+def test_between_the_parts_the_model_runs_as_it_is():
+    """No part leaves traced code in a layer, and none but the one that moves the weights voids what was captured."""
+    forward = forward_of("llama", dtype=torch.float32)
+    wanted, layers, told, voided = passes(forward), decoder_layers(forward.model), [], []
+
+    def check() -> float:
+        told.append(all("forward" in vars(layer) for layer in layers))
+        return 0.0
+
+    moved = layers[0].self_attn.k_proj.weight.data_ptr()
+    parts, count = fuse_layers(forward, check, lambda: voided.append(bool(told)), wanted=True), 0
+    for _ in parts:
+        count += 1
+        assert forward.layers is None
+        assert not any("forward" in vars(layer) for layer in layers)
+        assert (layers[0].self_attn.k_proj.weight.data_ptr() != moved) == bool(voided)
+        for got, want in zip(passes(forward), wanted, strict=True):
+            assert torch.equal(got, want)
+    assert count >= 5, "two functions are traced and compiled, and the weights are moved"
+    assert (told, voided) == ([True], [False, True])
+    assert forward.layers.compiled
+    for got, want in zip(passes(forward), wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_compiler_that_fails_leaves_merged_products(monkeypatch):
+    def broken(function, **how):
+        raise RuntimeError("no gcc here")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    forward, asked = forward_of("llama"), []
+    wanted = passes(forward)
+    note = fuse(forward, lambda: asked.append(forward.layers.compiled) or 0.0, wanted=True)
+    assert note.startswith("decoder layers are not compiled (no gcc here), but with merged products"), note
+    assert asked == [False]
+    for got, want in zip(passes(forward), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_what_is_given_up_half_way_leaves_the_model_alone():
+    forward = forward_of("llama")
+    wanted = passes(forward)
+    parts = fuse_layers(forward, lambda: 0.0, nothing, wanted=True)
+    for _ in range(3):
+        next(parts)
+    parts.close()
+    assert forward.layers is None
+    for got, want in zip(passes(forward), wanted, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.gpu

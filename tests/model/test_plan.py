@@ -7,7 +7,7 @@ import torch
 
 from medusa_serve.model.capture import CaptureFailed
 from medusa_serve.model.plan import Shape, expected_tokens, held_by
-from medusa_serve.model.step_times import TRIES, time_steps, worth_timing
+from medusa_serve.model.step_times import TRIES, time_steps, try_largest, worth_timing
 from medusa_serve.model.tree import most_probable
 from tests.oracles import DEFAULT_RANKS
 
@@ -42,7 +42,7 @@ class Timed:
     def __init__(self):
         self.asked, self.step_ms, self.overlaps, self.to_time = [], {}, False, None
 
-    def time_step(self, rows, nodes):
+    def time_step(self, rows, nodes, repeats=3):
         self.asked.append((rows, nodes))
         return float(rows + nodes)
 
@@ -73,6 +73,18 @@ def test_where_steps_are_captured_all_but_the_largest_wait_until_the_engine_idle
     again.overlaps = True
     assert "earlier" in time_steps(again, "a model", tmp_path)
     assert (again.asked, again.step_ms, again.to_time) == ([], runner.step_ms, None)
+
+
+def test_where_the_memory_was_proven_all_of_them_wait(tmp_path):
+    runner = Timed()
+    runner.overlaps = True
+    try_largest(runner)
+    assert runner.asked == [(6, 4)]
+    assert "while the engine idles" in time_steps(runner, "a model", tmp_path, proven=True)
+    assert runner.asked == [(6, 4)]
+    while runner.to_time.turn():
+        pass
+    assert len(runner.step_ms) == 7
 
 
 def test_a_measurement_that_something_else_broke_is_made_again(tmp_path):
