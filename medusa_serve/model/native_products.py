@@ -12,9 +12,11 @@ from torch import Tensor
 
 from .int4 import GROUP, Int4Linear
 from .int8 import Int8Linear
-from .native import OPTIONS, bits_of, number_of, pointer, wide
+from .native import OPTIONS
 from .native_team import HEAD, run_in_team, team, thread_of
-from .native_tile import FACTS, LANES, UNIT, Int4Tile, Int8Tile, Tile, tile
+from .native_tile import UNIT, Int4Tile, Int8Tile, Tile, tile
+from .native_vectors import LANES
+from .native_whole import FACTS, whole
 
 
 class NativeInt4Linear(Int4Linear):
@@ -143,7 +145,6 @@ def _tiles(kind: type[Tile]) -> Any:
 
 
 ROWS = 4  # of a tile at most: of more, not all sums stay in registers
-LEAST = 15  # exponent, as float32 has it, of the largest of a group at least
 _4_tile, _8_tile = _tiles(Int4Tile), _tiles(Int8Tile)
 
 # numbers of a task: what thread_of reads, x, facts, packed, scales, out, rows, inputs, outputs, bits
@@ -154,36 +155,13 @@ TASK = HEAD + 9
 def native_product(x_at, packed, scales, out, rows, inputs, outputs, bits, threads, start, number, share):
     groups = inputs // GROUP
     numbers, facts = np.empty(rows * inputs, np.int16), np.empty(rows * groups * FACTS, np.int32)
-    _whole(carray(pointer(x_at), (rows * groups, GROUP), np.uint16), numbers, facts)
+    whole(x_at, rows * groups, numbers.ctypes.data, facts.ctypes.data)
     task = np.array(
         (threads, number, numbers.ctypes.data, facts.ctypes.data, packed, scales, out, rows, inputs, outputs, bits),
         np.int64,
     )
     run_in_team(start, share, task.ctypes.data, threads)
     numbers[0] = facts[0] = task[0]  # Numba frees an array behind its last use, and of an address it does not know
-
-
-@njit(**OPTIONS)
-def _whole(x, numbers, facts):
-    """Groups of 32 bfloat16 numbers as integers of 16 bits by a power of two: exact from the largest down to its 128th
-    part, below rounded. x (n, 32) · numbers (32 n) · facts (3 n), as tile() has them; of a group with one that is no
-    number the scale is none either."""
-    for group in range(x.shape[0]):
-        top = np.uint16(0)
-        for i in range(GROUP):
-            top = max(top, np.uint16(x[group, i] & np.uint16(0x7FFF)))
-        exponent = max(np.int32(top >> 7), np.int32(LEAST))
-        up = number_of(np.int32((268 - exponent) << 23))
-        total = np.int32(0)
-        for i in range(GROUP):
-            # behind so large a number a sum's last bits are the rounded whole part
-            step = np.int16(bits_of(wide(x[group, i]) * up + np.float32(0xC00000)) & np.uint32(0xFFFF))
-            numbers[group * GROUP + i] = step
-            total += np.int32(step)
-        scale = number_of(np.int32((exponent - 14) << 23)) if exponent < 255 else np.float32(np.nan)
-        facts[group * FACTS] = np.int32(bits_of(scale))
-        facts[group * FACTS + 1] = np.int32(bits_of(scale * np.float32(total)))
-        facts[group * FACTS + 2] = np.int32(-8) * total
 
 
 @njit(**OPTIONS)

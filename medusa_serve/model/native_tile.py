@@ -2,7 +2,7 @@
 takes three times as long.
 
 Weights are whole numbers, and so are the inputs: a group of 32 is its numbers of 16 bits and one scale, a power of two
-(`native_products.whole`). A vector holds the products of eight output rows, summed up as 32-bit integers, which know no
+(native_whole.py). A vector holds the products of eight output rows, summed up as 32-bit integers, which know no
 order: a row's sums are bitwise the same whatever the others are, and whatever the tile. A tile is some rows by a unit
 of 16 outputs.
 """
@@ -17,24 +17,21 @@ from numba.core import cgutils
 
 from .int4 import GROUP
 from .native import intrinsic
+from .native_vectors import F32, FLOATS, I8, I16, I32, LANES, WORDS, Vectors, same
+from .native_whole import FACTS
 
-UNIT, LANES = 16, 8  # output rows that lie together, and of a vector
+UNIT = 16  # output rows that lie together
 PAIR = 2  # inputs whose products with a weight's row are one integer
 QUAD = 4  # inputs that a step goes over
-FACTS = 3  # of a row's group of inputs
 LINE = 64  # bytes of a cache line
-I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-BYTES, PAIRS = ir.VectorType(I8, PAIR * LANES), ir.VectorType(I16, PAIR * LANES)
-HALVES, WORDS, FLOATS = (ir.VectorType(kind, LANES) for kind in (I16, I32, F32))
-BOTH = ir.VectorType(I32, PAIR * LANES)
+BYTES, PAIRS, BOTH = (ir.VectorType(kind, PAIR * LANES) for kind in (I8, I16, I32))
 
 
 def tile(kind: type[Tile], rows: int) -> Any:
     @intrinsic
     def run(_, x, inputs, facts, packed, scales, out, outputs):
-        """Addresses of x (M, inputs) int16, facts (M, groups, FACTS): of each group's inputs their scale and the scaled
-        sum, float32, and minus eight times the sum, int32; the weights of a unit, its scales, and out (M, outputs)
-        bfloat16"""
+        """Addresses of x (M, inputs) int16 and facts (M, groups, FACTS) as native_whole.py gives them, the weights of a
+        unit, its scales, and out (M, outputs) bfloat16"""
 
         def generate(context, builder, signature, arguments):
             kind(builder, rows, *arguments).make()
@@ -50,36 +47,29 @@ def has_pair_products() -> bool:
     return bool(binding.get_host_cpu_features().get("avx2"))
 
 
-def _same(kind: ir.VectorType, number: float) -> ir.Constant:
-    return ir.Constant(kind, [ir.Constant(kind.element, number)] * kind.count)
-
-
-class Tile:
+class Tile(Vectors):
     """The instructions of a tile, made of those of a group of inputs."""
 
     group_bytes: int  # of a unit's weights
     scale_bytes: int  # of a unit's scales, of a group
 
     def __init__(self, builder: Any, rows: int, x, inputs, facts, packed, scales, out, outputs) -> None:
-        self.b, self.rows = builder, range(rows)
+        super().__init__(builder)
+        self.rows = range(rows)
         self.groups = builder.udiv(inputs, self.word(GROUP))
         self.x = [self.at(x, r, inputs, 2) for r in self.rows]
         self.facts = [self.at(facts, r, self.groups, 4 * FACTS) for r in self.rows]
         self.packed, self.scales = packed, scales
         self.out = [self.at(out, r, outputs, 2) for r in self.rows]
-        self._fma = self._declared(f"llvm.fma.v{LANES}f32", FLOATS, [FLOATS] * 3)
-        self._fetch = self._declared("llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
-        pairs = self._declared("llvm.x86.avx2.pmadd.wd", WORDS, [PAIRS] * 2) if has_pair_products() else None
+        self._fetch = self.declared("llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+        pairs = self.declared("llvm.x86.avx2.pmadd.wd", WORDS, [PAIRS] * 2) if has_pair_products() else None
         self._pair_products = pairs
-
-    def _declared(self, name: str, result: Any, arguments: list[Any]) -> Any:
-        return cgutils.get_or_insert_function(self.b.module, ir.FunctionType(result, arguments), name)
 
     def make(self) -> None:
         b = self.b
         totals = [[cgutils.alloca_once(b, FLOATS) for _ in range(2)] for _ in self.rows]
         for total in (each for row in totals for each in row):
-            b.store(_same(FLOATS, 0.0), total)
+            b.store(same(FLOATS, 0.0), total)
         with cgutils.for_range(b, self.groups) as loop:
             x = [self.at(row, loop.index, self.word(2 * GROUP)) for row in self.x]
             facts = [self.at(row, loop.index, self.word(4 * FACTS)) for row in self.facts]
@@ -138,11 +128,7 @@ class Tile:
         if self._pair_products is not None:
             return self.b.call(self._pair_products, [numbers, steps])
         every = self.b.mul(self.b.sext(numbers, BOTH), self.b.sext(steps, BOTH))
-        kind, nothing = ir.VectorType(I32, LANES), ir.Constant(BOTH, ir.Undefined)
-        even, odd = (
-            self.b.shuffle_vector(every, nothing, ir.Constant(kind, [ir.Constant(I32, PAIR * lane + p) for lane in range(LANES)]))
-            for p in range(PAIR)
-        )
+        even, odd = (self.shuffled(every, every, range(p, PAIR * LANES, PAIR)) for p in range(PAIR))
         return self.b.add(even, odd)
 
     def fetch(self, place: Any, size: int) -> None:
@@ -151,42 +137,6 @@ class Tile:
         for line in range(0, size, LINE):
             where = self.b.inttoptr(self.at(ahead, line), I8.as_pointer())
             self.b.call(self._fetch, [where, *(ir.Constant(I32, number) for number in (0, 3, 1))])
-
-    def word(self, number: int) -> ir.Constant:
-        return ir.Constant(I64, number)
-
-    def at(self, address: Any, count: Any, size: Any = 1, width: int = 1) -> Any:
-        """address + count · size · width"""
-        count, size = (self.word(n) if isinstance(n, int) else n for n in (count, size))
-        return self.b.add(address, self.b.mul(self.b.mul(count, size), self.word(width)))
-
-    def load(self, address: Any, kind: Any, align: int) -> Any:
-        value = self.b.load(self.b.inttoptr(address, kind.as_pointer()))
-        value.align = align
-        return value
-
-    def wide(self, address: Any) -> Any:
-        """bfloat16 → float32"""
-        halves = self.b.zext(self.load(address, HALVES, 2), WORDS)
-        return self.b.bitcast(self.b.shl(halves, _same(WORDS, 16)), FLOATS)
-
-    def spread(self, address: Any, kind: Any, vector: Any) -> Any:
-        """A vector of one number."""
-        nothing = ir.Constant(vector, ir.Undefined)
-        first = self.b.insert_element(nothing, self.load(address, kind, 4), ir.Constant(I32, 0))
-        return self.b.shuffle_vector(first, nothing, _same(WORDS, 0))
-
-    def fma(self, a: Any, b: Any, c: Any) -> Any:
-        return self.b.call(self._fma, [a, b, c])
-
-    def keep(self, address: Any, numbers: Any) -> None:
-        """float32 → bfloat16 as native.half"""
-        b, bits = self.b, self.b.bitcast(numbers, WORDS)
-        odd = b.and_(b.lshr(bits, _same(WORDS, 16)), _same(WORDS, 1))
-        rounded = b.lshr(b.add(b.add(bits, _same(WORDS, 0x7FFF)), odd), _same(WORDS, 16))
-        number = b.icmp_unsigned("<=", b.and_(bits, _same(WORDS, 0x7FFFFFFF)), _same(WORDS, 0x7F800000))
-        halves = b.trunc(b.select(number, rounded, _same(WORDS, 0x7FC0)), HALVES)
-        b.store(halves, b.inttoptr(address, HALVES.as_pointer())).align = 2
 
 
 class Int4Tile(Tile):
@@ -197,13 +147,13 @@ class Int4Tile(Tile):
 
     def starts(self, facts: list[Any]) -> list[list[Any]]:
         eight = [self.spread(self.at(fact, 8), I32, WORDS) for fact in facts]
-        return [[start, self.b.shl(start, _same(WORDS, 4))] for start in eight]
+        return [[start, self.b.shl(start, same(WORDS, 4))] for start in eight]
 
     def steps(self, packed: Any) -> list[tuple[Any, Any]]:
         """The second vector's are sixteen times as large: a shift less, and its scales are so much smaller."""
         four = self.load(packed, PAIRS, 1)
-        both = four, self.b.lshr(four, _same(PAIRS, 8))
-        return [(self.b.and_(two, _same(PAIRS, 15)), self.b.and_(two, _same(PAIRS, 240))) for two in both]
+        both = four, self.b.lshr(four, same(PAIRS, 8))
+        return [(self.b.and_(two, same(PAIRS, 15)), self.b.and_(two, same(PAIRS, 240))) for two in both]
 
     def scaled(self, total: Any, sums: Any, facts: Any, scales: Any, v: int) -> Any:
         scale, zero = (self.wide(self.at(scales, 2 * (part * UNIT + v * LANES))) for part in (0, 1))
@@ -218,7 +168,7 @@ class Int8Tile(Tile):
     group_bytes, scale_bytes = GROUP * UNIT, 2 * UNIT
 
     def starts(self, facts: list[Any]) -> list[list[Any]]:
-        return [[_same(WORDS, 0)] * 2 for _ in facts]
+        return [[same(WORDS, 0)] * 2 for _ in facts]
 
     def steps(self, packed: Any) -> list[tuple[Any, Any]]:
         vectors = [self.load(self.at(packed, n, PAIR * LANES), BYTES, 1) for n in range(2 * QUAD // PAIR)]
