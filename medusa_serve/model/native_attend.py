@@ -16,10 +16,11 @@ from numba import njit, types
 from numba.core import cgutils
 
 from .native import OPTIONS, intrinsic
-from .native_vectors import F32, FLOATS, I32, I64, LANES, WORDS, Vectors, same
+from .native_vectors import F32, FLOATS, I32, LANES, Vectors, same
 
 BLOCK = 2 * LANES  # places of a head that are read at once
 QUERIES = 4
+AHEAD = 16  # keys or values further on that are asked for: rows of a head lie apart, which the hardware follows badly
 
 
 def _kernel(kind: Any, queries: int) -> Any:
@@ -65,6 +66,9 @@ class _Scores(_Kernel):
                 self.two_wide(self.block(self.b_at, b.add(first, self.word(k)), self.b_row, loop.index, 2 * BLOCK))
                 for k in range(number)
             ]
+            for k in range(number):
+                ahead = b.add(first, self.word(k + AHEAD))
+                self.ask_for(self.block(self.b_at, ahead, self.b_row, loop.index, 2 * BLOCK))
             for i in self.queries:
                 query = self.block(self.a, self.word(i), self.a_row, loop.index, 4 * BLOCK)
                 for part in (0, 1):
@@ -106,6 +110,7 @@ class _Weighed(_Kernel):
                 b.store(self.load(place, FLOATS, 4), total)
             with cgutils.for_range(b, b.sub(self.count, self.first)) as loop:
                 t = b.add(self.first, loop.index)
+                self.ask_for(self.block(self.b_at, b.add(t, self.word(AHEAD)), self.b_row, block.index, 2 * BLOCK))
                 value = self.two_wide(self.block(self.b_at, t, self.b_row, block.index, 2 * BLOCK))
                 for i in self.queries:
                     weight = self.spread(self.at(self.at(self.a, i, self.a_row), t, self.word(4)), F32, FLOATS)

@@ -20,9 +20,10 @@ from .native_whole import FACTS, whole
 
 
 class NativeInt4Linear(Int4Linear):
-    """packed (1, out / 16, in / 2, 16) uint8, a byte: the steps of two inputs, the first one's in the low bits · scales
-    (1, out / 16, in / 32, 2, 16) bfloat16: scale and zero. Of weights with two parts packed (1, out / 16, in, 16) int8,
-    both in one, and scales (1, out / 16, in / 32, 16)"""
+    """packed (1, out / 16, in / 4, 32) uint8: of four inputs and two vectors of eight outputs the steps of (output,
+    input of a pair, pair), the first vector's in the low bits · scales (1, out / 16, in / 32, 2, 16) bfloat16: scale
+    and zero, the second vector's scales a sixteenth. Of weights with two parts packed (1, out / 16, in / 2, 16, 2)
+    int8, both in one, and scales (1, out / 16, in / 32, 16)"""
 
     note = ", own products"
 
@@ -73,7 +74,7 @@ class NativeInt4Linear(Int4Linear):
 
 
 class NativeInt8Linear(Int8Linear):
-    """weight (out / 16, in, 16) int8 · scale (out / 16, in / 32, 16) bfloat16, the same for all inputs of a row"""
+    """weight (out / 16, in / 2, 16, 2) int8 · scale (out / 16, in / 32, 16) bfloat16, the same for all inputs"""
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from llvmlite import binding, ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 
 from .int4 import GROUP
 from .native import intrinsic
@@ -44,7 +44,9 @@ def tile(kind: type[Tile], rows: int) -> Any:
 
 def has_pair_products() -> bool:
     """Whether this processor multiplies sixteen pairs of numbers of 16 bits, and adds up each two, at once."""
-    return bool(binding.get_host_cpu_features().get("avx2"))
+    told: Any = config  # Numba's settings may name another processor, or forbid instructions of this one
+    as_it_is = told.CPU_NAME is None and told.CPU_FEATURES is None and told.ENABLE_AVX
+    return bool(as_it_is and binding.get_host_cpu_features().get("avx2"))
 
 
 class Tile(Vectors):
@@ -61,7 +63,6 @@ class Tile(Vectors):
         self.facts = [self.at(facts, r, self.groups, 4 * FACTS) for r in self.rows]
         self.packed, self.scales = packed, scales
         self.out = [self.at(out, r, outputs, 2) for r in self.rows]
-        self._fetch = self.declared("llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
         pairs = self.declared("llvm.x86.avx2.pmadd.wd", WORDS, [PAIRS] * 2) if has_pair_products() else None
         self._pair_products = pairs
 
@@ -94,7 +95,9 @@ class Tile(Vectors):
             for pair, steps in enumerate(pairs, quad * QUAD // PAIR):
                 for r in self.rows:
                     numbers = self.spread(self.at(x[r], 2 * PAIR * pair), I32, WORDS)
-                    sums[r] = [b.add(old, self.products(numbers, step)) for old, step in zip(sums[r], steps, strict=True)]
+                    sums[r] = [
+                        b.add(old, self.products(numbers, step)) for old, step in zip(sums[r], steps, strict=True)
+                    ]
                 sums = self.fenced(sums)
         return sums
 
@@ -135,8 +138,7 @@ class Tile(Vectors):
         """Ask for what the next unit's tile reads of this group: the hardware alone does not come after."""
         ahead = self.at(place, self.groups, self.word(size))
         for line in range(0, size, LINE):
-            where = self.b.inttoptr(self.at(ahead, line), I8.as_pointer())
-            self.b.call(self._fetch, [where, *(ir.Constant(I32, number) for number in (0, 3, 1))])
+            self.ask_for(self.at(ahead, line))
 
 
 class Int4Tile(Tile):

@@ -23,6 +23,7 @@ class Vectors:
     def __init__(self, builder: Any) -> None:
         self.b = builder
         self._fma = self.declared(f"llvm.fma.v{LANES}f32", FLOATS, [FLOATS] * 3)
+        self._fetch = self.declared("llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
 
     def declared(self, name: str, result: Any, arguments: list[Any]) -> Any:
         return cgutils.get_or_insert_function(self.b.module, ir.FunctionType(result, arguments), name)
@@ -39,6 +40,11 @@ class Vectors:
         value = self.b.load(self.b.inttoptr(address, kind.as_pointer()))
         value.align = align
         return value
+
+    def ask_for(self, address: Any) -> None:
+        """The cache line there, that it may be at hand later; nothing happens where there is no memory."""
+        where = self.b.inttoptr(address, I8.as_pointer())
+        self.b.call(self._fetch, [where, *(ir.Constant(I32, number) for number in (0, 3, 1))])
 
     def wide(self, address: Any) -> Any:
         """bfloat16 → float32"""

@@ -14,7 +14,7 @@ from numba.core import cgutils
 
 from .int4 import GROUP
 from .native import intrinsic
-from .native_vectors import F32, FLOATS, HALVES, I32, I64, LANES, WORDS, Vectors, same
+from .native_vectors import F32, FLOATS, HALVES, I32, LANES, WORDS, Vectors, same
 
 FACTS = 3  # of a group: its scale and its scaled sum, float32, and minus eight times its sum, int32
 LEAST = 15  # exponent, as float32 has it, of a group's largest number at least: what is smaller are zeros
@@ -43,8 +43,12 @@ class _Whole(Vectors):
 
     def make(self) -> None:
         with cgutils.for_range(self.b, self.groups) as loop:
-            self.group(*(self.at(at, loop.index, self.word(size)) for at, size in
-                         ((self.x, 2 * GROUP), (self.numbers, 2 * GROUP), (self.facts, 4 * FACTS))))
+            self.group(
+                *(
+                    self.at(at, loop.index, self.word(size))
+                    for at, size in ((self.x, 2 * GROUP), (self.numbers, 2 * GROUP), (self.facts, 4 * FACTS))
+                )
+            )
 
     def group(self, x: Any, numbers: Any, facts: Any) -> None:
         b, parts = self.b, range(GROUP // LANES)
@@ -74,4 +78,3 @@ class _Whole(Vectors):
     def power(self, exponent: Any) -> Any:
         """The power of two of this exponent, as float32 has it."""
         return self.b.bitcast(self.b.shl(exponent, ir.Constant(I32, 23)), F32)
-
