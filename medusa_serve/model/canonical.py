@@ -16,10 +16,11 @@ from numba import carray, cfunc, njit, types
 
 from .attention import View
 from .native import OPTIONS, bits_of, exponential, half, number_of, pointer, wide
+from .native_attend import BLOCK, QUERIES, scores_of, weigh
 from .native_ops import _rotate, _write_rows
 from .native_team import HEAD, run_in_team, team, thread_of
 
-TILE = 4  # queries that read a key together
+TILE = QUERIES  # that read a key together
 LANES = 16
 
 
@@ -95,22 +96,18 @@ def attention_share() -> int:
 
 
 @njit(inline="never", **OPTIONS)
-def _scores(q, keys, kv, count, out):
-    """out[i, t] = q[i] · key t, of a tile's four queries and the first `count` keys."""
-    q0, q1, q2, q3 = q[0], q[1], q[2], q[3]
-    for t in range(count):
-        key = keys[t, kv]
-        a0, a1, a2, a3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-        for d in range(q.shape[1]):
-            x = wide(key[d])
-            a0 += q0[d] * x
-            a1 += q1[d] * x
-            a2 += q2[d] * x
-            a3 += q3[d] * x
-        out[0, t] = a0
-        out[1, t] = a1
-        out[2, t] = a2
-        out[3, t] = a3
+def _score(queries, q, keys_at, key_row, count, room, out_at):
+    """out[i, t] = q[i] · key t, of a tile's queries and the first `count` keys. q as native_attend.py has queries"""
+    dim = q.shape[1]
+    blocks = dim // BLOCK
+    scores_of(queries, q.ctypes.data, 4 * dim, keys_at, key_row, 0, count, blocks, out_at, 4 * room)
+    if dim > blocks * BLOCK:
+        for i in range(queries):
+            out = carray(pointer(out_at + 4 * i * room), (count,), np.float32)
+            for t in range(count):
+                key = carray(pointer(keys_at + t * key_row), (dim,), np.uint16)
+                for d in range(blocks * BLOCK, dim):
+                    out[t] += q[i, d] * wide(key[d])
 
 
 @njit(inline="never", **OPTIONS)
@@ -134,24 +131,29 @@ def _softmax(row, count, scale, lanes):
 
 
 @njit(inline="never", **OPTIONS)
-def _weigh(weights, values, kv, first, count, out):
-    """out[i] += weights[i, t] · value t, of a tile's four queries."""
-    o0, o1, o2, o3 = out[0], out[1], out[2], out[3]
-    for t in range(first, count):
-        value = values[t, kv]
-        w0, w1, w2, w3 = weights[0, t], weights[1, t], weights[2, t], weights[3, t]
-        for d in range(out.shape[1]):
-            x = wide(value[d])
-            o0[d] += w0 * x
-            o1[d] += w1 * x
-            o2[d] += w2 * x
-            o3[d] += w3 * x
+def _weigh(queries, weights_at, room, values_at, value_row, first, count, sums_at, dim):
+    """sums[i] += weights[i, t] · value t, of first ≤ t < count."""
+    blocks = dim // BLOCK
+    weigh(queries, weights_at, 4 * room, values_at, value_row, first, count, blocks, sums_at, 4 * dim)
+    if dim > blocks * BLOCK:
+        for i in range(queries):
+            sums = carray(pointer(sums_at + 4 * i * dim), (dim,), np.float32)
+            weights = carray(pointer(weights_at + 4 * i * room), (count,), np.float32)
+            for t in range(first, count):
+                value = carray(pointer(values_at + t * value_row), (dim,), np.uint16)
+                _weigh_rest(weights[t], value[blocks * BLOCK :], sums[blocks * BLOCK :])
 
 
 @njit(inline="never", **OPTIONS)
-def _weigh_one(weight, value, out):
-    for d in range(out.shape[0]):
-        out[d] += weight * wide(value[d])
+def _weigh_rest(weight, value, sums):
+    for d in range(sums.shape[0]):
+        sums[d] += weight * wide(value[d])
+
+
+@njit(inline="always", **OPTIONS)
+def _spot(d, dim):
+    """Where a head's place lies in the order of native_attend.py."""
+    return d if d >= dim - dim % BLOCK else d - d % BLOCK + d % 2 * (BLOCK // 2) + d % BLOCK // 2
 
 
 # numbers of a task: what thread_of reads, then the arguments of _attend but for the last ones
@@ -196,9 +198,10 @@ def _attend_share(task, thread):
     out = carray(pointer(out_at), (rows, new, heads, value_dim), np.uint16)
     scratch = np.empty(TILE * (room + dim + value_dim), np.float32)
     scratch_at = scratch.ctypes.data
-    scores = carray(pointer(scratch_at), (TILE, room), np.float32)
     q = carray(pointer(scratch_at + 4 * TILE * room), (TILE, dim), np.float32)
-    sums = carray(pointer(scratch_at + 4 * TILE * (room + dim)), (TILE, value_dim), np.float32)
+    sums_at = scratch_at + 4 * TILE * (room + dim)
+    sums = carray(pointer(sums_at), (TILE, value_dim), np.float32)
+    key_row, value_row = 2 * kv_heads * dim, 2 * kv_heads * value_dim
     first, total = np.empty(TILE, np.int64), np.empty(TILE, np.int64)
     weight, lanes = np.empty(TILE, np.float32), np.empty(LANES, np.float32)
     tiles = (new * group + TILE - 1) // TILE
@@ -206,15 +209,14 @@ def _attend_share(task, thread):
     for unit in range(units * thread // threads, units * (thread + 1) // threads):
         b, kv, tile = unit // (kv_heads * tiles), unit // tiles % kv_heads, unit % tiles * TILE
         length, slot = lengths[b], slots[b] * columns * kv_heads
-        keys = carray(pointer(keys_at + 2 * slot * dim), (columns, kv_heads, dim), np.uint16)
-        values = carray(pointer(values_at + 2 * slot * value_dim), (columns, kv_heads, value_dim), np.uint16)
-        reach, begin, shared = 0, 0, columns
-        for i in range(TILE):
-            n, head = _place(tile + i, new, group, kv)
+        keys, values = keys_at + 2 * (slot + kv) * dim, values_at + 2 * (slot + kv) * value_dim
+        reach, begin, shared, queries = 0, 0, columns, min(TILE, new * group - tile)
+        for i in range(queries):
+            n, head = _place(tile + i, group, kv)
             at = query_at + 2 * (b * query_row + head * query_head + n * query_new)
             numbers = carray(pointer(at), (dim,), np.uint16)
             for d in range(dim):
-                q[i, d] = wide(numbers[d])
+                q[i, _spot(d, dim)] = wide(numbers[d])
             for d in range(value_dim):
                 sums[i, d] = np.float32(0)
             total[i] = positions[b * positions_row + n] + 1
@@ -222,43 +224,41 @@ def _attend_share(task, thread):
             reach = max(reach, length + n + 1 if bits_at else total[i])
             begin = max(begin, first[i])
             shared = min(shared, length if bits_at else total[i])
-        _scores(q, keys, kv, reach, scores)
-        for i in range(TILE):
-            n, _ = _place(tile + i, new, group, kv)
+        _score(queries, q, keys, key_row, reach, room, scratch_at)
+        for i in range(queries):
+            n, _ = _place(tile + i, group, kv)
+            scores_at, sum_at = scratch_at + 4 * i * room, sums_at + 4 * i * value_dim
             if bits_at:  # scores of the ancestors close up behind the history's
-                place = length
+                scores, place = carray(pointer(scores_at), (room,), np.float32), length
                 for j in range(n + 1):
                     if (bits[b, n] >> j) & 1:
-                        scores[i, place] = scores[i, length + j]
+                        scores[place] = scores[length + j]
                         place += 1
             count = total[i] - first[i]
-            row = carray(pointer(scratch_at + 4 * (i * room + first[i])), (count,), np.float32)
-            weight[i] = _softmax(row, count, scale, lanes)
-            for t in range(first[i], min(begin, shared)):
-                _weigh_one(scores[i, t], values[t, kv], sums[i])
-        if begin < shared:
-            _weigh(scores, values, kv, begin, shared, sums)
-        for i in range(TILE):
-            n, head = _place(tile + i, new, group, kv)
-            place = shared
+            weight[i] = _softmax(carray(pointer(scores_at + 4 * first[i]), (count,), np.float32), count, scale, lanes)
+            _weigh(1, scores_at, room, values, value_row, first[i], min(begin, shared), sum_at, value_dim)
+        _weigh(queries, scratch_at, room, values, value_row, begin, shared, sums_at, value_dim)
+        for i in range(queries):
+            n, head = _place(tile + i, group, kv)
+            scores_at, sum_at, place = scratch_at + 4 * i * room, sums_at + 4 * i * value_dim, shared
             if bits_at:
                 for j in range(n + 1):
                     if (bits[b, n] >> j) & 1:
                         if place >= first[i]:
-                            _weigh_one(scores[i, place], values[length + j, kv], sums[i])
+                            value = values + (length + j) * value_row
+                            _weigh(1, scores_at + 4 * place, room, value, value_row, 0, 1, sum_at, value_dim)
                         place += 1
             else:
-                for t in range(max(first[i], shared), total[i]):
-                    _weigh_one(scores[i, t], values[t, kv], sums[i])
+                start = max(first[i], shared)
+                _weigh(1, scores_at, room, values, value_row, start, total[i], sum_at, value_dim)
             for d in range(value_dim):
-                out[b, n, head, d] = half(sums[i, d] / weight[i])
+                out[b, n, head, d] = half(sums[i, _spot(d, value_dim)] / weight[i])
     scratch[0] = 0  # as in _attend
 
 
 @njit(inline="always", **OPTIONS)
-def _place(index, new, group, kv):
-    """(token, head) of a packed query; behind the last one, the last again."""
-    index = min(index, new * group - 1)
+def _place(index, group, kv):
+    """(token, head) of a packed query."""
     return index // group, kv * group + index % group
 
 

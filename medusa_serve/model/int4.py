@@ -5,8 +5,8 @@ steps (Q8_0) is two such parts, the high and the low four bits. Nothing is round
 the default model the text differs from float32's as rarely as bfloat16's does.
 
 Products go through torch's own `_weight_int4pack_mm_for_cpu` (bfloat16 in and out, float32 sums), or through
-native_products.py's where this machine makes them faster. Each row's result is bitwise the same whatever the others
-are.
+native_products.py's where this machine makes them faster (they round inputs far below the largest of their group, see
+native_whole.py). Each row's result is bitwise the same whatever the others are.
 """
 
 from __future__ import annotations

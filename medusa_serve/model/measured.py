@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 FILE = "measured.json"
+KERNELS = 2  # of our own for a CPU: one more whenever they become faster or slower
 
 
 def recall(cache: Path, key: str) -> Any | None:
@@ -42,10 +43,10 @@ def _read(cache: Path) -> dict[str, Any]:
 
 @lru_cache
 def machine_key(device: str) -> str:
-    """Times hold for one processor, its threads and one torch."""
+    """Times hold for one processor, its threads, one torch and one state of our own kernels."""
     if device.startswith("cuda"):
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, kernels {KERNELS}"
 
 
 def cpu_name() -> str:

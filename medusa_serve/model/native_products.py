@@ -12,15 +12,18 @@ from torch import Tensor
 
 from .int4 import GROUP, Int4Linear
 from .int8 import Int8Linear
-from .native import OPTIONS, pointer, wide
+from .native import OPTIONS
 from .native_team import HEAD, run_in_team, team, thread_of
 from .native_tile import UNIT, Int4Tile, Int8Tile, Tile, tile
+from .native_vectors import LANES
+from .native_whole import FACTS, whole
 
 
 class NativeInt4Linear(Int4Linear):
-    """packed (1, out / 16, in / 2, 16) uint8, a byte: the steps of two inputs, the first one's in the low bits · scales
-    (1, out / 16, in / 32, 2, 16) bfloat16: scale and zero. Of weights with two parts packed (1, out / 16, in, 16) int8,
-    both in one, and scales (1, out / 16, in / 32, 16)"""
+    """packed (1, out / 16, in / 4, 32) uint8: of four inputs and two vectors of eight outputs the steps of (output,
+    input of a pair, pair), the first vector's in the low bits · scales (1, out / 16, in / 32, 2, 16) bfloat16: scale
+    and zero, the second vector's scales a sixteenth. Of weights with two parts packed (1, out / 16, in / 2, 16, 2)
+    int8, both in one, and scales (1, out / 16, in / 32, 16)"""
 
     note = ", own products"
 
@@ -37,14 +40,17 @@ class NativeInt4Linear(Int4Linear):
         if len(parts) == 2:
             (high, _), (low, scales) = parts
             return cls(
-                _in_units(((high << 4 | low) ^ 128).view(torch.int8))[None], _in_units(scales[..., 0])[None], bias
+                _in_pairs(((high << 4 | low) ^ 128).view(torch.int8))[None], _in_units(scales[..., 0])[None], bias
             )
         return super()._made(parts, bias)
 
     @staticmethod
     def arranged(steps: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = steps.unflatten(1, (-1, 2)).unbind(2)
-        return _in_units(low | high << 4), scales.unflatten(0, (-1, UNIT)).permute(0, 2, 3, 1)
+        first, second = _in_units(steps).unflatten(2, (2, -1)).unbind(2)
+        scales = scales.unflatten(0, (-1, UNIT)).permute(0, 2, 3, 1).contiguous()
+        scales[:, :, 0, LANES:] /= 16
+        both = (first | second << 4).unflatten(1, (-1, 2, 2))  # (units, in / 4, 2, 2, 8)
+        return both.permute(0, 1, 4, 3, 2).flatten(2).contiguous(), scales
 
     @staticmethod
     def can_merge(layers: list[Any]) -> bool:
@@ -68,12 +74,12 @@ class NativeInt4Linear(Int4Linear):
 
 
 class NativeInt8Linear(Int8Linear):
-    """weight (out / 16, in, 16) int8 · scale (out / 16, in / 32, 16) bfloat16, the same for all inputs of a row"""
+    """weight (out / 16, in / 2, 16, 2) int8 · scale (out / 16, in / 32, 16) bfloat16, the same for all inputs"""
 
     @property
     def shape(self) -> tuple[int, int]:
-        units, inputs, _ = self.weight.shape
-        return units * UNIT, inputs
+        units, pairs, *_ = self.weight.shape
+        return units * UNIT, 2 * pairs
 
     @staticmethod
     def fits(module: Any) -> bool:
@@ -81,12 +87,17 @@ class NativeInt8Linear(Int8Linear):
 
     @staticmethod
     def arranged(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        return _in_units(weight), _in_units(scale[:, None].expand(-1, weight.shape[1] // GROUP))
+        return _in_pairs(weight), _in_units(scale[:, None].expand(-1, weight.shape[1] // GROUP))
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).bfloat16().contiguous()
         out = product(rows, self.weight, self.scale, 8).view(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.bias
+
+
+def _in_pairs(numbers: Tensor) -> Tensor:
+    """(out, in) → (out / 16, in / 2, 16, 2)"""
+    return _in_units(numbers).unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
 
 
 def _in_units(numbers: Tensor) -> Tensor:
@@ -117,73 +128,62 @@ def product_share() -> int:
 
 
 def _tiles(kind: type[Tile]) -> Any:
-    """A tile of so many rows, by two units from five on: what a share is made of."""
-    one, two, three, four = (tile(kind, rows, 1) for rows in (1, 2, 3, 4))
-    # two units by one or two rows: so that there are sums enough to wait for none of them
-    one_by_two, two_by_two = tile(kind, 1, 2), tile(kind, 2, 2)
+    """A tile of so many rows: what a share is made of."""
+    one, two, three, four = (tile(kind, rows) for rows in range(1, ROWS + 1))
 
     @njit(**OPTIONS)
-    def run(shape, a, inputs, t, w, s, o, outputs):
-        if shape == 4:
-            four(a, inputs, t, w, s, o, outputs)
-        elif shape == 5:
-            one_by_two(a, inputs, t, w, s, o, outputs)
-        elif shape == 6:
-            two_by_two(a, inputs, t, w, s, o, outputs)
-        elif shape == 3:
-            three(a, inputs, t, w, s, o, outputs)
-        elif shape == 2:
-            two(a, inputs, t, w, s, o, outputs)
-        else:
+    def run(rows, a, inputs, t, w, s, o, outputs):
+        if rows == 1:
             one(a, inputs, t, w, s, o, outputs)
+        elif rows == 2:
+            two(a, inputs, t, w, s, o, outputs)
+        elif rows == 3:
+            three(a, inputs, t, w, s, o, outputs)
+        else:
+            four(a, inputs, t, w, s, o, outputs)
 
     return run
 
 
+ROWS = 4  # of a tile at most: of more, not all sums stay in registers
 _4_tile, _8_tile = _tiles(Int4Tile), _tiles(Int8Tile)
 
-# numbers of a task: what thread_of reads, x, sums, packed, scales, out, rows, inputs, outputs, bits
+# numbers of a task: what thread_of reads, x, facts, packed, scales, out, rows, inputs, outputs, bits
 TASK = HEAD + 9
 
 
 @njit(cache=True, **OPTIONS)
 def native_product(x_at, packed, scales, out, rows, inputs, outputs, bits, threads, start, number, share):
-    numbers = np.empty(rows * (inputs + inputs // GROUP), np.float32)
-    sums = numbers[rows * inputs :]
-    x = carray(pointer(x_at), (rows, inputs), np.uint16)
-    for row in range(rows):
-        for group in range(inputs // GROUP):
-            total = np.float32(0)
-            for i in range(group * GROUP, (group + 1) * GROUP):
-                value = wide(x[row, i])
-                numbers[row * inputs + i] = value
-                total += value
-            sums[row * (inputs // GROUP) + group] = total
+    groups = inputs // GROUP
+    numbers, facts = np.empty(rows * inputs, np.int16), np.empty(rows * groups * FACTS, np.int32)
+    whole(x_at, rows * groups, numbers.ctypes.data, facts.ctypes.data)
     task = np.array(
-        (threads, number, numbers.ctypes.data, sums.ctypes.data, packed, scales, out, rows, inputs, outputs, bits),
+        (threads, number, numbers.ctypes.data, facts.ctypes.data, packed, scales, out, rows, inputs, outputs, bits),
         np.int64,
     )
     run_in_team(start, share, task.ctypes.data, threads)
-    numbers[0] = task[0]  # Numba frees an array behind its last use, and of an address it does not know
+    numbers[0] = facts[0] = task[0]  # Numba frees an array behind its last use, and of an address it does not know
 
 
 @njit(**OPTIONS)
 def _share(task, thread):
     """One thread's share of the output rows."""
-    threads, _, x, sums, packed, scales, out, rows, inputs, outputs, bits = (
+    threads, _, x, facts, packed, scales, out, rows, inputs, outputs, bits = (
         task[0], task[1], task[2], task[3], task[4], task[5], task[6], task[7], task[8], task[9], task[10],
     )  # fmt: skip
     groups, units = inputs // GROUP, outputs // UNIT
     weight_bytes, scale_bytes = inputs * UNIT * bits // 8, groups * UNIT * (4 if bits == 4 else 2)
     unit, end = units * thread // threads, units * (thread + 1) // threads
     while unit < end:
-        together = 2 if rows < 3 and unit + 2 <= end else 1
         w, s = packed + unit * weight_bytes, scales + unit * scale_bytes
-        for row in range(0, rows, 4):
-            a, t, o = x + 4 * row * inputs, sums + 4 * row * groups, out + 2 * (row * outputs + unit * UNIT)
-            shape = min(rows - row, 4) + 4 * (together - 1)
+        row = 0
+        while row < rows:
+            left = rows - row
+            count = -(-left // -(-left // ROWS))
+            a, t, o = x + 2 * row * inputs, facts + 4 * FACTS * row * groups, out + 2 * (row * outputs + unit * UNIT)
             if bits == 4:
-                _4_tile(shape, a, inputs, t, w, s, o, outputs)
+                _4_tile(count, a, inputs, t, w, s, o, outputs)
             else:
-                _8_tile(shape, a, inputs, t, w, s, o, outputs)
-        unit += together
+                _8_tile(count, a, inputs, t, w, s, o, outputs)
+            row += count
+        unit += 1

@@ -1,0 +1,98 @@
+"""LLVM's vectors of eight numbers: what kernels are written with where what Numba makes of loops is slow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+LANES = 8  # of a vector
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+HALVES, WORDS, FLOATS = (ir.VectorType(kind, LANES) for kind in (I16, I32, F32))
+
+
+def same(kind: ir.VectorType, number: float) -> ir.Constant:
+    return ir.Constant(kind, [ir.Constant(kind.element, number)] * kind.count)
+
+
+class Vectors:
+    """Writes instructions through a builder. Addresses are int64."""
+
+    def __init__(self, builder: Any) -> None:
+        self.b = builder
+        self._fma = self.declared(f"llvm.fma.v{LANES}f32", FLOATS, [FLOATS] * 3)
+        self._fetch = self.declared("llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+
+    def declared(self, name: str, result: Any, arguments: list[Any]) -> Any:
+        return cgutils.get_or_insert_function(self.b.module, ir.FunctionType(result, arguments), name)
+
+    def word(self, number: int) -> ir.Constant:
+        return ir.Constant(I64, number)
+
+    def at(self, address: Any, count: Any, size: Any = 1, width: int = 1) -> Any:
+        """address + count · size · width"""
+        count, size = (self.word(n) if isinstance(n, int) else n for n in (count, size))
+        return self.b.add(address, self.b.mul(self.b.mul(count, size), self.word(width)))
+
+    def load(self, address: Any, kind: Any, align: int) -> Any:
+        value = self.b.load(self.b.inttoptr(address, kind.as_pointer()))
+        value.align = align
+        return value
+
+    def ask_for(self, address: Any) -> None:
+        """The cache line there, that it may be at hand later; nothing happens where there is no memory."""
+        where = self.b.inttoptr(address, I8.as_pointer())
+        self.b.call(self._fetch, [where, *(ir.Constant(I32, number) for number in (0, 3, 1))])
+
+    def wide(self, address: Any) -> Any:
+        """bfloat16 → float32"""
+        halves = self.b.zext(self.load(address, HALVES, 2), WORDS)
+        return self.b.bitcast(self.b.shl(halves, same(WORDS, 16)), FLOATS)
+
+    def spread(self, address: Any, kind: Any, vector: Any) -> Any:
+        """A vector of one number."""
+        return self.filled(self.load(address, kind, 4), vector)
+
+    def filled(self, number: Any, vector: Any) -> Any:
+        nothing = ir.Constant(vector, ir.Undefined)
+        return self.b.shuffle_vector(
+            self.b.insert_element(nothing, number, ir.Constant(I32, 0)), nothing, same(WORDS, 0)
+        )
+
+    def two_wide(self, address: Any) -> tuple[Any, Any]:
+        """16 bfloat16 → float32, those in even places and those in odd ones: cheaper than in their order"""
+        both = self.load(address, WORDS, 2)
+        odd = self.b.and_(both, same(WORDS, 0xFFFF0000))
+        return self.floats(self.b.shl(both, same(WORDS, 16))), self.floats(odd)
+
+    def floats(self, words: Any) -> Any:
+        return self.b.bitcast(words, FLOATS)
+
+    def shuffled(self, a: Any, b: Any, places: Iterable[int]) -> Any:
+        """Numbers of two vectors by their places, b's behind a's."""
+        mask = [ir.Constant(I32, place) for place in places]
+        return self.b.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(mask)), mask))
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        return self.b.call(self._fma, [a, b, c])
+
+    def store(self, address: Any, value: Any, align: int = 4) -> None:
+        self.b.store(value, self.b.inttoptr(address, value.type.as_pointer())).align = align
+
+    def variables(self, count: int, first: Any) -> list[Any]:
+        """So many, all with this value, that loops may change."""
+        found = [cgutils.alloca_once(self.b, first.type) for _ in range(count)]
+        for each in found:
+            self.b.store(first, each)
+        return found
+
+    def keep(self, address: Any, numbers: Any) -> None:
+        """float32 → bfloat16 as native.half"""
+        b, bits = self.b, self.b.bitcast(numbers, WORDS)
+        odd = b.and_(b.lshr(bits, same(WORDS, 16)), same(WORDS, 1))
+        rounded = b.lshr(b.add(b.add(bits, same(WORDS, 0x7FFF)), odd), same(WORDS, 16))
+        number = b.icmp_unsigned("<=", b.and_(bits, same(WORDS, 0x7FFFFFFF)), same(WORDS, 0x7F800000))
+        halves = b.trunc(b.select(number, rounded, same(WORDS, 0x7FC0)), HALVES)
+        self.store(address, halves, 2)
