@@ -248,7 +248,11 @@ class BatchManager:
                 continue
             grace_s = worked + self._runner.grace_s - self._clock()
             if not resting and grace_s <= 0:
-                resting = not self._runner.rest()
+                self._pulse.begin()  # a part of what is done then may take longer than a heartbeat
+                try:
+                    resting = not self._runner.rest()
+                finally:
+                    self._pulse.end()
             with self._lock:
                 self._rested = resting
                 self._lock.notify_all()

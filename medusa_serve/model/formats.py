@@ -52,7 +52,8 @@ def choose_format(config: Any, formats: tuple[str, ...], cache: Path) -> tuple[s
     key = f"format {hidden} x {inner}: {machine_key('cpu')}"
     times, unkept = recall(cache, key), None
     if not isinstance(times, dict) or not {*formats, SLOWER} <= set(times):
-        times = format_times([torch.randn(inner, hidden) for _ in range(max(1, NUMBERS // (hidden * inner)))])
+        weights = [torch.randn(inner, hidden) for _ in range(max(1, NUMBERS // (hidden * inner)))]
+        times = format_times(weights, int4=int4_kind(cache) if "int4" in formats else Int4Linear)
         unkept = remember(cache, key, times)
     told = ", ".join(f"{name} {times[name]:.1f} ms" for name in formats)
     if "bfloat16" in formats and times[SLOWER] > LOSS:

@@ -252,6 +252,9 @@ class StepGraphs:
         except CaptureFailed:
             self._failed[key] = self._failed.get(key, 0) + 1
             raise
+        except Exception:
+            self._pool = None  # torch may think that it is still recorded to
+            raise
         finally:
             runner.activity = None
 

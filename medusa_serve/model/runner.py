@@ -15,7 +15,7 @@ from ..config import MAX_NODES
 from ..types import PrefillChunk, SamplingParams, StepOutput
 from .accept import Limits, Walk, accept, ended, pick_all
 from .attention import View, chain_view, tree_view
-from .capture import CaptureFailed, give_back, settle
+from .capture import TURN, CaptureFailed, give_back, settle
 from .draft import Drafter
 from .filters import Sampling
 from .forward import PlainForward, TreeForward
@@ -353,12 +353,15 @@ class ModelRunner:
         if self._graphs is not None:
             return self._graphs.time(rows, shape, repeats)
         slots, width = torch.arange(rows, device=self.device), TIMED_LENGTH + nodes
-        times = []
-        for _ in range(repeats + 1):
-            started = time.perf_counter()
-            lengths = [TIMED_LENGTH] * rows
-            self.step(slots, slots < 0, list(range(rows)), lengths, width, shape)
-            times.append((time.perf_counter() - started) * 1000)
+        times, lengths = [], self.tables.length[:rows].clone()
+        self.tables.length[:rows] = TIMED_LENGTH
+        try:
+            for _ in range(repeats + 1):
+                started = time.perf_counter()
+                self.step(slots, slots < 0, list(range(rows)), [TIMED_LENGTH] * rows, width, shape)
+                times.append((time.perf_counter() - started) * 1000)
+        finally:
+            self.tables.length[:rows] = lengths
         return min(times[1:])
 
     @torch.inference_mode()
@@ -383,8 +386,9 @@ class ModelRunner:
             return False
         self.activity = "compiling"
         try:
-            if next(self.later, self) is self:
-                self.later = None
+            with TURN:  # what traces a model's code also sees the calls of another engine's capture
+                if next(self.later, self) is self:
+                    self.later = None
         finally:
             self.activity = None
         return True

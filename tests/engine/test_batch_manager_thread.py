@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from medusa_serve.engine import pulse
 from medusa_serve.engine.batch_manager import BatchManager
 from medusa_serve.errors import (
     EngineDead,
@@ -333,6 +334,29 @@ def test_the_runner_rests_only_when_nothing_has_come_for_a_while(threaded):
     engine.submit(max_tokens=3)
     assert engine.manager.wait_until_rested(10), "and it is waited for again"
     assert engine.runner.rests == 4
+
+
+def test_who_comes_during_a_long_part_of_a_rest_waits_and_is_not_refused(threaded, monkeypatch):
+    monkeypatch.setattr(pulse, "HEARTBEAT_S", 0.1)
+    engine, ids = threaded(grace_s=0.05), []
+    rest = engine.runner.rest
+
+    def slow():
+        engine.runner.activity = "compiling"
+        time.sleep(0.4)
+        engine.runner.activity = None
+        return rest()
+
+    engine.runner.rest = slow
+    for _ in range(3):
+        ids.append(engine.submit(max_tokens=3))
+        until(lambda: engine.runner.activity is not None)
+        while engine.runner.activity is not None:
+            ids.append(engine.submit(max_tokens=1))
+            time.sleep(0.02)
+        ids += [engine.submit(max_tokens=1) for _ in range(20)]  # just after it
+    assert len(ids) > 3 * 30
+    engine.sink.wait(ids)
 
 
 def test_who_comes_between_two_parts_of_a_rest_is_answered_before_the_next(threaded):

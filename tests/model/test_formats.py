@@ -55,7 +55,7 @@ def test_every_format_is_timed():
 def test_a_choice_is_measured_once(tmp_path, monkeypatch):
     asked = []
 
-    def times(weights, rows=4):
+    def times(weights, int4=None):
         asked.append(len(weights))
         return {"float32": 10.0, "bfloat16": 5.0, "int8": 2.0, SLOWER: 0.5}
 
@@ -75,7 +75,7 @@ def test_a_choice_is_measured_once(tmp_path, monkeypatch):
 
 def test_what_cannot_be_kept_is_told(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(formats, "format_times", lambda weights, rows=4: dict.fromkeys((*ALL, SLOWER), 1.0))
+    monkeypatch.setattr(formats, "format_times", lambda weights, int4=None: dict.fromkeys((*ALL, SLOWER), 1.0))
     name, why = choose_format(config(), ALL, tmp_path / "file" / "cache")
     assert name == "float32"
     assert "cannot be written" in why
