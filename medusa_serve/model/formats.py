@@ -57,16 +57,16 @@ def choose_format(config: Any, formats: tuple[str, ...], cache: Path) -> tuple[s
         unkept = remember(cache, key, times)
     told = ", ".join(f"{name} {times[name]:.1f} ms" for name in formats)
     if "bfloat16" in formats and times[SLOWER] > LOSS:
+        formats = tuple(name for name in formats if name != "bfloat16")
         told += f"; bfloat16 takes {times[SLOWER]:.1f}x as long as float32 with many rows"
     return best_format(times, formats), f"of its products here ({told})" + (f"; {unkept}" if unkept else "")
 
 
 def best_format(times: dict[str, float], formats: tuple[str, ...]) -> str:
-    """The most exact one, unless a later one saves a fifth of its time; bfloat16 not where a prompt would pay for it.
-    times: milliseconds, and SLOWER: bfloat16's over float32's with WIDE rows"""
+    """The most exact one, unless a later one saves a fifth of its time."""
     best = formats[0]
     for name in formats[1:]:
-        if times[name] < GAIN * times[best] and not (name == "bfloat16" and times[SLOWER] > LOSS):
+        if times[name] < GAIN * times[best]:
             best = name
     return best
 

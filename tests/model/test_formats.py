@@ -32,16 +32,20 @@ def config(hidden=576, inner=1536, layers=30, vocab=49152):
     ],
 )
 def test_the_most_exact_format_that_is_not_a_fifth_slower(times, best):
-    measured = dict(zip(ALL, times, strict=True)) | {SLOWER: 1.0}
-    assert best_format(measured, ALL) == best
-    assert best_format(measured, ALL[:2]) != "int8"
+    assert best_format(dict(zip(ALL, times, strict=True)), ALL) == best
+    assert best_format(dict(zip(ALL, times, strict=True)), ALL[:2]) != "int8"
 
 
-def test_bfloat16_is_not_taken_where_a_prompt_would_pay_for_it():
-    times = dict(zip(ALL, (10, 7, 6), strict=True))
-    assert best_format(times | {SLOWER: 1.2}, ALL) == "bfloat16"
-    assert best_format(times | {SLOWER: 6.0}, ALL[:2]) == "float32"
-    assert best_format(times | {SLOWER: 6.0}, ALL) == "int8"
+@pytest.mark.parametrize(
+    ("slower", "names", "best"),
+    [(1.2, ALL, "bfloat16"), (6.0, ALL, "int8"), (1.2, ALL[:2], "bfloat16"), (6.0, ALL[:2], "float32")],
+)
+def test_bfloat16_is_not_taken_where_a_prompt_would_pay_for_it(tmp_path, monkeypatch, slower, names, best):
+    times = dict(zip(ALL, (10.0, 7.0, 6.0), strict=True)) | {SLOWER: slower}
+    monkeypatch.setattr(formats, "format_times", lambda weights, int4=None: times)
+    name, why = choose_format(config(), names, tmp_path)
+    assert name == best
+    assert ("6.0x as long" in why) == (slower == 6.0)
 
 
 def test_every_format_is_timed():
