@@ -136,7 +136,9 @@ def _measure(
         with running(model, config, eos_ids, max_positions, drafter_of(heads, info, "auto")) as (manager, built):
             if nodes not in built.runner.node_choices:  # a model whose attention cannot be replaced
                 break
+            asked = time.monotonic()
             done = list(_answers(manager, jobs, slots, seconds / left))
+            late = time.monotonic() - asked - seconds / left
         seconds = max(0.0, seconds - (time.monotonic() - began))
         for temperature, values in ((0.0, report.greedy), (SAMPLED, report.sampled)):
             these = [completion for job, completion in done if job.temperature == temperature]
@@ -144,6 +146,8 @@ def _measure(
                 values[nodes] = sum(completion.completion_tokens - 1 for completion in these) / steps
         if done:
             report.prompts[nodes] = len({job.prompt for job, _ in done})
+        if late > PATIENCE / 4:  # a larger tree would be given up
+            break
     return report
 
 
