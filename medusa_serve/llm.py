@@ -294,8 +294,8 @@ def _drafter(config: EngineConfig, loaded: Any) -> tuple[Any, str, list[str]]:
         path = heads_at(config.heads)
     if path is None:
         return None, "none", ["no heads (none ship for this model)"]
-    from .model.draft_cost import limit_vocabulary, make_fast
-    from .model.int4 import int4_kind_of
+    from .model.default_model import cache_folder
+    from .model.draft_cost import as_served
 
     model = loaded.model
     hidden, vocab = model.config.get_text_config().hidden_size, model.get_input_embeddings().num_embeddings
@@ -308,9 +308,7 @@ def _drafter(config: EngineConfig, loaded: Any) -> tuple[Any, str, list[str]]:
         base_model=model,
         base_name=loaded.source or config.model,
     )
-    output, ordered = model.get_output_embeddings(), info.layout == "native"
-    notes = [*info.warnings, *limit_vocabulary(heads, output, config.draft_vocab, ordered=ordered)]
-    notes += make_fast(heads, int4_kind_of(model))
+    notes = [*info.warnings, *as_served(heads, info, model, cache_folder(), config.draft_vocab)]
     return drafter_of(heads, info, config.tree), info.family, [f"{info.family} heads from {_end_of(whose)}", *notes]
 
 

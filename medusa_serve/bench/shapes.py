@@ -96,6 +96,7 @@ def random_llm(engine: EngineConfig, shape: str) -> LLM:
 def random_drafter(model: Any) -> Any:
     """Sequential heads of the usual proportions, attached to the model, in the dtype that the engine would take."""
     from ..model.beam import SequentialDrafter
+    from ..model.default_model import cache_folder
     from ..model.draft_cost import make_fast
     from ..model.heads import SequentialHeads
 
@@ -103,7 +104,7 @@ def random_drafter(model: Any) -> Any:
     with _seeded(model.device):
         heads = SequentialHeads(hidden, inner=hidden // 4, readout=hidden // 8)
     heads.to(model.dtype).requires_grad_(False).attach(model.get_output_embeddings(), model.get_input_embeddings())
-    make_fast(heads)
+    make_fast(heads, cache_folder())
     return SequentialDrafter(heads)
 
 

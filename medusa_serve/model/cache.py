@@ -6,10 +6,15 @@ over N tree nodes writes columns length … length+N-1, and only `commit` keeps 
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 from . import splitk
 from .attention import has_numba
+
+LINE = 64  # bytes of a cache's line, where a slab begins
 
 
 class SlotCache:
@@ -26,8 +31,8 @@ class SlotCache:
         """layers: (kv_heads, key dim, value dim) of each layer; all must agree (LoadError is the caller's)."""
         kv_heads, key_dim, value_dim = layers[0]
         shape = (len(layers), slots, columns, kv_heads)
-        self.keys = torch.zeros(*shape, key_dim, dtype=dtype, device=device)
-        self.values = torch.zeros(*shape, value_dim, dtype=dtype, device=device)
+        self.keys = _zeros((*shape, key_dim), dtype, device)
+        self.values = _zeros((*shape, value_dim), dtype, device)
         self._native = self.keys.device.type == "cpu" and dtype == torch.bfloat16 and has_numba()
 
     def like(self, slots: int, columns: int) -> SlotCache:
@@ -77,3 +82,13 @@ class SlotCache:
         """Wipe a slot whose numbers went bad: masked NaN rows of V would still give NaN."""
         self.keys[:, slot].zero_()
         self.values[:, slot].zero_()
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On a CPU pages that are taken when they are first written: torch.zeros writes them all, a second of a start."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    whole = torch.from_numpy(np.zeros(size + LINE, np.uint8))
+    start = -whole.data_ptr() % LINE
+    return whole[start : start + size].view(dtype).view(shape)

@@ -3,20 +3,31 @@ either, never the text."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import LoadError
 from .formats import best_format, format_times
-from .heads import Heads
-from .int4 import Int4Linear
+from .heads import Heads, HeadsInfo
+from .int4 import Int4Linear, int4_kind_of
 from .int8 import Int8Linear, quantize_linears
+from .measured import machine_key, measured_once
 
 CPU_VOCAB = (
     16384  # the output layer is most of what a draft reads; these tokens are 97 % of the default model's answers
 )
 WORTH_IT = 1 << 20  # numbers of an output layer from which on its time shows
+
+
+def as_served(heads: Heads, info: HeadsInfo, model: Any, cache: Path, draft_vocab: int | None = None) -> list[str]:
+    """Make heads that hang on `model` what drafts for it: limit_vocabulary and make_fast. → notes. Raises LoadError."""
+    output, ordered = model.get_output_embeddings(), info.layout == "native"
+    return [
+        *limit_vocabulary(heads, output, draft_vocab, ordered=ordered),
+        *make_fast(heads, cache, int4_kind_of(model)),
+    ]
 
 
 def limit_vocabulary(heads: Heads, base_output: Any, wanted: int | None, *, ordered: bool) -> list[str]:
@@ -50,9 +61,9 @@ def int8_kind(int4: type[Int4Linear]) -> type[Int8Linear]:
     return NativeInt8Linear
 
 
-def make_fast(heads: Heads, int4: type[Int4Linear] = Int4Linear) -> list[str]:
-    """Let heads on a CPU draft in what multiplies fastest there, by a measurement of their output layer that takes some
-    milliseconds, or in int8 as the base does. → notes. Text is never drawn from drafts: it stays the base's.
+def make_fast(heads: Heads, cache: Path, int4: type[Int4Linear] = Int4Linear) -> list[str]:
+    """Let heads on a CPU draft in what multiplies fastest there, by a measurement of their output layer that is kept in
+    the `cache` folder, or in int8 as the base does. → notes. Text is never drawn from drafts: it stays the base's.
     int4: whose products such weights get"""
     output = heads.output
     weight = output.weight
@@ -64,7 +75,13 @@ def make_fast(heads: Heads, int4: type[Int4Linear] = Int4Linear) -> list[str]:
         if weight.device.type != "cpu" or formats is None or weight.numel() < WORTH_IT:
             return []
         matrix = weight if weight.dim() == 2 else weight[0]
-        times = format_times([matrix.detach()], rows=2, int4=int4)
+        shape, key = " x ".join(map(str, matrix.shape)), machine_key("cpu")
+        times, _ = measured_once(
+            cache,
+            f"drafts in {', '.join(formats)}, {shape}{int4.note}: {key}",
+            set(),
+            lambda: format_times([matrix.detach()], rows=2, int4=int4),
+        )
         best = best_format(times, tuple(name for name in formats if name in times))
     else:
         best = "int8"

@@ -23,7 +23,7 @@ from torch import Tensor
 from .attention import has_numba
 from .int4 import GROUP, ROW_MULTIPLE, Int4Linear
 from .int8 import WIDTH, int8_product, quantized
-from .measured import machine_key, recall, remember
+from .measured import machine_key, measured_once
 
 SMALL = 30_000_000  # weights up to which a model is fast enough to stay exact
 ROWS = 4  # of a product: a small tree
@@ -50,11 +50,12 @@ def choose_format(config: Any, formats: tuple[str, ...], cache: Path) -> tuple[s
         return formats[0], "the text is then exact token for token, and the model is small"
     formats = tuple(name for name in formats if _fits(name, inner, hidden) and _fits(name, hidden, inner))
     key = f"format {hidden} x {inner}: {machine_key('cpu')}"
-    times, unkept = recall(cache, key), None
-    if not isinstance(times, dict) or not {*formats, SLOWER} <= set(times):
+
+    def measure() -> dict[str, float]:
         weights = [torch.randn(inner, hidden) for _ in range(max(1, NUMBERS // (hidden * inner)))]
-        times = format_times(weights, int4=int4_kind(cache) if "int4" in formats else Int4Linear)
-        unkept = remember(cache, key, times)
+        return choice_times(weights, int4_kind(cache) if "int4" in formats else Int4Linear)
+
+    times, unkept = measured_once(cache, key, {*formats, SLOWER}, measure)
     told = ", ".join(f"{name} {times[name]:.1f} ms" for name in formats)
     if "bfloat16" in formats and times[SLOWER] > LOSS:
         formats = tuple(name for name in formats if name != "bfloat16")
@@ -71,15 +72,19 @@ def best_format(times: dict[str, float], formats: tuple[str, ...]) -> str:
     return best
 
 
-def format_times(weights: list[Tensor], rows: int = ROWS, int4: type[Int4Linear] = Int4Linear) -> dict[str, float]:
-    """Milliseconds of the products of `rows` rows with these weights (out, in) float in each format: the median of
-    rounds that take turns; and SLOWER, of the first weight alone."""
-    makers = PASSES | {"int4": partial(_int4, int4)}
-    passes = {name: make(weights) for name, make in makers.items() if _fits(name, *weights[0].shape)}
-    times = _timed(passes, torch.randn(rows, weights[0].shape[1]))
+def choice_times(weights: list[Tensor], int4: type[Int4Linear]) -> dict[str, float]:
+    """format_times, and SLOWER of the first weight."""
     floats = {name: PASSES[name](weights[:1]) for name in ("float32", "bfloat16")}
     wide = _timed(floats, torch.randn(WIDE, weights[0].shape[1]))
-    return {**times, SLOWER: round(wide["bfloat16"] / wide["float32"], 3)}
+    return {**format_times(weights, int4=int4), SLOWER: round(wide["bfloat16"] / wide["float32"], 3)}
+
+
+def format_times(weights: list[Tensor], rows: int = ROWS, int4: type[Int4Linear] = Int4Linear) -> dict[str, float]:
+    """Milliseconds of the products of `rows` rows with these weights (out, in) float in each format: the median of
+    rounds that take turns."""
+    makers = PASSES | {"int4": partial(_int4, int4)}
+    passes = {name: make(weights) for name, make in makers.items() if _fits(name, *weights[0].shape)}
+    return _timed(passes, torch.randn(rows, weights[0].shape[1]))
 
 
 def _timed(passes: dict[str, Callable[[Tensor], None]], x: Tensor) -> dict[str, float]:
@@ -100,12 +105,12 @@ def int4_kind(cache: Path) -> type[Int4Linear]:
     from .native_products import NativeInt4Linear
 
     key, kinds = f"int4 products: {machine_key('cpu')}", {"torch": Int4Linear, "own": NativeInt4Linear}
-    times = recall(cache, key)
-    if not isinstance(times, dict) or set(times) != set(kinds):
+
+    def measure() -> dict[str, float]:
         weights = [torch.empty(*INT4_SHAPE)] * (NUMBERS * 4 // math.prod(INT4_SHAPE))
-        passes = {name: _int4(kind, weights) for name, kind in kinds.items()}
-        times = _timed(passes, torch.randn(ROWS, INT4_SHAPE[1]))
-        remember(cache, key, times)
+        return _timed({name: _int4(kind, weights) for name, kind in kinds.items()}, torch.randn(ROWS, INT4_SHAPE[1]))
+
+    times, _ = measured_once(cache, key, set(kinds), measure)
     return NativeInt4Linear if times["own"] < times["torch"] else Int4Linear
 
 

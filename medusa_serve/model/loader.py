@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,21 @@ def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
     _settle_generation_config(model, eos_ids)
     positions = _max_positions(model.config)
     return LoadedModel(model, tokenizer, codec, name, device, dtype, eos_ids, positions, weights, notes, source)
+
+
+def in_few_bits(config: EngineConfig) -> EngineConfig:
+    """The same model for what only answers: in int4 where it would be loaded as it is on a CPU and its weights are such
+    numbers already, which answer several times as fast; elsewhere as it was asked for. Raises LoadError."""
+    if config.quantize != "none" or config.dtype not in ("auto", "bfloat16"):
+        return config
+    if device_of(config).type != "cpu" or not stored_in_few_bits(Path(_source(config.model, True)[0])):
+        return config
+    return replace(config, quantize="int4")
+
+
+def device_of(config: EngineConfig) -> torch.device:
+    """Where its model will be. Raises LoadError."""
+    return _choose_device(config.device, [])
 
 
 # ---- choices ---------------------------------------------------------------------------------------------------------

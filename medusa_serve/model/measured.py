@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,17 @@ def remember(cache: Path, key: str, value: Any) -> str | None:
     except OSError as error:
         return f"{cache} cannot be written ({error.strerror or error})"
     return None
+
+
+def measured_once(
+    cache: Path, key: str, names: set[str], measure: Callable[[], dict[str, float]]
+) -> tuple[dict[str, float], str | None]:
+    """(times of at least these names, as kept or measured now; why they could not be kept, or None)"""
+    times = recall(cache, key)
+    if isinstance(times, dict) and names <= set(times):
+        return times, None
+    times = measure()
+    return times, remember(cache, key, times)
 
 
 def _read(cache: Path) -> dict[str, Any]:

@@ -15,11 +15,13 @@ from .tree import Tree
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
 TREE = Tree(paths=((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))
 PATH = (0, 1, 3, 6)  # the nodes that the test commits: the root and (0,) (0,0) (0,0,0)
+LEAVES = ((0, 1, 4), (0, 2, 5))  # the paths to the others: (0,1) and (1,0)
 
 
 @torch.no_grad()
 def references(model: Any, device: torch.device) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
-    """Prompts and, for each, the plain forward's last logits along every path of TREE and one step past PATH.
+    """Prompts and, for each, the plain forward's logits of every node of TREE after its own path, and one step past
+    PATH: a token's are the same whatever follows it, so that one pass gives those of all nodes of a path.
 
     Must run before the attention is replaced.
     """
@@ -30,9 +32,12 @@ def references(model: Any, device: torch.device) -> tuple[list[torch.Tensor], li
     wanted = []
     for ids in prompts:
         prompt, nodes = ids[:-count], ids[-count:]
-        rows = [torch.cat([prompt, nodes[torch.tensor(_ancestors(node))]]) for node in range(TREE.num_nodes)]
-        rows.append(torch.cat([prompt, nodes[torch.tensor(PATH)], nodes[-1:]]))
-        wanted.append([model(input_ids=row[None], use_cache=False).logits[0, -1] for row in rows])
+        found: dict[int, torch.Tensor] = {}
+        for path in (*LEAVES, (*PATH, TREE.num_nodes)):
+            row = torch.cat([prompt, nodes[torch.tensor(path)]])
+            logits = model(input_ids=row[None], use_cache=False).logits[0, len(prompt) :]
+            found |= dict(zip(path, logits, strict=True))
+        wanted.append([found[node] for node in range(count)])
     return prompts, wanted
 
 
@@ -81,10 +86,3 @@ def check(
     if not error <= TOLERANCE.get(forward.model.dtype, 0.1):
         raise PlugInError(f"its logits differ from a plain forward (relative error {error:.1g})")
     return error
-
-
-def _ancestors(node: int) -> list[int]:
-    path = [node]
-    while path[0]:
-        path.insert(0, TREE.parents[path[0]])
-    return path

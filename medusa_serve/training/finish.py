@@ -6,7 +6,7 @@ import datetime
 import platform
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..model.checkpoints import save_heads
 from ..model.heads import Heads, HeadsInfo, SequentialHeads, num_parameters
 from ..model.tree import NUM_RANKS
-from .batches import in_order, make_batch
+from .batches import Batch, in_order, make_batch
 from .calibrate import PAST_END, SAMPLED, Noise, Ranks, conditional_ranks, fit_tau, forecast, top_shares, true_ranks
 from .distill import first_loop
 from .report import EngineReport, engine_report
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .train_heads import TrainConfig
 
 TAU_ROWS = 8192  # rows that a calibration of tau looks at
+KEPT = 2**28  # bytes of the held-out answers' hidden states
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,25 @@ def choose_held_out(answers: Answers, numbers: np.ndarray, count: int) -> tuple[
 @dataclass(frozen=True)
 class Subject:
     """What is measured: heads on the base that they hang on, by its answers. size: tokens of a pass · autocast: the
-    context of one; loaded heads need none, as they are in the base's dtype."""
+    context of one; loaded heads need none, as they are in the base's dtype · kept: by an answer's number what heads
+    read at its rows, as far as KEPT bytes go: a training measures the same answers again and again."""
 
     heads: Heads
     teacher: Teacher
     answers: Answers
     size: int
     autocast: Callable[[], Any] = nullcontext
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+    def hidden(self, batch: Batch, lengths: np.ndarray) -> Tensor:
+        """What the heads read at a batch's rows, (R, M·H)."""
+        numbers, kept = batch.sequence.tolist(), self.kept
+        if all(number in kept for number in numbers):
+            return torch.cat([kept[number] for number in numbers])
+        rows = self.teacher.hidden(batch.ids)[0][batch.at]
+        if sum(each.nbytes for each in kept.values()) + rows.nbytes <= KEPT:
+            kept.update(zip(numbers, rows.split(lengths.tolist()), strict=True))
+        return rows
 
 
 class Rows(NamedTuple):
@@ -108,10 +121,9 @@ def passes(subject: Subject, numbers: np.ndarray, *, sampled: bool) -> Iterator[
     """These answers in order, a batch at a time. sampled: all of them are, each with its own seed and temperature."""
     heads, teacher, answers = subject.heads, subject.teacher, subject.answers
     for chosen in in_order(answers, numbers, subject.size):
-        batch = make_batch(answers, chosen).to(teacher.device)
+        batch, lengths = make_batch(answers, chosen).to(teacher.device), answers.answer_len[chosen] - 1
         with torch.no_grad(), subject.autocast():
-            features = head_features(heads, teacher.hidden(batch.ids)[0][batch.at], batch)
-        lengths = answers.answer_len[chosen] - 1
+            features = head_features(heads, subject.hidden(batch, lengths), batch)
         noise = None
         if sampled:
             first = answers.prompt_len[chosen] + 1  # position of the first drafted token, after the pending one
@@ -170,6 +182,7 @@ def finish(
     facts: dict[str, Any],
     *,
     trial: Path,
+    serving: Any = None,
     eos_ids: Collection[int] = (),
     max_positions: int | None = None,
     seconds: float = 20.0,
@@ -178,7 +191,8 @@ def finish(
     """Measure, calibrate, save into config.out with provenance.
 
     seconds: for the engine's answers · trial: a folder where the engine finds the heads before config.out exists, so
-    that after an interruption here the same command still goes on
+    that after an interruption here the same command still goes on · serving: the base as that engine has it, None: as
+    the teacher
     """
     heads, teacher, answers = subject.heads, subject.teacher, subject.answers
     cold = held_out[answers.temperature[held_out] == 0]
@@ -202,8 +216,9 @@ def finish(
     info = describe(heads, teacher, table, tau, provenance, noise_tau)
     save_heads(heads, info, trial, overwrite=True)
     engine, said = engine_report(
-        teacher.model, trial, answers, held_out, eos_ids=eos_ids, max_positions=max_positions, seconds=seconds
-    )
+        teacher.model if serving is None else serving, trial, answers, held_out, eos_ids=eos_ids,
+        max_positions=max_positions, seconds=seconds,
+    )  # fmt: skip
     note(said)
     provenance |= engine.facts()
     path = save_heads(heads, replace(info, provenance=provenance), config.out)

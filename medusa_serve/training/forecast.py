@@ -9,7 +9,7 @@ from pathlib import Path
 from ..config import EngineConfig
 from ..errors import LoadError
 from ..model.gpu import release
-from ..model.loader import load_model
+from ..model.loader import in_few_bits, load_model
 from .distill import DistillConfig
 from .pipeline import DISTILL_SHARE, make_answers
 from .prompts import read_prompts, split
@@ -22,15 +22,16 @@ LEARNT = ((1, 1.0), (1_090, 1.36), (241_000, 1.85), (15_012_194, 2.49))
 
 @dataclass(frozen=True)
 class Forecast:
-    """rate: tokens of answers a second, measured here · minutes: of the whole training"""
+    """rate: tokens of answers a second, measured here · minutes: of the whole training · share: of them, answers'"""
 
     rate: float
     minutes: float
+    share: float
 
     @property
     def tokens(self) -> float:
         """Of answers, in the share of the time that goes into them."""
-        return self.rate * 60 * self.minutes * DISTILL_SHARE
+        return self.rate * 60 * self.minutes * self.share
 
     @property
     def acceptance(self) -> float:
@@ -39,9 +40,9 @@ class Forecast:
 
     def __str__(self) -> str:
         most = LEARNT[-1]
-        whole = most[0] / self.rate / 60 / DISTILL_SHARE
+        whole = most[0] / self.rate / 60 / self.share
         return (
-            f"{self.minutes:g} minutes: {DISTILL_SHARE:.0%} of them for some {self.tokens:,.0f} tokens of answers "
+            f"{self.minutes:g} minutes: {self.share:.0%} of them for some {self.tokens:,.0f} tokens of answers "
             f"({self.rate:,.0f} a second here), the rest for training.\n"
             f"Heads of the default model made {self.acceptance:.1f} tokens per step of as many (8 nodes; 1 is plain "
             f"decoding), and {most[1]:.1f} of {most[0]:,}, which would take {whole:,.0f} minutes here.\n"
@@ -68,7 +69,8 @@ def forecast(
 ) -> Forecast:
     """Make answers for some seconds, into the folder that the training then goes on with. Raises LoadError."""
     training, _ = split(read_prompts(prompts))
-    loaded = load_model(config)
+    loaded = load_model(in_few_bits(config))
+    share = DISTILL_SHARE[loaded.device.type]
     try:
         made = make_answers(loaded, training, answers, DistillConfig(seconds=seconds, max_tokens=answer_tokens))
     finally:
@@ -76,4 +78,4 @@ def forecast(
         release()
     if not made.tokens:
         raise LoadError("No answer was finished in the time of the forecast; give it more, or shorter answers.")
-    return Forecast(made.tokens / made.seconds, minutes)
+    return Forecast(made.tokens / made.seconds, minutes, share)

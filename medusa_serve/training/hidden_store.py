@@ -3,7 +3,8 @@
 A sequence of n rows needs the n + 1 states that follow one another from its prompt's last token on (see batches.py):
 row i reads state i, and its teacher is state i + 1. They lie side by side in one buffer, sequence after sequence. What
 finds no room there passes through the base at each step again; its states then lie in the buffer's first rows, so that
-a batch reads from one place whatever it is made of. Nothing here waits for the device.
+a batch reads from one place whatever it is made of. What there was no time for beforehand is kept once a step has asked
+for it. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ class HiddenStore:
         self.pass_tokens = PASS_TOKENS[teacher.device.type]
         self.text = torch.from_numpy(answers.tokens.astype(np.int32)).to(teacher.device)
         self.first = np.full(len(answers), -1, np.int64)
-        self.spare = 0
+        self.spare = self.end = 0  # end: of what is kept
         self.buffer = torch.empty(0)
 
     def reserve(self, batch_rows: int, kept: int = 0) -> None:
         """An empty buffer: for batches of so many rows that are not kept, and for `kept` states."""
         self.first[:] = -1
         self.spare = max(2 * batch_rows, int(self.answers.answer_len.max()))  # n + 1 states a sequence, n >= 1
+        self.end = self.spare
         self.buffer = torch.empty(0)  # free the old one first
         width = len(self.teacher.hidden_inputs) * self.teacher.hidden_size
         self.buffer = torch.empty(self.spare + kept, width, dtype=self.teacher.dtype, device=self.teacher.device)
@@ -57,13 +59,13 @@ class HiddenStore:
         answers, deadline = self.answers, time.monotonic() + seconds
         self.reserve(batch_rows, int(answers.answer_len[order].sum()))
         size = max(1, int(WINDOW * self.pass_tokens / max(1.0, answers.length[order].mean()))) if len(order) else 1
-        place, count = self.spare, 0
+        count = 0
         for start in range(0, len(order), size):
             for chosen in in_order(answers, by_length(answers, order[start : start + size]), self.pass_tokens):
                 if time.monotonic() > deadline:
                     return count
-                self.first[chosen] = self._write(chosen, place)
-                place, count = place + int(answers.answer_len[chosen].sum()), count + len(chosen)
+                self._keep(chosen)
+                count += len(chosen)
         return count
 
     def load(self, numbers: np.ndarray) -> tuple[Batch, Tensor, Tensor]:
@@ -73,8 +75,12 @@ class HiddenStore:
         absent, numbers = by_length(self.answers, numbers[missing]), numbers[~missing]
         first, place = [self.first[numbers]], 0
         for chosen in in_order(self.answers, absent, self.pass_tokens):
-            first.append(self._write(chosen, place))
-            place += int(self.answers.answer_len[chosen].sum())
+            rows = int(self.answers.answer_len[chosen].sum())
+            if self.end + rows <= len(self.buffer):
+                first.append(self._keep(chosen))
+            else:
+                first.append(self._write(chosen, place))
+                place += rows
         numbers = np.concatenate([numbers, absent])
         rows = self.answers.answer_len[numbers] - 1
         begin = self.answers.start[numbers] + self.answers.prompt_len[numbers] - 1
@@ -88,6 +94,12 @@ class HiddenStore:
         """A pass of the base of this size over sequences of this length, for its memory alone."""
         ids = torch.zeros(max(1, tokens // longest), longest, dtype=torch.int64, device=self.teacher.device)
         self.teacher.hidden(ids)
+
+    def _keep(self, chosen: np.ndarray) -> np.ndarray:
+        """Behind what is kept already."""
+        self.first[chosen] = self._write(chosen, self.end)
+        self.end += int(self.answers.answer_len[chosen].sum())
+        return self.first[chosen]
 
     def _write(self, chosen: np.ndarray, place: int) -> np.ndarray:
         """One pass of the base; its states go into the buffer from `place` on. → where each sequence's begin (B)."""

@@ -17,7 +17,7 @@ import torch
 
 from ..config import EngineConfig
 from ..errors import InvalidConfig, LoadError
-from ..model.loader import LoadedModel, load_model
+from ..model.loader import LoadedModel, device_of, in_few_bits, load_model
 from .distill import DistillConfig, Generate, Made, distill, engine_generate
 from .finish import Measured
 from .prompts import Prompt, read_prompts, split
@@ -25,7 +25,7 @@ from .report import running
 from .shards import read_answers
 from .train_heads import Report, TrainConfig, check_output, is_out_of_memory, state_path, train
 
-DISTILL_SHARE = 0.4  # of the minutes asked for go into answers
+DISTILL_SHARE = {"cpu": 0.25, "cuda": 0.4}  # of the minutes, for answers: a CPU learns from few of those it can make
 SLOTS = {"cpu": 16, "cuda": 512}
 PREFILL_TOKENS = 16384
 MIN_PROMPTS = 2  # one to train on and one to measure on
@@ -101,8 +101,8 @@ def train_from_prompts(
     note: Note = print,
     **options: Any,
 ) -> Measured:
-    """Answers for 40 % of the minutes, training for the rest, then calibration and a report through the engine (a tenth
-    of the training's time, 20 seconds at most); the heads are in `out`, ready for --heads.
+    """Answers for DISTILL_SHARE of the minutes, training for the rest, then calibration and a report through the engine
+    (a tenth of the training's time, 20 seconds at most); the heads are in `out`, ready for --heads.
 
     answers: a folder to keep the answers in (default: `<out>.answers`, which is left there for another try), of
     answer_tokens at most. options: TrainConfig's fields. Given again after an interruption, it goes on: answers that
@@ -114,24 +114,26 @@ def train_from_prompts(
     if unknown:
         raise InvalidConfig(f"Unknown option {sorted(unknown)[0]!r}.", param=sorted(unknown)[0])
     source = model if isinstance(model, EngineConfig) else EngineConfig(model=model)
-    config = TrainConfig(family=family, out=str(out), minutes=minutes * (1 - DISTILL_SHARE), **options)  # type: ignore[arg-type]
+    share = DISTILL_SHARE[device_of(source).type]
+    config = TrainConfig(family=family, out=str(out), minutes=minutes * (1 - share), **options)  # type: ignore[arg-type]
     check_output(config)  # before anything is loaded
     training, _ = split(read_prompts(prompts))
     if len(training) < MIN_PROMPTS:
         raise LoadError(f"{prompts} holds too few prompts to train on: {len(training)} beside those held out.")
     folder = Path(answers or f"{str(out).rstrip('/')}.answers")
-    loaded = load_model(source)
+    small = in_few_bits(source)
+    serving = load_model(small)
     if not under_way(out):  # it must not see other answers than it began with
-        config_of_answers = DistillConfig(seconds=60 * minutes * DISTILL_SHARE, max_tokens=answer_tokens)
-        make_answers(loaded, training, folder, config_of_answers, note=note)
-    line = ProgressLine()
+        config_of_answers = DistillConfig(seconds=60 * minutes * share, max_tokens=answer_tokens)
+        make_answers(serving, training, folder, config_of_answers, note=note)
+    loaded, line = serving if small is source else load_model(source), ProgressLine()
 
     def show(report: Report) -> None:
         line.end(report.line)
 
     return train(
-        loaded.model, read_answers(folder), config, model_name=loaded.name, eos_ids=loaded.eos_ids,
-        max_positions=loaded.max_positions, progress=show, note=note,
+        loaded.model, read_answers(folder), config, serving=serving.model, model_name=loaded.name,
+        eos_ids=loaded.eos_ids, max_positions=loaded.max_positions, progress=show, note=note,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The report at the end of a training: the serving engine answers held-out prompts with the heads just saved.
 
-Nothing is forecast here, as it is in calibrate.py. The heads are read from their folder in the base's dtype and draft a
-tree of each step's own, and no lookup drafts beside them.
+Nothing is forecast here, as it is in calibrate.py. The heads are read from their folder and draft a tree of each step's
+own as they do in the server, and no lookup drafts beside them.
 """
 
 from __future__ import annotations
@@ -16,19 +16,23 @@ from typing import Any
 
 import numpy as np
 
-from ..config import MAX_NODES, EngineConfig
+from ..config import EngineConfig
 from ..engine.batch_manager import BatchManager
 from ..errors import MedusaServeError
 from ..model.beam import drafter_of
 from ..model.build import Built, build_runner
 from ..model.checkpoints import load_heads
+from ..model.default_model import cache_folder
 from ..model.draft import Drafter
+from ..model.draft_cost import as_served
+from ..model.plan import AUTO_NODES
+from ..model.workers import give_up_workers
 from ..types import Completion, Delta, SamplingParams
 from .calibrate import SAMPLED
 from .distill import Job
 from .shards import Answers
 
-NODES = (8, MAX_NODES)
+NODES = 8  # of the smaller tree; the larger one is the largest that a server takes by itself
 PROMPTS, TOKENS = 32, 96  # prompts at most, and tokens of an answer
 SLOTS = {"cpu": 1, "cuda": 8}  # answered at once; each has its own whole tree, so company changes no acceptance
 SECONDS = 20.0  # after so long, both trees together, no more prompts are begun
@@ -67,6 +71,7 @@ def running(
     """The serving engine without text; the model has its own attention back afterwards."""
     built = build_runner(model, config, eos_ids=sorted(eos_ids), max_positions=max_positions, drafter=drafter)
     manager = BatchManager(built.runner, None, config, model_name=config.model)
+    give_up_workers()  # this thread waits now, and its own would slow the engine's
     manager.start()
     try:
         yield manager, built
@@ -127,9 +132,10 @@ def _measure(
     heads, info = load_heads(
         folder, hidden_size=text.hidden_size, vocab_size=vocab, dtype=model.dtype, device=model.device, base_model=model
     )
+    as_served(heads, info, model, cache_folder())
     most, slots = drafter_of(heads, info, "auto").max_nodes + 1, SLOTS[model.device.type]
     context = max(len(job.prompt_ids) for job in jobs) + TOKENS
-    sizes = sorted({min(nodes, most) for nodes in NODES})
+    sizes = sorted({min(nodes, most) for nodes in (NODES, max(AUTO_NODES[model.device.type]))})
     for left, nodes in zip(range(len(sizes), 0, -1), sizes, strict=True):
         config = EngineConfig(tree=str(nodes), lookup=False, slots=slots, max_context=context, max_queue=slots)
         began = time.monotonic()

@@ -39,7 +39,9 @@ from .train_config import Report, TrainConfig
 BATCH_ROWS = {"cpu": 256, "cuda": 8192}
 LR = {"cpu": 3e-3, "cuda": 1e-3}
 VALUE_EVERY = 10  # steps: the loss itself is only looked at
-FILL_SHARE = 0.3  # of the time that is left, at most, to have the base's hidden states before the first step
+# of the time that is left, at most, to have the base's hidden states before the first step: on a GPU large passes take
+# a fraction of small ones' time, on a CPU none of it is saved, and some answers are never asked for
+FILL_SHARE = {"cpu": 0.0, "cuda": 0.3}
 LOOKING_SHARE = 0.1  # of the time, at most, for the reports on the way: on a slow CPU one takes as long as ten steps
 REPORT_SHARE = 0.1  # of the time that a training took, at most, for the engine's answers at its end
 # options that may change when a run goes on
@@ -66,6 +68,7 @@ def train(
     answers: Answers,
     config: TrainConfig,
     *,
+    serving: Any = None,
     model_name: str = "",
     eos_ids: Collection[int] = (),
     max_positions: int | None = None,
@@ -74,7 +77,8 @@ def train(
 ) -> Measured:
     """Train, calibrate, report, save into config.out; returns what was measured on the held-out answers.
 
-    model: the base, frozen and in eval mode, on its device · eos_ids, max_positions: the model's, for the report.
+    model: the base, frozen and in eval mode, on its device · serving: the base as the report's engine has it, None: the
+    same · eos_ids, max_positions: the model's, for the report.
     Raises LoadError: output exists, answers of another vocabulary, too few answers, a batch that does not fit (with the
     size that does), an earlier run with other options.
     """
@@ -104,8 +108,8 @@ def train(
     facts = run.facts()
     run.release()
     measured = finish(
-        run.subject(), run.held_out, config, facts, trial=run.state_path.parent / "heads", eos_ids=eos_ids,
-        max_positions=max_positions, seconds=REPORT_SHARE * run.elapsed, note=note,
+        run.subject(), run.held_out, config, facts, trial=run.state_path.parent / "heads", serving=serving,
+        eos_ids=eos_ids, max_positions=max_positions, seconds=REPORT_SHARE * run.elapsed, note=note,
     )  # fmt: skip
     shutil.rmtree(run.state_path.parent, ignore_errors=True)
     return measured
@@ -131,6 +135,7 @@ class Run:
         self.batch_rows = config.batch_rows or BATCH_ROWS[self.device.type]
         self.step = self.epoch = self.place = self.tokens = 0
         self.elapsed = self.prepared = 0.0  # seconds, and those among them before steps began
+        self._measured: dict[int, Tensor] = {}  # as Subject.kept
         self._transient = 0  # bytes that a step takes for a while
         self.state_path = state_path(config.out)
 
@@ -140,7 +145,7 @@ class Run:
 
     def subject(self) -> Subject:
         """For measuring; a pass without gradients may take twice as much as a step."""
-        return Subject(self.heads, self.teacher, self.answers, 2 * self.batch_rows, self.autocast)
+        return Subject(self.heads, self.teacher, self.answers, 2 * self.batch_rows, self.autocast, self._measured)
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
@@ -216,7 +221,8 @@ class Run:
         fit. A batch that was asked for and does not fit is an error that names the one that does."""
         longest = int(self.answers.length[self.numbers].max())
         tokens = self.store.pass_tokens
-        self.store.pass_tokens = self._fitting(tokens, longest, lambda size: self.store.try_pass(size, longest))
+        if self.device.type == "cuda":  # on a CPU a pass of so few tokens takes seconds, and no memory to speak of
+            self.store.pass_tokens = self._fitting(tokens, longest, lambda size: self.store.try_pass(size, longest))
         asked = self.batch_rows
         self.batch_rows = self._fitting(asked, int(self.answers.answer_len[self.numbers].max()), self._try_step)
         if self.batch_rows < asked:
@@ -269,12 +275,12 @@ class Run:
         order, everything = self.store.choose(order, budget), len(order)
         seconds = math.inf
         if self.config.minutes is not None:
-            seconds = FILL_SHARE * (60.0 * self.config.minutes - self.elapsed)
+            seconds = FILL_SHARE[self.device.type] * (60.0 * self.config.minutes - self.elapsed)
         if len(order):
             note(f"the base reads {len(order):,} of {everything:,} answers once, its hidden states are kept")
-        kept = self.store.keep(order, self.batch_rows, seconds)
-        if kept < everything:
-            note(f"{everything - kept:,} of {everything:,} answers pass through the base at each step again")
+        self.store.keep(order, self.batch_rows, seconds)
+        if len(order) < everything:
+            note(f"{everything - len(order):,} of {everything:,} answers pass through the base at each step again")
         self.prepared += time.monotonic() - started
         self.elapsed += time.monotonic() - started
 

@@ -69,19 +69,19 @@ def state(heads):
     return {name: tensor.dtype for name, tensor in heads.named_parameters()}, heads.output.weight.dtype
 
 
-def test_small_and_other_heads_keep_their_numbers(monkeypatch):
+def test_small_and_other_heads_keep_their_numbers(tmp_path, monkeypatch):
     heads, _ = mapped()
     before = state(heads)
-    assert make_fast(heads) == []
+    assert make_fast(heads, tmp_path) == []
     monkeypatch.setattr(draft_cost, "WORTH_IT", 1)
     monkeypatch.setattr(draft_cost, "format_times", lambda weights, rows, int4: dict.fromkeys(formats.PASSES, 1.0))
-    assert make_fast(heads) == []  # all alike: the most exact one
+    assert make_fast(heads, tmp_path) == []  # all alike: the most exact one
     assert state(heads) == before
-    assert make_fast(heads.double()) == []
+    assert make_fast(heads.double(), tmp_path) == []
 
 
 @pytest.mark.parametrize(("best", "output"), [("bfloat16", torch.bfloat16), ("int8", torch.int8)])
-def test_the_fastest_format_is_used(monkeypatch, best, output):
+def test_the_fastest_format_is_used(tmp_path, monkeypatch, best, output):
     made = (
         SequentialHeads(HIDDEN, inner=64, readout=32, token_map=torch.arange(59, 19, -1)).eval().requires_grad_(False)
     )
@@ -93,7 +93,7 @@ def test_the_fastest_format_is_used(monkeypatch, best, output):
     monkeypatch.setattr(
         draft_cost, "format_times", lambda weights, rows, int4: dict.fromkeys(formats.PASSES, 1.0) | {best: 0.5}
     )
-    (note,) = make_fast(made)
+    (note,) = make_fast(made, tmp_path)
     assert best in note
     assert made.output.weight.dtype == output
     assert layer.weight.dtype == torch.float32  # the base's own
@@ -104,7 +104,7 @@ def test_the_fastest_format_is_used(monkeypatch, best, output):
     assert bool(got[0].isfinite().all())
 
 
-def test_heads_of_an_int8_base_draft_in_int8(monkeypatch):
+def test_heads_of_an_int8_base_draft_in_int8(tmp_path, monkeypatch):
     made = (
         SequentialHeads(HIDDEN, inner=64, readout=32, token_map=torch.arange(59, 19, -1)).eval().requires_grad_(False)
     )
@@ -112,14 +112,14 @@ def test_heads_of_an_int8_base_draft_in_int8(monkeypatch):
     made.to(torch.bfloat16).attach(layer, torch.randn(VOCAB, HIDDEN))
     assert torch.equal(made.output.weight, layer.weight[made.token_map])
     assert limit_vocabulary(made, layer, 10, ordered=True)
-    assert make_fast(made)
+    assert make_fast(made, tmp_path)
     features = torch.randn(3, HIDDEN)
     want = layer(features)[:, made.token_map]
     assert torch.equal(made.project(features), want)
 
 
 @pytest.mark.parametrize(("kind", "linears"), [(Int4Linear, Int8Linear), (NativeInt4Linear, NativeInt8Linear)])
-def test_a_bfloat16_output_layer_may_draft_in_int4(monkeypatch, kind, linears):
+def test_a_bfloat16_output_layer_may_draft_in_int4(tmp_path, monkeypatch, kind, linears):
     """Rounded to 16 steps a group of 32: drafts alone read it, so the base's layer keeps its numbers."""
     torch.manual_seed(0)
     made = SequentialHeads(HIDDEN, inner=64, readout=32, token_map=torch.arange(59, 11, -1)).eval()
@@ -131,7 +131,7 @@ def test_a_bfloat16_output_layer_may_draft_in_int4(monkeypatch, kind, linears):
     monkeypatch.setattr(draft_cost, "WORTH_IT", 1)
     times = dict.fromkeys(formats.PASSES, 1.0) | {"int8": 0.5, "int4": 0.3}
     monkeypatch.setattr(draft_cost, "format_times", lambda weights, rows, int4: times)
-    (note,) = make_fast(made, kind)
+    (note,) = make_fast(made, tmp_path, kind)
     assert "int4" in note
     assert type(made.output.small) is kind
     assert type(made.cell[0].w_in) is linears
@@ -140,3 +140,19 @@ def test_a_bfloat16_output_layer_may_draft_in_int4(monkeypatch, kind, linears):
     got = made.project(features)
     assert got.shape == exact.shape
     assert float((got.float() - exact).norm() / exact.norm()) < 0.1
+
+
+def test_drafts_are_timed_once_for_a_machine(tmp_path, monkeypatch):
+    asked = []
+
+    def times(weights, rows, int4):
+        asked.append(rows)
+        return dict.fromkeys(formats.PASSES, 1.0) | {"bfloat16": 0.5}
+
+    monkeypatch.setattr(draft_cost, "WORTH_IT", 1)
+    monkeypatch.setattr(draft_cost, "format_times", times)
+    notes = [make_fast(mapped()[0], tmp_path) for _ in range(2)]
+    assert notes[0] == notes[1]
+    assert "bfloat16" in notes[0][0]
+    make_fast(mapped(token_map=torch.arange(59, 29, -1))[0], tmp_path)  # of another shape
+    assert len(asked) == 2

@@ -8,7 +8,7 @@ import torch
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import InvalidConfig, LoadError
 from medusa_serve.model import formats, loader, measured
-from medusa_serve.model.formats import SLOWER, best_format, choose_format, format_times, int4_kind
+from medusa_serve.model.formats import SLOWER, best_format, choice_times, choose_format, format_times, int4_kind
 from medusa_serve.model.int4 import Int4Linear
 from medusa_serve.model.native_products import NativeInt4Linear
 from tests.tiny import save_tiny_folder
@@ -42,28 +42,28 @@ def test_the_most_exact_format_that_is_not_a_fifth_slower(times, best):
 )
 def test_bfloat16_is_not_taken_where_a_prompt_would_pay_for_it(tmp_path, monkeypatch, slower, names, best):
     times = dict(zip(ALL, (10.0, 7.0, 6.0), strict=True)) | {SLOWER: slower}
-    monkeypatch.setattr(formats, "format_times", lambda weights, int4=None: times)
+    monkeypatch.setattr(formats, "choice_times", lambda weights, int4: times)
     name, why = choose_format(config(), names, tmp_path)
     assert name == best
     assert ("6.0x as long" in why) == (slower == 6.0)
 
 
 def test_every_format_is_timed():
-    times = format_times([torch.randn(64, 32)] * 2)
+    times = choice_times([torch.randn(64, 32)] * 2, Int4Linear)
     assert set(times) == {*ALL, "int4", SLOWER}
     assert all(0 < ms < 1000 for ms in times.values())
-    assert set(format_times([torch.randn(64, 33)])) == {"float32", "bfloat16", SLOWER}  # no kernel for such rows
-    assert set(format_times([torch.randn(63, 32)])) == {*ALL, SLOWER}
+    assert set(format_times([torch.randn(64, 33)])) == {"float32", "bfloat16"}  # no kernel for such rows
+    assert set(format_times([torch.randn(63, 32)])) == {*ALL}
 
 
 def test_a_choice_is_measured_once(tmp_path, monkeypatch):
     asked = []
 
-    def times(weights, int4=None):
+    def times(weights, int4):
         asked.append(len(weights))
         return {"float32": 10.0, "bfloat16": 5.0, "int8": 2.0, SLOWER: 0.5}
 
-    monkeypatch.setattr(formats, "format_times", times)
+    monkeypatch.setattr(formats, "choice_times", times)
     for _ in range(2):
         name, why = choose_format(config(), ALL, tmp_path)
         assert name == "int8"
@@ -79,7 +79,7 @@ def test_a_choice_is_measured_once(tmp_path, monkeypatch):
 
 def test_what_cannot_be_kept_is_told(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(formats, "format_times", lambda weights, int4=None: dict.fromkeys((*ALL, SLOWER), 1.0))
+    monkeypatch.setattr(formats, "choice_times", lambda weights, int4: dict.fromkeys((*ALL, SLOWER), 1.0))
     name, why = choose_format(config(), ALL, tmp_path / "file" / "cache")
     assert name == "float32"
     assert "cannot be written" in why

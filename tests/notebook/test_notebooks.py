@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -54,7 +55,7 @@ def test_cells_define_nothing(path: Path) -> None:
         lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
         plain = "\n".join(line for line in lines)
         plain = plain.replace('if REPOSITORY and not list(here.glob("*.zip")):', "if True: pass")
-        plain = plain.replace('if (roots[0] / "requirements.txt").is_file():', "if True: pass")
+        plain = re.sub(r"^if .*requirements.txt.*:$", "if True: pass", plain, flags=re.M)
         for node in ast.walk(ast.parse(plain)):
             assert not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda))
 

@@ -116,6 +116,24 @@ def test_room_and_time_are_limits(tmp_path):
     assert len(store.buffer) == store.spare + int(run.answers.answer_len[order[:7]].sum())
 
 
+def test_what_there_was_no_time_for_is_kept_once_it_was_asked_for(tmp_path):
+    run = new_run(tmp_path)
+    store = run.store
+    assert store.keep(run.numbers, ROWS, seconds=-1.0) == 0
+    passes, write = [], store._write
+    store._write = lambda chosen, place: passes.append(len(chosen)) or write(chosen, place)
+    batch = run.plan()[0]
+    first, again = store.load(batch), store.load(batch)
+    assert sum(passes) == len(batch)
+    order = [np.argsort(loaded[0].sequence, kind="stable") for loaded in (first, again)]
+    assert np.array_equal(first[0].sequence[order[0]], again[0].sequence[order[1]])
+    for one, other in zip(first[1:], again[1:], strict=True):
+        assert torch.equal(one.sum(0), other.sum(0)) or torch.allclose(one.sum(0), other.sum(0))
+    assert (store.first >= 0).sum() == len(batch)
+    store.reserve(ROWS)  # no room
+    assert (store.load(batch) and (store.first >= 0).sum()) == 0
+
+
 def test_the_largest_batch_of_short_answers_has_room(tmp_path):
     """Each sequence needs one state more than it has rows; answers of two tokens are the worst case."""
     answers = pack([(i, i, 0.0, [3], [4, 5]) for i in range(100)], 97)

@@ -75,7 +75,7 @@ def test_memory_that_is_too_small_for_a_step_is_said_before_the_first(folder, pr
         return gradients(self, numbers, **options)
 
     monkeypatch.setattr(Run, "gradients", limited)
-    monkeypatch.setattr(pipeline, "DISTILL_SHARE", 0.8)  # 300 answer tokens on a busy machine too
+    monkeypatch.setitem(pipeline.DISTILL_SHARE, "cpu", 0.8)  # 300 answer tokens on a busy machine too
     engine = EngineConfig(model=str(folder), device="cpu", dtype="float32")
     given = {"minutes": 0.07, "answer_tokens": 12, "out": tmp_path / "heads", "note": str, **SMALL}
     with pytest.raises(LoadError, match="2048 answer rows does not fit into memory; batch_rows 256 does") as caught:

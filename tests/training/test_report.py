@@ -55,7 +55,7 @@ def test_its_figures_are_those_of_the_server(folder, heads_folder):
     """Acceptance = Σ (completion tokens - 1) / Σ steps, prompt by prompt, greedy and at T = 0.7."""
     config = {"device": "cpu", "dtype": "float32", "lookup": False, "slots": 1}
     answers, want = some_answers(), {}
-    for nodes in (8, 64):
+    for nodes in (8, 16):
         with LLM(str(folder), heads=str(heads_folder), tree=str(nodes), max_context=100, **config) as llm:
             for temperature in (0.0, 0.7):
                 done = []
@@ -70,11 +70,11 @@ def test_its_figures_are_those_of_the_server(folder, heads_folder):
     made, said = engine_report(
         loaded.model, heads_folder, answers, np.arange(COUNT), eos_ids=loaded.eos_ids, max_positions=POSITIONS
     )
-    assert made.greedy == {nodes: want[nodes, 0.0] for nodes in (8, 64)}
-    assert made.sampled == {nodes: want[nodes, 0.7] for nodes in (8, 64)}
-    assert made.prompts == {8: COUNT, 64: COUNT}
+    assert made.greedy == {nodes: want[nodes, 0.0] for nodes in (8, 16)}
+    assert made.sampled == {nodes: want[nodes, 0.7] for nodes in (8, 16)}
+    assert made.prompts == {8: COUNT, 16: COUNT}
     assert made.facts()["engine_greedy"] == {str(nodes): round(x, 3) for nodes, x in made.greedy.items()}
-    assert said.endswith("3 with 8 nodes, 3 with 64 nodes")
+    assert said.endswith("3 with 8 nodes, 3 with 16 nodes")
     assert loaded.model.config._attn_implementation == before
     assert not loaded.model.get_output_embeddings()._forward_pre_hooks
 
@@ -83,8 +83,8 @@ def test_time_is_a_limit_and_prompts_that_are_too_long_are_left_out(heads_folder
     model = tiny_model("llama", torch.float32, vocab=267)
     answers = some_answers()
     made, said = engine_report(model, heads_folder, answers, np.arange(COUNT), seconds=0.0)
-    assert made.prompts == {8: 1, 64: 1}  # the first one is always answered
-    assert set(made.greedy) == set(made.sampled) == {8, 64}
+    assert made.prompts == {8: 1, 16: 1}  # the first one is always answered
+    assert set(made.greedy) == set(made.sampled) == {8, 16}
     assert "1 with 8 nodes" in said
     room = int(answers.prompt_len[0]) + TOKENS
     assert len(report.report_jobs(answers, np.arange(COUNT), room)) == 2
@@ -140,14 +140,14 @@ def test_the_end_is_a_report_through_the_engine(tmp_path, family, dtype):
     small = {"steps": 3, "num_heads": 3, "inner": 32, "readout": 16, "batch_rows": 128, "draft_vocab": 0, "held_out": 6}
     config, notes = TrainConfig(family=family, out=str(tmp_path / "heads"), **small), []
     measured = train(model, answers, config, max_positions=512, note=notes.append)
-    assert set(measured.engine.greedy) == set(measured.engine.sampled) == {8, 64}
+    assert set(measured.engine.greedy) == set(measured.engine.sampled) == {8, 16}
     assert min(*measured.engine.greedy.values(), *measured.engine.sampled.values()) >= 1
     assert "held-out prompts" in notes[-1]
     stored = json.loads((tmp_path / "heads" / "config.json").read_text())["provenance"]
     assert stored == json.loads(json.dumps(measured.provenance))
     assert stored["engine_greedy"]["8"] == round(measured.engine.greedy[8], 3)
-    assert stored["engine_T0.7"]["64"] == round(measured.engine.sampled[64], 3)
-    assert stored["engine_prompts"].keys() == {"8", "64"}
+    assert stored["engine_T0.7"]["16"] == round(measured.engine.sampled[16], 3)
+    assert stored["engine_prompts"].keys() == {"8", "16"}
     assert "batch_tokens" not in stored
     assert measured.lines[2].startswith("  the engine, greedy")
     assert "static trees" in measured.lines[4]
