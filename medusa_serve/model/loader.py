@@ -67,9 +67,23 @@ def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
     The default model comes from the package index (see default_model); everything else is a local folder or a hub id.
     Code that comes with a model is never run.
     """
+    return _load(config, *_source(config.model, progress))
+
+
+def load_to_answer(config: EngineConfig) -> LoadedModel:
+    """The same model for what only answers: with int4 weights where it would be loaded as it is on a CPU and its own
+    are such numbers already, which answer several times as fast; elsewhere as load_model does. Raises LoadError."""
+    source, name = _source(config.model, True)
+    plain = config.quantize == "none" and config.dtype in ("auto", "bfloat16") and device_of(config).type == "cpu"
+    if plain and stored_in_few_bits(Path(source)):
+        with contextlib.suppress(LoadError):  # its first rows were, the others are not
+            return _load(replace(config, quantize="int4"), source, name)
+    return _load(config, source, name)
+
+
+def _load(config: EngineConfig, source: str, name: str) -> LoadedModel:
     notes: list[str] = []
     device = _choose_device(config.device, notes)
-    source, name = _source(config.model, progress)
     with _quiet(), _as_load_error(config.model):
         hf_config = _checked_config(source, config.model)
         few_bits = device.type == "cpu" and stored_in_few_bits(Path(source))
@@ -92,16 +106,6 @@ def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
     _settle_generation_config(model, eos_ids)
     positions = _max_positions(model.config)
     return LoadedModel(model, tokenizer, codec, name, device, dtype, eos_ids, positions, weights, notes, source)
-
-
-def in_few_bits(config: EngineConfig) -> EngineConfig:
-    """The same model for what only answers: in int4 where it would be loaded as it is on a CPU and its weights are such
-    numbers already, which answer several times as fast; elsewhere as it was asked for. Raises LoadError."""
-    if config.quantize != "none" or config.dtype not in ("auto", "bfloat16"):
-        return config
-    if device_of(config).type != "cpu" or not stored_in_few_bits(Path(_source(config.model, True)[0])):
-        return config
-    return replace(config, quantize="int4")
 
 
 def device_of(config: EngineConfig) -> torch.device:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..config import EngineConfig
 from ..errors import LoadError
 from ..model.gpu import release
-from ..model.loader import in_few_bits, load_model
+from ..model.loader import load_to_answer
 from .distill import DistillConfig
 from .pipeline import DISTILL_SHARE, make_answers
 from .prompts import read_prompts, split
@@ -69,7 +69,7 @@ def forecast(
 ) -> Forecast:
     """Make answers for some seconds, into the folder that the training then goes on with. Raises LoadError."""
     training, _ = split(read_prompts(prompts))
-    loaded = load_model(in_few_bits(config))
+    loaded = load_to_answer(config)
     share = DISTILL_SHARE[loaded.device.type]
     try:
         made = make_answers(loaded, training, answers, DistillConfig(seconds=seconds, max_tokens=answer_tokens))

@@ -53,20 +53,17 @@ class HiddenStore:
         per_state = len(self.teacher.hidden_inputs) * self.teacher.hidden_size * self.teacher.dtype.itemsize
         return order[: int(np.searchsorted(states, budget / per_state, side="right"))]
 
-    def keep(self, order: np.ndarray, batch_rows: int, seconds: float = math.inf) -> int:
+    def keep(self, order: np.ndarray, batch_rows: int, seconds: float = math.inf) -> None:
         """Pass these sequences through the base, those that are needed first before the others, for so many seconds at
-        most; how many are kept. In large passes of like lengths this takes a fraction of what it takes in steps."""
+        most. In large passes of like lengths this takes a fraction of what it takes in steps."""
         answers, deadline = self.answers, time.monotonic() + seconds
         self.reserve(batch_rows, int(answers.answer_len[order].sum()))
         size = max(1, int(WINDOW * self.pass_tokens / max(1.0, answers.length[order].mean()))) if len(order) else 1
-        count = 0
         for start in range(0, len(order), size):
             for chosen in in_order(answers, by_length(answers, order[start : start + size]), self.pass_tokens):
                 if time.monotonic() > deadline:
-                    return count
+                    return
                 self._keep(chosen)
-                count += len(chosen)
-        return count
 
     def load(self, numbers: np.ndarray) -> tuple[Batch, Tensor, Tensor]:
         """These sequences, perhaps in another order → their rows (R), what the heads read there (R, M·H), and the last

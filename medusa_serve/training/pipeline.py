@@ -17,7 +17,7 @@ import torch
 
 from ..config import EngineConfig
 from ..errors import InvalidConfig, LoadError
-from ..model.loader import LoadedModel, device_of, in_few_bits, load_model
+from ..model.loader import LoadedModel, device_of, load_model, load_to_answer
 from .distill import DistillConfig, Generate, Made, distill, engine_generate
 from .finish import Measured
 from .prompts import Prompt, read_prompts, split
@@ -121,12 +121,11 @@ def train_from_prompts(
     if len(training) < MIN_PROMPTS:
         raise LoadError(f"{prompts} holds too few prompts to train on: {len(training)} beside those held out.")
     folder = Path(answers or f"{str(out).rstrip('/')}.answers")
-    small = in_few_bits(source)
-    serving = load_model(small)
+    serving = load_to_answer(source)
     if not under_way(out):  # it must not see other answers than it began with
         config_of_answers = DistillConfig(seconds=60 * minutes * share, max_tokens=answer_tokens)
         make_answers(serving, training, folder, config_of_answers, note=note)
-    loaded, line = serving if small is source else load_model(source), ProgressLine()
+    loaded, line = load_model(source) if serving.weights and source.quantize == "none" else serving, ProgressLine()
 
     def show(report: Report) -> None:
         line.end(report.line)

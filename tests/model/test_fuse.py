@@ -54,8 +54,9 @@ def ask(manager, prompt):
 
 
 @pytest.mark.usefixtures("fuses")
-def test_answers_are_the_same_before_between_and_after_the_parts():
+def test_answers_are_the_same_before_between_and_after_the_parts(monkeypatch):
     """And what finished sequences left in their slots is still there for those that begin alike."""
+    monkeypatch.setattr(layers, "imported", lambda *names: iter(()))  # as many parts as it takes long to import
     model = tiny_model("llama", torch.float32, hidden=HIDDEN)
     first, second = tiny_prompts(2, 24)
     want = {tuple(prompt): greedy(model, prompt, TOKENS) for prompt in (first, second)}
@@ -72,8 +73,8 @@ def test_answers_are_the_same_before_between_and_after_the_parts():
         for prompt in (first, second):
             assert ask(manager, prompt) == want[tuple(prompt)]
         states.append(runner.forward.layers is not None)
-    assert states == sorted(states)
-    assert not states[5], "two functions are traced and compiled, and the weights moved, before they are used"
+    before = 5  # two functions are traced, the weights moved, and the two compiled
+    assert states == [False] * before + [True] * (len(states) - before)
     assert states[-1]
     reused = manager.metrics.snapshot()["reused"]
     assert reused == (len(states) - 1) * (len(first) - 1 + len(second) - 1), "all but the last token of each prompt"

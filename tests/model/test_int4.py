@@ -181,7 +181,9 @@ def test_int4_never_rounds(tmp_path, monkeypatch, folder):
     assert asked == [("float32", "bfloat16", "int8"), ("float32", "bfloat16", "int4", "int8"), ("float32", "bfloat16")]
 
 
-def test_a_model_that_is_such_only_in_part_is_named(tmp_path, folder):
+@pytest.fixture
+def mixed(tmp_path, folder):
+    """As `folder`, but some of its matrices are any numbers; the first one's rows do not tell."""
     weights = load_file(folder / "model.safetensors")
     for name in [name for name in weights if "up_proj" in name]:
         weights[name] = torch.randn_like(weights[name])
@@ -189,5 +191,27 @@ def test_a_model_that_is_such_only_in_part_is_named(tmp_path, folder):
         if (folder / file).exists():
             (tmp_path / file).write_bytes((folder / file).read_bytes())
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    return tmp_path
+
+
+def test_a_model_that_is_such_only_in_part_is_named(mixed):
+    assert stored_in_few_bits(mixed)
     with pytest.raises(LoadError, match="cannot have int4 weights: only"):
-        load(tmp_path, quantize="int4")
+        load(mixed, quantize="int4")
+
+
+def test_answers_come_from_such_weights_where_all_are_and_nothing_else_was_asked_for(folder, mixed):
+    def numbers(path, **options):
+        return loader.load_to_answer(EngineConfig(model=str(path), device="cpu", **options)).numbers
+
+    assert numbers(folder, quantize="none") == numbers(folder, quantize="none", dtype="bfloat16") == "int4"
+    assert numbers(folder, quantize="none", dtype="float32") == "float32"
+    assert numbers(folder, quantize="int8") == "int8"
+    assert numbers(mixed, quantize="none", dtype="bfloat16") == "bfloat16"
+
+
+def test_a_model_of_the_hub_is_looked_for_once(capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(LoadError):
+        loader.load_to_answer(EngineConfig(model="someone/something", device="cpu", quantize="none"))
+    assert capsys.readouterr().err.count("Looking for someone/something") == 1

@@ -40,7 +40,7 @@ def test_prompts_that_train_nothing_are_refused_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(pipeline, "load_model", None)
+    monkeypatch.setattr(pipeline, "load_to_answer", None)
     if content is not None:
         (tmp_path / "p.txt").write_bytes(content)
     given = ["--prompts", str(tmp_path / "p.txt"), "--minutes", "1", "--out", str(tmp_path / "heads")]
@@ -51,7 +51,7 @@ def test_prompts_that_train_nothing_are_refused_before_the_model_is_loaded(
 def test_an_output_in_the_way_is_refused_before_the_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pipeline, "load_model", None)
+    monkeypatch.setattr(pipeline, "load_to_answer", None)
     (tmp_path / "p.txt").write_text("one\ntwo\nthree\n")
     given = ["train", "--prompts", str(tmp_path / "p.txt"), "--minutes", "1", "--out"]
     (tmp_path / "heads").mkdir()

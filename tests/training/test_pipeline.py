@@ -58,7 +58,7 @@ def test_prompts_become_heads(folder, prompt_file, tmp_path, capsys):
 
 
 def test_nonsense_is_refused_before_the_model_is_loaded(prompt_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "load_model", None)
+    monkeypatch.setattr(pipeline, "load_to_answer", None)
     for options in ({"minutes": 0}, {"minutes": 1, "layers": 3}, {"minutes": 1, "family": "hydra"}):
         with pytest.raises(InvalidConfig):
             train_from_prompts("x", prompt_file, out=tmp_path / "o", **options)
