@@ -156,10 +156,21 @@ def test_keep_heads():
 @pytest.mark.parametrize("vocab", [37, 9000])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nodes_pick_what_rows_pick(setting, vocab, dtype):
+    check_picks(setting, vocab, getattr(torch, dtype), 3.0)
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.5, 1.5, 4.0, 9.0])
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.99])
+def test_top_p_of_distributions_from_flat_to_steep(spread, top_p):
+    """From more tokens than can be set aside to a handful."""
+    check_picks({"temperature": 0.7, "top_p": top_p}, 9000, torch.float32, spread)
+
+
+def check_picks(setting, vocab, dtype, spread):
     """Sums in another order may put a token at the edge of top-p on the other side, which is what is left out."""
     random = torch.Generator().manual_seed(5)
     rows, nodes = 3, 5
-    logits = (3 * torch.randn(rows, nodes, vocab, generator=random)).to(getattr(torch, dtype))
+    logits = (spread * torch.randn(rows, nodes, vocab, generator=random)).to(dtype)
     position = torch.arange(rows * nodes).view(rows, nodes) * 13 + 2
     values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | setting
 
