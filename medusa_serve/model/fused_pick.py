@@ -24,6 +24,7 @@ except ImportError:  # a CPU build of torch brings none; `splitk.available` says
     triton = None
 
 TILE = 8192  # logits at once: as many loads are under way together
+WARPS = 16  # of a program
 ASIDE = 4096  # tokens that may be set aside for top-p
 FEW = 256  # of them, compared with one another
 
@@ -42,7 +43,7 @@ def pick_nodes(logits: Tensor, sampling: Sampling, position: Tensor) -> tuple[Te
     _pick[(rows * nodes,)](
         logits, position.contiguous(), sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p,
         sampling.seed, picked, best, values, ids, logits.stride(0), logits.stride(1), vocab,
-        NODES=nodes, FILTERED=sampling.filtered, TILE=TILE, ASIDE=aside, FEW=FEW, num_warps=16,
+        NODES=nodes, FILTERED=sampling.filtered, TILE=TILE, ASIDE=aside, FEW=FEW, num_warps=WARPS,
     )  # fmt: skip
     return picked, best
 

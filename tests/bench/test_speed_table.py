@@ -87,7 +87,7 @@ def test_a_7b_takes_little_memory_beside_its_weights_and_its_slab() -> None:
 
 
 def test_a_sampled_step_costs_little_more_than_a_greedy_one() -> None:
-    """Up to 8 nodes; with 64 the aim of 1.15 is missed (1.151, and 1.24 for 8 rows)."""
+    """But for the largest step, 8 rows of 64 nodes, which misses the aim of 1.15 (1.20)."""
     found = {(row["batch"], row["nodes"]): row["sampled_to_greedy"] for row in stored("step_h200.json")["rows"]}
     assert set(found) == {(rows, nodes) for rows in (1, 8) for nodes in (1, 8, 64)}
-    assert max(ratio for (_, nodes), ratio in found.items() if nodes <= 8) <= 1.15
+    assert max(ratio for step, ratio in found.items() if step != (8, 64)) <= 1.15
