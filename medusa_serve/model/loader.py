@@ -67,14 +67,16 @@ def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
     The default model comes from the package index (see default_model); everything else is a local folder or a hub id.
     Code that comes with a model is never run.
     """
+    device_of(config)  # refused before anything is downloaded
     return _load(config, *_source(config.model, progress))
 
 
 def load_to_answer(config: EngineConfig) -> LoadedModel:
     """The same model for what only answers: with int4 weights where it would be loaded as it is on a CPU and its own
     are such numbers already, which answer several times as fast; elsewhere as load_model does. Raises LoadError."""
+    device = device_of(config)
     source, name = _source(config.model, True)
-    plain = config.quantize == "none" and config.dtype in ("auto", "bfloat16") and device_of(config).type == "cpu"
+    plain = config.quantize == "none" and config.dtype in ("auto", "bfloat16") and device.type == "cpu"
     if plain and stored_in_few_bits(Path(source)):
         with contextlib.suppress(LoadError):  # its first rows were, the others are not
             return _load(replace(config, quantize="int4"), source, name)

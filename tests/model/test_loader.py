@@ -92,8 +92,11 @@ def test_dtype_on_a_gpu(native: bool, want: torch.dtype, monkeypatch: pytest.Mon
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert loader._choose_device("auto", []) == torch.device("cpu")
-    with pytest.raises(LoadError, match="no CUDA device here"):
-        load_model(EngineConfig(model="x", device="cuda"), progress=False)
+    with monkeypatch.context() as here:
+        here.setattr(loader, "ensure_default_model", None)  # before a model is fetched
+        for function in (load_model, loader.load_to_answer):
+            with pytest.raises(LoadError, match="no CUDA device here"):
+                function(EngineConfig(device="cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(loader, "why_unusable", lambda device: None)
