@@ -52,9 +52,9 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 def read_bytes(model: Any) -> int:
     """Of the weights that a step reads: all but an embedding of its own, of which it gathers a few rows."""
-    embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    gathered = None if embedding.data_ptr() == output.data_ptr() else embedding.data_ptr()
-    return num_bytes(tensor for tensor in _tensors(model) if tensor.data_ptr() != gathered)
+    embedding = model.get_input_embeddings().weight.data_ptr()
+    tied = any(tensor.data_ptr() == embedding for tensor in _tensors(model.get_output_embeddings()))
+    return num_bytes(tensor for tensor in _tensors(model) if tied or tensor.data_ptr() != embedding)
 
 
 def _tensors(module: Any) -> Iterator[torch.Tensor]:

@@ -50,10 +50,14 @@ class HiddenTap:
         self._indexes = tuple(indexes)
         self.layers = tuple(index for index in wanted if index >= 0)
         for index, module in wanted.items():
-            self._handles.append(module.register_forward_pre_hook(partial(self._keep, index), with_kwargs=True))
+            self._handles.append(module.register_forward_pre_hook(partial(self._note, index), with_kwargs=True))
 
-    def _keep(self, index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._kept[index] = args[0] if args else kwargs["hidden_states"]
+    def _note(self, index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.keep(index, args[0] if args else kwargs["hidden_states"])
+
+    def keep(self, index: int, hidden: torch.Tensor) -> None:
+        """By whoever runs the layers without their modules."""
+        self._kept[index] = hidden
 
     def take(self, at: torch.Tensor | None = None) -> torch.Tensor | None:
         """What the last pass left, side by side in the order of the indexes: (B, N, M·H), where N are the positions
@@ -135,6 +139,7 @@ class TreeForward:
         self.model, self.max_positions, self.hidden_inputs = model, max_positions, tuple(hidden_inputs)
         self.compiled: Any = None  # CompiledPasses, once there are some
         self.layers: Any = None  # FusedLayers, once there are some
+        self.around: Any = None  # NativePass, once there is one
         self.packs = False  # whether all passes see their rows as one: traced layers of a CPU want that
         self.exact = False  # as attention.attend's; exact.py sets it
         self._traced_attention: Callable[..., torch.Tensor] | None = None
@@ -144,11 +149,11 @@ class TreeForward:
         self._slab_cache = self.cache_kind(self.cache)
         self._takes = set(inspect.signature(model.forward).parameters)
         self._cache_name = cache_argument(self._takes)
-        self._tap = HiddenTap(model, hidden_inputs)
+        self.tap = HiddenTap(model, hidden_inputs)
         try:
             self._plug_in()
         except PlugInError:
-            self._tap.close()
+            self.tap.close()
             self.detach()
             raise
 
@@ -268,11 +273,10 @@ class TreeForward:
                 rows, new = tokens.shape
                 return self.run_packed(tokens, view, torch.arange(new - 1, rows * new, new))
         if view.packed:
-            out, hidden = self._pass(tokens.reshape(1, -1), view.positions.reshape(1, -1), view, None), self._tap.take()
-            shape = tokens.shape
-            return out.logits[0].unflatten(0, shape), None if hidden is None else hidden[0].unflatten(0, shape)
-        out = self._pass(tokens, view.positions, view, 1 if last_only else None)
-        logits, hidden = out.logits, self._tap.take()
+            logits = self._pass(tokens.reshape(1, -1), view.positions.reshape(1, -1), view, None)
+            hidden, shape = self.tap.take(), tokens.shape
+            return logits[0].unflatten(0, shape), None if hidden is None else hidden[0].unflatten(0, shape)
+        logits, hidden = self._pass(tokens, view.positions, view, 1 if last_only else None), self.tap.take()
         if not last_only:
             return logits, hidden
         return logits[:, -1:], None if hidden is None else hidden[:, -1:]
@@ -281,26 +285,30 @@ class TreeForward:
         self, tokens: torch.Tensor, view: View, at: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """tokens (P, N) of a packed view, at (R) places among the P·N → logits (R, 1, V), hidden (R, 1, M·H) there."""
-        out = self._pass(tokens.view(1, -1), view.positions.reshape(1, -1), view, at)
-        logits, hidden = out.logits, self._tap.take(at)
+        logits = self._pass(tokens.view(1, -1), view.positions.reshape(1, -1), view, at)
+        hidden = self.tap.take(at)
         logits = logits if logits.shape[1] == len(at) else logits[:, at]
         return logits.transpose(0, 1), None if hidden is None else hidden.transpose(0, 1)
 
     def _pass(self, tokens: torch.Tensor, positions: torch.Tensor, view: View, keep: int | torch.Tensor | None) -> Any:
+        """The logits."""
         if self.max_positions is not None:  # nodes behind it are never accepted, but learned positions must exist
             positions = positions.clamp(max=self.max_positions - 1)
+        tokens = tokens.clamp(min=0)
+        if self.around is not None and self.around.covers(view):
+            return self.around.run(tokens, positions, view, None if isinstance(keep, int) else keep)
         extra = {"logits_to_keep": keep} if keep is not None and "logits_to_keep" in self._takes else {}
         cache = self._slab_cache
         cache.view, cache.columns = view, view.columns
         try:
             return self.model(
-                input_ids=tokens.clamp(min=0),
+                input_ids=tokens,
                 position_ids=positions,
                 use_cache=True,
                 **{str(self._cache_name): cache},
                 **extra,
                 **self._options(view),
-            )
+            ).logits
         finally:
             cache.view = cache.columns = None
 
@@ -322,7 +330,7 @@ class TreeForward:
             from .exact import leave_rows
 
             leave_rows(self.model)
-        self._tap.close()
+        self.tap.close()
         self.detach()
         del self.cache, self._slab_cache
 
@@ -348,7 +356,7 @@ class PlainForward:
         self._cache_name = cache_argument(self._takes)
         self._caches: list[Any] = [None] * slots
         self._seen = [0] * slots
-        self._tap = HiddenTap(model, hidden_inputs)
+        self.tap = HiddenTap(model, hidden_inputs)
 
     def run(
         self, tokens: torch.Tensor, view: View, last_only: bool = False
@@ -359,7 +367,7 @@ class PlainForward:
             out = self._row(slot, length, tokens[row : row + 1])
             keep = 1 if last_only else tokens.shape[1]
             logits.append(out.logits[:, -keep:])
-            last = self._tap.take()
+            last = self.tap.take()
             if last is not None:
                 hidden.append(last[:, -keep:])
         return torch.cat(logits), torch.cat(hidden) if hidden else None
@@ -388,7 +396,7 @@ class PlainForward:
         self._caches[slot], self._seen[slot] = None, 0
 
     def close(self) -> None:
-        self._tap.close()
+        self.tap.close()
         self._caches.clear()
 
 

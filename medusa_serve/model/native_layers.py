@@ -26,6 +26,7 @@ from .forward import TreeForward, decoder_layers
 from .int4 import Int4Linear
 from .int8 import Int8Linear
 from .layers import EXAMPLE, LINEAR, FusedLayers, _facts, _Traced
+from .native_pass import Call, Groups, NativePass, OtherPass, calls_of, hands_on, noted
 from .native_tape import NoTape, Tape, TapeRun, view_facts
 
 aten = torch.ops.aten
@@ -50,8 +51,10 @@ def native_layers(forward: TreeForward, check: Callable[[], float]) -> str:
             forward.layers.close()
             forward.layers, forward.packs = None, False
         return f"decoder layers stay as they are ({reason_of(reason)})"
-    kernels = forward.layers.kernels
-    return f"decoder layers are traced, {kernels} of their operations are kernels ({error:.1e} apart)"
+    kernels, forward.around = forward.layers.kernels, forward.layers.around
+    rest = f"; around them the model's own code runs, because {forward.layers.apart}" if kernels else ""
+    rest = "" if forward.around else rest
+    return f"decoder layers are traced, {kernels} of their operations are kernels ({error:.1e} apart){rest}"
 
 
 class NativeLayers(FusedLayers):
@@ -66,7 +69,8 @@ class NativeLayers(FusedLayers):
             raise
 
     def _trace(self) -> None:
-        calls = self._calls(EXAMPLE)
+        with noted(self._forward.model, self._layers) as seen:
+            calls = self._calls(EXAMPLE)
         made: dict[str, _Native] = {}
         self._functions: list[Callable[..., Any]] = []
         self._inputs: list[list[Any]] = []
@@ -85,12 +89,25 @@ class NativeLayers(FusedLayers):
             weights.append(None if tape is None else tape.tape.weights_of(self._inputs[-1]))
         self._alike = len(made) == 1 and weights[0] is not None
         self._weights: Any = np.stack(weights) if self._alike else weights
-        self._ends = [self._end_of(index) if self._alike else index + 1 for index in range(len(self._layers))]
+        onwards = self._alike and hands_on(calls_of(self._layers, seen))
+        self._ends = [self._end_of(index) if onwards else index + 1 for index in range(len(self._layers))]
         self._ahead: Any = None
         self._end = 0  # up to where the last tape went; what it made is ahead
         self.kernels = sum(native.kernels for native in made.values())
         self._shared: tuple[Any, ...] = ()
+        self.around, self.apart = self._around(seen) if self._alike else (None, "its layers do not run as one call")
         self.take_place()
+
+    def _around(self, seen: list[Call]) -> tuple[NativePass | None, str]:
+        """The pass without the model's own code, or why not."""
+        tape, starts = self._natives[0].tape, sorted({0, *self._forward.tap.layers})
+        assert tape is not None
+        spans = [(start, self._ends[start]) for start in starts]
+        groups = Groups(tape, spans, [self._weights[start:end] for start, end in spans])
+        try:
+            return NativePass(self._forward, self._layers, seen, groups), ""
+        except OtherPass as reason:
+            return None, str(reason)
 
     def call(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if index < self._end and args and args[0] is self._ahead:
@@ -125,7 +142,7 @@ class NativeLayers(FusedLayers):
 
     def _end_of(self, index: int) -> int:
         """Up to where layers may run as one call: whoever reads a layer's input needs to see it."""
-        read = [place for place in self._forward._tap.layers if place > index]
+        read = [place for place in self._forward.tap.layers if place > index]
         return min(read, default=len(self._layers))
 
     def _facts_of(self, view: View, native: _Native) -> Any:

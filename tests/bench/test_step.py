@@ -21,7 +21,9 @@ from medusa_serve.bench.step import Block, StepConfig, plain_runner, rows_of, st
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import InvalidConfig, LoadError
 from medusa_serve.model.build import build_runner
+from medusa_serve.model.int4 import use_few_bits
 from medusa_serve.types import StepOutput
+from tests.model.test_exact import on_steps
 from tests.test_heads_commands import chain_folder, chain_heads, saved
 from tests.tiny import tiny_model
 
@@ -169,6 +171,10 @@ def test_bytes_are_counted_once() -> None:
     assert read_bytes(own) == everything - rows
     assert read_bytes(tied) == num_bytes([*tied.parameters(), *tied.buffers()])
     assert sum(p.nbytes for p in tied.parameters()) <= read_bytes(tied)
+    small = on_steps(tiny_model("llama", torch.float32, vocab=96))  # its output layer becomes one of int4
+    use_few_bits(small)
+    few = num_bytes([*small.parameters(), *small.buffers()])
+    assert read_bytes(small) == few - small.get_input_embeddings().weight.nbytes
 
 
 def test_the_rate_of_a_read_is_that_of_a_memory() -> None:
