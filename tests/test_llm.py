@@ -236,6 +236,28 @@ def test_sequential_heads_draft_a_tree_of_each_step_and_change_nothing(folder, t
             assert all(c.drafted > 0 for c in done)
 
 
+def test_a_draft_that_fails_leaves_every_sequence_as_it_was(folder, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    path = save_heads(SequentialHeads(32, inner=16, readout=16, vocab_size=300), replace(
+        _info(3, 32, 300, False), family="sequential"), tmp_path / "heads", dtype=torch.float32)  # fmt: skip
+    greedy = SamplingParams(max_tokens=24, ignore_eos=True)
+    with LLM(folder, slots=2, max_context=128, heads=str(path), tree="4") as llm:
+        want = [done.token_ids for done in llm.generate([CHAT, "the one"], greedy)]
+        drafter, calls = llm.manager._runner.drafter, []
+        draft = drafter.draft
+
+        def failing(*given):
+            calls.append(0)
+            if len(calls) % 5 == 4:
+                raise RuntimeError("no memory for it")
+            return draft(*given)
+
+        monkeypatch.setattr(drafter, "draft", failing)
+        got = [done.token_ids for done in llm.generate([CHAT, "the one"], greedy)]
+    assert len(calls) > 10
+    assert got == want
+
+
 def test_another_model_that_is_loaded_meanwhile_changes_nothing(folder, tmp_path):
     """While transformers loads one, the process's default dtype is that model's."""
     heads = SequentialHeads(32, inner=16, readout=16, max_depth=3)

@@ -50,12 +50,6 @@ def accept(logits: torch.Tensor, draft: Draft, max_depth: int, sampling: Samplin
     """
     rows, num_nodes = draft.tokens.shape
     device = logits.device
-    plain = not sampling.sampled and sampling.penalties is None and not sampling.logprobs
-    if plain and device.type == "cpu" and has_numba():
-        from .native_step import fits, greedy_walk
-
-        if fits(logits):
-            return Walk(*greedy_walk(logits, draft.tokens, draft.parents, max_depth, *limits))
     each = torch.arange(rows, device=device)
     alive = torch.zeros(rows, num_nodes, dtype=torch.bool, device=device)
     alive[:, 0] = True
@@ -94,9 +88,15 @@ def accept(logits: torch.Tensor, draft: Draft, max_depth: int, sampling: Samplin
 
 
 def pick_all(logits: torch.Tensor, sampling: Sampling, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What every node picks on a GPU: (token, its largest logit), (B, N) both. position (B, N): of that token"""
+    """What every node picks: (token, its largest logit), (B, N) both. position (B, N): of that token. Sampled on a GPU
+    alone"""
     if sampling.sampled:
         return pick_nodes(logits, sampling, position)
+    if logits.device.type == "cpu" and has_numba():
+        from .native_step import fits, largest
+
+        if fits(logits):
+            return largest(logits)
     best = logits.max(dim=-1)
     return best.indices, best.values
 

@@ -1,15 +1,18 @@
-"""What a CPU's greedy step does around the model's pass, each one kernel: accept, lookup, and a draft's best children.
+"""What a CPU's greedy step looks for, each one kernel: the largest logits, the lookup, and a draft's best children.
 Three tenths of a millisecond of small operations each otherwise.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import carray, cfunc, njit, types
 from torch import Tensor
 
 from .native import OPTIONS, exponential, pointer, wide
+from .native_team import HEAD, run_in_team, team, thread_of
 
 BLOCK = 1024  # numbers whose largest is looked for at once
 INFINITE = 0x7F80  # bfloat16's bits of infinity; above it is no number
@@ -19,20 +22,27 @@ def fits(logits: Tensor) -> bool:
     return logits.device.type == "cpu" and logits.dtype == torch.bfloat16 and logits.is_contiguous()
 
 
-def greedy_walk(
-    logits: Tensor, tokens: Tensor, parents: Tensor, max_depth: int, length: Tensor, total: Tensor, eos: Tensor
-) -> tuple[Tensor, ...]:
-    """As accept.accept for greedy rows: (tokens, nodes, num_emitted, finished, finite) of its Walk. logits (B, N, V)"""
+def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (B, N, V) → the place of each node's largest, the first among equals, and that number, float32; NaN where
+    not all are numbers. (B, N) both"""
     rows, nodes, vocab = logits.shape
-    out = torch.zeros(rows, 2 * (max_depth + 1) + 3, dtype=torch.int64)
-    tokens, parents, eos = tokens.contiguous(), parents.contiguous(), eos.contiguous()
-    used = _walk(
-        logits.data_ptr(), tokens.data_ptr(), parents.data_ptr(), length.data_ptr(), total.data_ptr(), eos.data_ptr(),
-        out.data_ptr(), rows, nodes, vocab, eos.shape[1], max_depth,
-    )  # fmt: skip
-    path = out[:, max_depth + 1 :]
-    facts = out[:, -3:].unbind(1)
-    return out[:, :used], path[:, :used], facts[0], facts[1].bool(), facts[2].bool()
+    picked = torch.empty(rows, nodes, dtype=torch.int64)
+    best = torch.empty(rows, nodes, dtype=torch.float32)
+    _largest(
+        logits.data_ptr(), picked.data_ptr(), best.data_ptr(), rows * nodes, vocab, *team().given(), largest_share()
+    )
+    return picked, best
+
+
+@lru_cache
+def largest_share() -> int:
+    """Address of the function that a thread runs: its share of the nodes."""
+
+    @cfunc(types.void(types.voidptr), cache=True, **OPTIONS)
+    def body(task_at):
+        _largest_of(carray(task_at, (TASK,), np.int64), thread_of(task_at))
+
+    return int(body.address or 0)
 
 
 def best_children(logits: Tensor, tau: Tensor, num_ranks: int) -> tuple[Tensor, Tensor]:
@@ -55,6 +65,29 @@ def continuation(history: Tensor, length: Tensor, num_tokens: int, longest: int,
         history.data_ptr(), length.data_ptr(), found.data_ptr(), *history.shape, num_tokens, longest, shortest
     )  # fmt: skip
     return found
+
+
+# numbers of a task: what thread_of reads, then logits, picked, best, count, vocab
+TASK = HEAD + 5
+
+
+@njit(cache=True, **OPTIONS)
+def _largest(logits_at, picked_at, best_at, count, vocab, threads, start, number, share):
+    threads = threads if count > 1 else 1
+    task = np.array((threads, number, logits_at, picked_at, best_at, count, vocab), np.int64)
+    run_in_team(start, share, task.ctypes.data, threads)
+    task[0] = 0  # Numba frees an array behind its last use, and of an address it does not know
+
+
+@njit(**OPTIONS)
+def _largest_of(task, thread):
+    threads, count, vocab = task[0], task[HEAD + 3], task[HEAD + 4]
+    picked = carray(pointer(task[HEAD + 1]), (count,), np.int64)
+    best = carray(pointer(task[HEAD + 2]), (count,), np.float32)
+    for place in range(count * thread // threads, count * (thread + 1) // threads):
+        numbers = carray(pointer(task[HEAD] + 2 * place * vocab), (vocab,), np.uint16)
+        picked[place], good = _argmax(numbers)
+        best[place] = wide(numbers[picked[place]]) if good else np.float32(np.nan)
 
 
 @njit(inline="never", **OPTIONS)
@@ -82,44 +115,6 @@ def _ordered(half):
     """int32 in the order of the bfloat16 numbers"""
     signed = np.int32(np.int16(half))
     return signed if signed >= 0 else np.int32(signed ^ np.int32(0x7FFF))
-
-
-@njit(cache=True, **OPTIONS)
-def _walk(
-    logits_at, tokens_at, parents_at, length_at, total_at, eos_at, out_at, rows, nodes, vocab, num_eos, max_depth
-):
-    """→ the depths that the longest walk went to"""
-    tokens = carray(pointer(tokens_at), (rows, nodes), np.int64)
-    parents = carray(pointer(parents_at), (rows, nodes), np.int64)
-    length, total = carray(pointer(length_at), (rows,), np.int64), carray(pointer(total_at), (rows,), np.int64)
-    eos = carray(pointer(eos_at), (rows, num_eos), np.int64)
-    out = carray(pointer(out_at), (rows, 2 * (max_depth + 1) + 3), np.int64)
-    used, alive = 1, np.empty(nodes, np.bool_)
-    for row in range(rows):
-        alive[:] = False
-        alive[0] = True
-        node, depth, finished = 0, 0, False
-        for d in range(max_depth + 1):
-            out[row, d] = -1
-        while True:
-            at = logits_at + 2 * (row * nodes + node) * vocab
-            picked, finite = _argmax(carray(pointer(at), (vocab,), np.uint16))
-            out[row, depth], out[row, max_depth + 1 + depth] = picked, node
-            finished = length[row] + depth + 2 >= total[row]
-            for i in range(num_eos):
-                finished = finished or eos[row, i] == picked
-            node = -1
-            for i in range(nodes - 1, 0, -1):  # parents come before children: theirs is not yet overwritten
-                alive[i] = alive[parents[row, i]] and tokens[row, i] == picked
-                node = i if alive[i] else node
-            alive[0] = False
-            depth += 1
-            if finished or node < 0 or not finite or depth > max_depth:
-                break
-        used = max(used, depth)
-        out[row, 2 * max_depth + 2] = depth
-        out[row, 2 * max_depth + 3], out[row, 2 * max_depth + 4] = finished, finite
-    return used
 
 
 @njit(cache=True, **OPTIONS)
@@ -165,18 +160,25 @@ def _continue(history_at, length_at, found_at, rows, columns, num_tokens, longes
     lengths = carray(pointer(length_at), (rows,), np.int64)
     found = carray(pointer(found_at), (rows, num_tokens), np.int64)
     for row in range(rows):
-        history, length = histories[row], lengths[row]
-        best, at = shortest - 1, -1
-        for end in range(length - 1, -1, -1):
-            if best == longest:
-                break
-            if history[end] != history[length]:
-                continue
-            run = 1
-            while run < longest and run <= end and history[end - run] == history[length - run]:
-                run += 1
-            if run > best:
-                best, at = run, end
-        if at >= 0:
-            for i in range(min(num_tokens, length - at)):
-                found[row, i] = history[at + 1 + i]
+        native_continue(histories[row], lengths[row], found[row], True, longest, shortest)
+
+
+@njit(**OPTIONS)
+def native_continue(history, length, found, keep, longest, shortest):
+    """As lookup.lookup, of one row, into `found` where it is to be kept; → tokens found"""
+    best, at = shortest - 1, -1
+    for end in range(length - 1, -1, -1):
+        if best == longest:
+            break
+        if history[end] != history[length]:
+            continue
+        run = 1
+        while run < longest and run <= end and history[end - run] == history[length - run]:
+            run += 1
+        if run > best:
+            best, at = run, end
+    count = min(len(found), length - at) if at >= 0 else 0
+    if keep:
+        for i in range(count):
+            found[i] = history[at + 1 + i]
+    return count

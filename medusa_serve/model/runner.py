@@ -7,19 +7,18 @@ import gc
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ..config import MAX_NODES
 from ..types import PrefillChunk, SamplingParams, StepOutput
 from .accept import Limits, Walk, accept, ended, pick_all
-from .attention import View, chain_view, tree_view
+from .attention import View, chain_view, has_numba, tree_view
 from .capture import TURN, CaptureFailed, give_back, settle
 from .draft import Drafter
 from .filters import Sampling
 from .forward import PlainForward, TreeForward
-from .fused_step import close_step, keep_heads, open_step
 from .graphs import StepGraphs
 from .logprobs import NUM_TOLD, read_logprobs
 from .lookup import lookup
@@ -38,6 +37,19 @@ ROW_BUDGET = {"cpu": 16, "cuda": 256}  # rows × nodes of one pass, until step t
 TIMED_LENGTH = 192  # tokens of history of the steps that are timed
 GRACE_S = 1.0  # without work before it rests: a capture or a compiler keeps whoever comes next waiting
 PREFILL_ROWS = {"cpu": 1, "cuda": 64}  # prompts of one prefill pass; a CPU is busy with one
+
+
+def _step_kernels(fused: bool, device: torch.device, forward: Any) -> Any:
+    """What stands around a step's pass, a module; None: torch's operations."""
+    if fused:
+        from . import fused_step
+
+        return fused_step
+    if device.type == "cpu" and has_numba() and forward.supports_trees:
+        from . import native_tables
+
+        return native_tables
+    return None
 
 
 class Asker(NamedTuple):
@@ -86,9 +98,11 @@ class ModelRunner:
         self.to_time: StepTimer | None = None  # behind that
         self._held_by = {nodes: held_by(shapes, nodes) for nodes in self.node_choices}
         self._graphs = StepGraphs(self) if self.device.type == "cuda" and forward.can_capture else None
-        self.overlaps = self._packs = self._graphs is not None
+        self.overlaps = self._graphs is not None
+        self._packs = self.overlaps or getattr(forward, "packs", False)
         self.grace_s = 0.0 if self._graphs is None else GRACE_S
-        self._fused = self._graphs is not None and self._graphs.packs
+        fused = self._graphs is not None and self._graphs.packs
+        self._kernels = _step_kernels(fused, self.device, forward)
         self._host_length = [0] * self.num_slots
         self._owner = [0] * self.num_slots  # how many sequences a slot has had
         self._admitted: list[Admission] = []
@@ -199,7 +213,11 @@ class ModelRunner:
         else:
             rows = torch.tensor(host_slots, device=self.device)
             active = torch.ones_like(rows, dtype=torch.bool)
-            facts = self.step(rows, active, host_slots, lengths, max(lengths) + nodes, shape, needs)
+            try:
+                facts = self.step(rows, active, host_slots, lengths, max(lengths) + nodes, shape, needs)
+            except BaseException:  # the draft comes last: what raises leaves every sequence as it was
+                self.tables.length[rows] = torch.tensor(lengths, device=self.device)
+                raise
         askers = self._askers(host_slots, needs)
         places = range(len(host_slots)) if self._graphs is None else self._graphs.lines(host_slots)
 
@@ -225,7 +243,8 @@ class ModelRunner:
         → (B, 5 + 2 (D + 1)): tokens kept, finished, finite, drafted, ready for the next step, the tokens, their nodes;
         with log-probabilities NUM_TOLD (D + 1) more, as of Walk
         """
-        if self._fused and not (needs.penalised or needs.logprobs):
+        simple = not (needs.penalised or needs.logprobs or (needs.sampled and self.device.type == "cpu"))
+        if simple and self._kernels is not None:
             return self._fused_step(slots, active, host_slots, host_length, width, shape, needs)
         tables = self.tables
         limits: Limits = tables.limits(slots)
@@ -251,24 +270,25 @@ class ModelRunner:
         shape: Shape,
         needs: Needs,
     ) -> torch.Tensor:
-        """`step` by the kernels of fused_step.py, without penalties and log-probabilities."""
-        tables, forward = self.tables, self.forward
-        opened = open_step(tables, slots, active, shape)
+        """`step` by the kernels of fused_step.py or native_tables.py, without penalties and log-probabilities."""
+        tables, forward, kernels = self.tables, self.forward, self._kernels
+        opened = kernels.open_step(tables, slots, active, shape)
         places = (opened.positions, opened.columns)
         view = View(
-            slots, opened.length, host_slots, host_length, *places, None, width, packed=True, node_bits=opened.bits
-        )
+            slots, opened.length, host_slots, host_length, *places, None, width,
+            packed=self._packs, node_bits=opened.bits,
+        )  # fmt: skip
         logits, hidden = forward.run(opened.tokens, view)
-        sampling = tables.sampling(slots, needs) if needs.sampled else tables.greedy()
+        sampling = tables.sampling(slots, needs) if needs.sampled else tables.greedy(len(slots))
         picked, best = pick_all(logits, sampling, opened.positions + 1)
         rest = self.drafter is not None and shape.num_nodes == 1
-        closed = close_step(tables, slots, opened, picked, best, shape.max_depth, rest=rest)
+        closed = kernels.close_step(tables, slots, opened, picked, best, shape.max_depth, rest=rest)
         forward.commit(view, closed.nodes)
         if self.drafter is not None and hidden is not None and not rest:
             at = hidden[torch.arange(slots.shape[0], device=slots.device), closed.last]
             nodes = heads_fill(shape, self.drafter.max_nodes)
             heads = self.drafter.draft(slots, at, closed.pending, closed.length, sampling, nodes)
-            keep_heads(tables, slots, opened.active, heads, closed.facts, self.node_choices[-1] - 1)
+            kernels.keep_heads(tables, slots, opened.active, heads, closed.facts, self.node_choices[-1] - 1)
         return closed.facts
 
     def _keep(

@@ -68,6 +68,7 @@ class SlotTables:
         self.temperature, self.top_p, self.min_p = (reals(slots) for _ in range(3))
         self.repetition, self.presence, self.frequency = (reals(slots) for _ in range(3))
         self.bias_ids, self.bias = ints(slots, MAX_BIASES), reals(slots, MAX_BIASES)
+        self._cold = reals(slots)
         self._biased: set[int] = set()  # slots whose row of `bias` is not all zeros
         self._eos_ids = tuple(eos_ids)
         self._needs = [PLAIN] * slots
@@ -145,9 +146,10 @@ class SlotTables:
             needs.logprobs,
         )
 
-    def greedy(self) -> Sampling:
-        """Where no row asks for anything: all slots' tables, which nobody reads."""
-        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.seed, False, False)
+    def greedy(self, rows: int) -> Sampling:
+        """Where no row asks for anything, of so many rows; only the temperature is ever read."""
+        unread = (table[:rows] for table in (self.top_k, self.top_p, self.min_p, self.seed))
+        return Sampling(self._cold[:rows], *unread, False, False)
 
     def _penalties(self, slots: torch.Tensor) -> Penalties:
         tables = (self.repetition, self.presence, self.frequency, self.bias_ids, self.bias)

@@ -3,44 +3,26 @@
 import pytest
 import torch
 
-from medusa_serve.model import accept as accepting
 from medusa_serve.model import beam
-from medusa_serve.model.accept import Limits, accept
 from medusa_serve.model.lookup import lookup, reference_lookup
-from medusa_serve.model.native_step import best_children
-from medusa_serve.model.tree import Tree
+from medusa_serve.model.native_step import best_children, largest
 from tests.model.rows import sampling
 
-ROWS, VOCAB = 64, 2500
-TREE = Tree(((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)), num_lookup=3)
+ROWS = 64
 
 
-@pytest.mark.parametrize("bad", [None, torch.nan, torch.inf])
-def test_the_walk_is_the_references(monkeypatch, bad):
-    """Few tokens, so that paths go on, siblings and the lookup's chain hold the same, and ends come at all depths."""
-    generator = torch.Generator().manual_seed(0)
-    draft = TREE.draft(torch.randint(-1, 3, (ROWS, TREE.num_nodes), generator=generator))
-    logits = torch.randn(ROWS, TREE.num_nodes, VOCAB, generator=generator).bfloat16()
-    logits[:, :, :3] += 6
-    if bad is not None:
-        logits[::3, 1, 2000] = bad
-        logits[1::5, 0, 7] = -bad
-    limits = Limits(*(torch.randint(low, high, (ROWS, *more), generator=generator)
-                      for low, high, more in ((4, 9, ()), (8, 16, ()), (2, 40, (2,)))))  # fmt: skip
-    got = accept(logits, draft, TREE.max_depth, sampling(ROWS), limits)
-    monkeypatch.setattr(accepting, "has_numba", lambda: False)
-    want = accept(logits, draft, TREE.max_depth, sampling(ROWS), limits)
-    assert torch.equal(got.finite, want.finite)
-    good = want.finite
-    assert int(good.sum()) > ROWS / 2
-    assert len(set(got.num_emitted.tolist())) > 2
-    for name in ("num_emitted", "finished"):
-        assert torch.equal(getattr(got, name)[good], getattr(want, name)[good]), name
-    for row in good.nonzero().flatten().tolist():
-        count = int(want.num_emitted[row])
-        assert got.tokens[row, :count].tolist() == want.tokens[row, :count].tolist()
-        assert got.nodes[row, :count].tolist() == want.nodes[row, :count].tolist()
-        assert (got.tokens[row, count:] == -1).all()
+@pytest.mark.parametrize("vocab", [9, 1024, 2500])
+def test_the_largest_logits_are_torchs(vocab):
+    logits = (torch.randn(3, 5, vocab, generator=torch.Generator().manual_seed(0)) * 2).bfloat16()
+    logits[0, 1, 3], logits[1, 0, 5], logits[2, 4, 7], logits[2, 2] = torch.nan, torch.inf, -torch.inf, -3.0
+    picked, best = largest(logits)
+    wanted = logits.float().max(dim=-1)
+    good = wanted.values.isfinite()
+    assert torch.equal(best.isfinite(), good)
+    assert good.tolist() == [[True, False, True, True, True], [False, *[True] * 4], [True] * 5]
+    assert torch.equal(best[good], wanted.values[good])
+    assert torch.equal(logits.float().gather(2, picked[..., None])[..., 0][good], wanted.values[good])
+    assert picked[2, 2] == 0  # the first among equals
 
 
 def test_the_lookup_is_the_references():
