@@ -102,6 +102,7 @@ class _ContextDrafter(Generic[State]):
         self._num_ranks = min(num_ranks or self.most_ranks, heads.output.vocab_size)
         both = [[*(given or ()), *[1.0] * depths][:depths] for given in (tau, noise_tau)]
         self.compiled: Any = None  # CompiledDrafts, once there are some
+        self.native: Any = None  # NativeDraft, once there is one
         self.tau = torch.tensor(both, dtype=torch.float32, device=heads.output.device)  # (2, D)
         self.size(63, None)
 
@@ -154,6 +155,8 @@ class _ContextDrafter(Generic[State]):
         if self.compiled is not None and self.compiled.covers(pending, sampling, nodes):
             return self.compiled.run(hidden, pending, length, nodes)
         widths, pool_size = self._search(nodes)
+        if self.native is not None and not sampling.sampled:
+            return self.native.run(hidden, pending, widths, pool_size, nodes)
         state = self.begin(hidden, pending, length, sampling)
         fused = splitk.available(pending.device)
         pool = (FusedPool if fused else Pool)(pending.shape[0], pool_size, pending.device)
@@ -200,6 +203,13 @@ class SequentialDrafter(_ContextDrafter[Tensor]):
 
     def begin(self, hidden: Tensor, pending: Tensor, length: Tensor, sampling: Sampling) -> Tensor:
         return self.heads.start(hidden, pending)[:, None]  # (B, W, S)
+
+    def use_kernels(self) -> None:
+        """Draft greedily by one call, where heads of this kind can. They must stay as they are."""
+        from .native_draft import NativeDraft
+
+        if NativeDraft.fits(self.heads):
+            self.native = NativeDraft(self.heads, self.tau[0], self._num_ranks, (STEP_COST, NEVER))
 
     def children(self, state: Tensor, depth: int, length: Tensor, sampling: Sampling) -> Children:
         logits = self.heads.logits(state.flatten(0, 1)).unflatten(0, state.shape[:2])

@@ -15,6 +15,7 @@ import torch
 from ..config import EngineConfig
 from ..errors import LoadError
 from .attention import has_numba
+from .beam import SequentialDrafter
 from .capture import give_back
 from .compiled import compile_passes
 from .default_model import cache_folder
@@ -112,6 +113,8 @@ def build_runner(
     if config.compile and plugged is not None and plugged.attends:
         notes.append(compile_passes(plugged, drafter, shapes, config, cache_folder()))
         what = what and f"{what}, compiled {plugged.compiled.sizes if plugged.compiled else 'nothing'}"
+    if isinstance(drafter, SequentialDrafter) and has_numba():
+        drafter.use_kernels()
     vocab_size = model.get_input_embeddings().num_embeddings
     runner = ModelRunner(
         forward,

@@ -35,6 +35,17 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache
+def children_share() -> int:
+    """Address of the function that a thread runs: its share of the places."""
+
+    @cfunc(types.void(types.voidptr), cache=True, **OPTIONS)
+    def body(task_at):
+        _children(carray(task_at, (CHILDREN_TASK,), np.int64), thread_of(task_at))
+
+    return int(body.address or 0)
+
+
+@lru_cache
 def largest_share() -> int:
     """Address of the function that a thread runs: its share of the nodes."""
 
@@ -52,8 +63,9 @@ def best_children(logits: Tensor, tau: Tensor, num_ranks: int) -> tuple[Tensor, 
     ids = torch.empty(rows, beams, num_ranks, dtype=torch.int64)
     logp = torch.empty(rows, beams, num_ranks, dtype=torch.float32)
     each = tau.expand(beams).contiguous()
-    _children(
-        logits.data_ptr(), each.data_ptr(), ids.data_ptr(), logp.data_ptr(), rows, beams, vocab, num_ranks
+    native_children(
+        logits.data_ptr(), each.data_ptr(), ids.data_ptr(), logp.data_ptr(), rows * beams, beams, vocab, num_ranks,
+        *team().given(), children_share(),
     )  # fmt: skip
     return ids, logp
 
@@ -117,12 +129,29 @@ def _ordered(half):
     return signed if signed >= 0 else np.int32(signed ^ np.int32(0x7FFF))
 
 
+# as TASK: then logits, tau, ids, log-probabilities, count, beams, vocab, ranks
+CHILDREN_TASK = HEAD + 8
+
+
 @njit(cache=True, **OPTIONS)
-def _children(logits_at, tau_at, ids_at, logp_at, rows, beams, vocab, ranks):
-    taus = carray(pointer(tau_at), (beams,), np.float32)
-    ids = carray(pointer(ids_at), (rows * beams, ranks), np.int64)
-    logp = carray(pointer(logp_at), (rows * beams, ranks), np.float32)
-    for place in range(rows * beams):
+def native_children(
+    logits_at, tau_at, ids_at, logp_at, count, beams, vocab, ranks, threads, start, number, share
+):  # fmt: skip
+    """tau (beams): of the places one after the other"""
+    threads = threads if count > 1 else 1
+    task = np.array((threads, number, logits_at, tau_at, ids_at, logp_at, count, beams, vocab, ranks), np.int64)
+    run_in_team(start, share, task.ctypes.data, threads)
+    task[0] = 0  # as in _largest
+
+
+@njit(**OPTIONS)
+def _children(task, thread):
+    threads, logits_at = task[0], task[HEAD]
+    count, beams, vocab, ranks = task[HEAD + 4], task[HEAD + 5], task[HEAD + 6], task[HEAD + 7]
+    taus = carray(pointer(task[HEAD + 1]), (beams,), np.float32)
+    ids = carray(pointer(task[HEAD + 2]), (count, ranks), np.int64)
+    logp = carray(pointer(task[HEAD + 3]), (count, ranks), np.float32)
+    for place in range(count * thread // threads, count * (thread + 1) // threads):
         numbers = carray(pointer(logits_at + 2 * place * vocab), (vocab,), np.uint16)
         best, where = logp[place], ids[place]
         best[:] = np.float32(-np.inf)

@@ -148,8 +148,8 @@ class SlotTables:
 
     def greedy(self, rows: int) -> Sampling:
         """Where no row asks for anything, of so many rows; only the temperature is ever read."""
-        unread = (table[:rows] for table in (self.top_k, self.top_p, self.min_p, self.seed))
-        return Sampling(self._cold[:rows], *unread, False, False)
+        top_k, top_p, min_p, seed = (table[:rows] for table in (self.top_k, self.top_p, self.min_p, self.seed))
+        return Sampling(self._cold[:rows], top_k, top_p, min_p, seed, False, False)
 
     def _penalties(self, slots: torch.Tensor) -> Penalties:
         tables = (self.repetition, self.presence, self.frequency, self.bias_ids, self.bias)
