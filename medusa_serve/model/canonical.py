@@ -191,13 +191,13 @@ def _attend_share(task, thread):
         task[HEAD + 14], task[HEAD + 15], task[HEAD + 16], task[HEAD + 17], task[HEAD + 18],
     )  # fmt: skip
     room, scale, window = task[HEAD + 19], number_of(np.int32(task[HEAD + 20])), task[HEAD + 21]
-    group = heads // kv_heads
+    group, one = heads // kv_heads, np.int64(1)  # as a number of the code it would be a type of its own
     slots, lengths = carray(pointer(slots_at), (rows,), np.int64), carray(pointer(length_at), (rows,), np.int64)
     positions = carray(pointer(positions_at), (rows * positions_row + new,), np.int64)
     bits = carray(pointer(bits_at), (rows, new), np.int64)
     out = carray(pointer(out_at), (rows, new, heads, value_dim), np.uint16)
     scratch = np.empty(TILE * (room + dim + value_dim), np.float32)
-    scratch_at = scratch.ctypes.data
+    scratch_at = np.int64(scratch.ctypes.data)  # an address of the other sign compiles whatever takes it once more
     q = carray(pointer(scratch_at + 4 * TILE * room), (TILE, dim), np.float32)
     sums_at = scratch_at + 4 * TILE * (room + dim)
     sums = carray(pointer(sums_at), (TILE, value_dim), np.float32)
@@ -236,7 +236,7 @@ def _attend_share(task, thread):
                         place += 1
             count = total[i] - first[i]
             weight[i] = _softmax(carray(pointer(scores_at + 4 * first[i]), (count,), np.float32), count, scale, lanes)
-            _weigh(1, scores_at, room, values, value_row, first[i], min(begin, shared), sum_at, value_dim)
+            _weigh(one, scores_at, room, values, value_row, first[i], min(begin, shared), sum_at, value_dim)
         _weigh(queries, scratch_at, room, values, value_row, begin, shared, sums_at, value_dim)
         for i in range(queries):
             n, head = _place(tile + i, group, kv)
@@ -246,11 +246,11 @@ def _attend_share(task, thread):
                     if (bits[b, n] >> j) & 1:
                         if place >= first[i]:
                             value = values + (length + j) * value_row
-                            _weigh(1, scores_at + 4 * place, room, value, value_row, 0, 1, sum_at, value_dim)
+                            _weigh(one, scores_at + 4 * place, room, value, value_row, one - 1, one, sum_at, value_dim)
                         place += 1
             else:
                 start = max(first[i], shared)
-                _weigh(1, scores_at, room, values, value_row, start, total[i], sum_at, value_dim)
+                _weigh(one, scores_at, room, values, value_row, start, total[i], sum_at, value_dim)
             for d in range(value_dim):
                 out[b, n, head, d] = half(sums[i, _spot(d, value_dim)] / weight[i])
     scratch[0] = 0  # as in _attend
@@ -271,7 +271,7 @@ def rotate_and_attend(
 ):  # fmt: skip
     tokens = rows * new
     scratch = np.empty(tokens * (heads + kv_heads) * dim, np.uint16)
-    turned = scratch.ctypes.data
+    turned = np.int64(scratch.ctypes.data)
     turned_key = turned + 2 * tokens * heads * dim
     _rotate(query_at, cos_at, sin_at, turned, query_head, query_token, cos_row, sin_row, heads, tokens, dim)
     _rotate(key_at, cos_at, sin_at, turned_key, key_head, key_token, cos_row, sin_row, kv_heads, tokens, dim)

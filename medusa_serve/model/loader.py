@@ -14,6 +14,7 @@ import torch
 from ..config import DEFAULT_MODEL, EngineConfig
 from ..errors import LoadError, reason_of
 from ..presets import PRESETS, nearest
+from .attention import has_numba
 from .capture import TURN
 from .codec import Codec
 from .default_model import cache_folder, ensure_default_model
@@ -23,6 +24,7 @@ from .hub import base_of, refusal
 from .int4 import Int4Linear, stored_in_few_bits, use_few_bits
 from .int8 import COVERS, linear_share, quantize_linears
 from .memory import CONTEXT, plan_memory, sizes_of
+from .native_ahead import kernels_ahead
 from .nf4 import loading_options, require_nf4
 from .split import split_plan
 
@@ -87,8 +89,10 @@ def load_to_answer(config: EngineConfig) -> LoadedModel:
 
 def _load(config: EngineConfig, device: torch.device, notes: list[str], source: str, name: str) -> LoadedModel:
     with _quiet(), _as_load_error(config.model):
-        hf_config = _checked_config(source, config.model)
         few_bits = device.type == "cpu" and stored_in_few_bits(Path(source))
+        if few_bits and has_numba() and config.quantize in ("auto", "int4"):
+            kernels_ahead()
+        hf_config = _checked_config(source, config.model)
         dtype, weights = _choose_numbers(config, device, hf_config, notes, few_bits)
         tokenizer = _load_tokenizer(source)
         if config.model in PRESETS and not tokenizer.chat_template:

@@ -189,7 +189,7 @@ def _keep(
             some = some or tokens[row, n] >= 0
         if some:
             facts[row, 4] = max(facts[row, 4], ready)
-        if active[row]:
-            to_tokens[slot], to_parents[slot], to_depths[slot] = -1, 0, 0
-            to_tokens[slot, :count], to_parents[slot, :count] = tokens[row], parents[row]
-            to_depths[slot, :count] = depths[row]
+        for n in range(width if active[row] else 0):
+            there = n < count
+            to_tokens[slot, n] = tokens[row, n] if there else -1
+            to_parents[slot, n], to_depths[slot, n] = parents[row, n] if there else 0, depths[row, n] if there else 0

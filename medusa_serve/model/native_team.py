@@ -56,7 +56,7 @@ def run_in_team(start, share, task, threads):
     if threads > 1:
         _fork(start, share, task, threads)
     else:
-        _call(share, task)
+        call(share, task)
 
 
 @njit(inline="always", **OPTIONS)
@@ -79,7 +79,9 @@ def _fork(_, start, share, task, threads):
 
 
 @intrinsic
-def _call(_, share, task):
+def call(_, share, task):
+    """share(task), both addresses"""
+
     def generate(context, builder, signature, arguments):
         function = builder.inttoptr(arguments[0], ir.FunctionType(VOID, [ADDRESS]).as_pointer())
         builder.call(function, [builder.inttoptr(arguments[1], ADDRESS)])
