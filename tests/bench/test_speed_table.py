@@ -68,6 +68,8 @@ def test_columns_and_rows() -> None:
         ("peers_h200.json", "generate-static", 3.0),
         ("peers_h200.json", "generate-batch", 3.0),
         ("peers64_h200.json", "generate-batch", 6.0),
+        ("peers_cpu.json", "generate", 4.0),
+        ("peers_cpu.json", "llama-cpp", 1.1),
     ],
 )
 def test_the_stored_contests_reach_what_was_asked_for(name: str, contestant: str, least: float) -> None:
