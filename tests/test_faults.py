@@ -8,6 +8,7 @@ from medusa_serve.errors import EngineRestarting, GenerationFailed
 from medusa_serve.model import accept as accept_module
 from medusa_serve.model import attention as attention_module
 from medusa_serve.model import forward as forward_module
+from medusa_serve.model import native_tables
 from medusa_serve.model import runner as runner_module
 from medusa_serve.model import selftest as selftest_module
 from medusa_serve.model import tree as tree_module
@@ -37,6 +38,26 @@ def wrong_mask_bit(monkeypatch):
 
     monkeypatch.setattr(tree_module, "ancestors", ancestors)
 
+    def see_it(opened):
+        for row, parents in enumerate(opened.parents.tolist()):
+            siblings = [node for node in range(2, len(parents)) if parents[node] == 0]
+            if siblings:
+                opened.bits[row, siblings[0]] |= 1 << 1
+
+    in_the_kernel(monkeypatch, see_it)
+
+
+def in_the_kernel(monkeypatch, spoil):
+    """The same bug where the trees of greedy rows are made."""
+    real = native_tables.open_step
+
+    def open_step(*args):
+        opened = real(*args)
+        spoil(opened)
+        return opened
+
+    monkeypatch.setattr(native_tables, "open_step", open_step)
+
 
 def position_off_by_one(monkeypatch):
     real = attention_module.tree_view
@@ -48,6 +69,11 @@ def position_off_by_one(monkeypatch):
 
     for module in (runner_module, selftest_module):
         monkeypatch.setattr(module, "tree_view", tree_view)
+
+    def move(opened):
+        opened.positions.add_((opened.positions > opened.length[:, None]).long())
+
+    in_the_kernel(monkeypatch, move)
 
 
 def skipped_commit(monkeypatch):
