@@ -52,9 +52,10 @@ def native_layers(forward: TreeForward, check: Callable[[], float]) -> str:
             forward.layers, forward.packs = None, False
         return f"decoder layers stay as they are ({reason_of(reason)})"
     kernels, forward.around = forward.layers.kernels, forward.layers.around
-    rest = f"; around them the model's own code runs, because {forward.layers.apart}" if kernels else ""
-    rest = "" if forward.around else rest
-    return f"decoder layers are traced, {kernels} of their operations are kernels ({error:.1e} apart){rest}"
+    note = f"decoder layers are traced, {kernels} of their operations are kernels ({error:.1e} apart)"
+    if kernels and forward.around is None:
+        note += f"; around them the model's own code runs, because {forward.layers.apart}"
+    return note
 
 
 class NativeLayers(FusedLayers):

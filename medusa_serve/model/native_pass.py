@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import View
+from .attention import View, chain_view
 from .canonical import fits_slab
 from .native_ops import rms_norm
 from .native_tape import TapeRun, view_facts
@@ -80,7 +80,6 @@ class NativePass:
         self._norm = _norm(calls, mine[-1].out, output.args[0])
         self._positions, given = _positions(calls, mine[0], forward.cache.keys.shape[2])
         self._dim = self._positions.shape[1] // 2
-        self._takes = forward.hidden_inputs
         rows = next(call.args[0] for call in calls if call.module is self._embedding), given
         self._compare(*rows, output.out)
 
@@ -107,8 +106,6 @@ class NativePass:
 
     def _compare(self, tokens: Tensor, positions: Tensor, wanted: Tensor) -> None:
         """Raises OtherPass where a causal pass over a slot of its own gives other logits."""
-        from .attention import chain_view
-
         with self._forward.aside():
             view = chain_view([0], [0], [tokens.shape[1]], tokens.device)
             view.packed = True
