@@ -32,7 +32,7 @@ from .pulse import Pulse, refuse_unless_ok
 from .quiet_log import QuietLogger
 from .restarts import Restarts
 from .scheduler import Scheduler
-from .sequence import Sequence, token_limit
+from .sequence import Sequence, Took, token_limit
 from .text import Detokenizer, Silent
 
 log = QuietLogger(__name__)
@@ -288,12 +288,14 @@ class BatchManager:
         self._runner.admit(seq.slot, seq.prompt_ids, seq.params, seq.limit, seq.num_reused)
         self.metrics.prefilled(reused=seq.num_reused)
 
-    def _take(self, seq: Sequence, out: StepOutput | RowFailed, *, decoding: bool) -> None:
-        """What a pass emitted for one sequence: text, counters, the end."""
+    def _take(self, seq: Sequence, out: StepOutput | RowFailed, *, decoding: bool) -> Took | None:
+        """What a pass emitted for one sequence: text, the end; None where it failed."""
         if isinstance(out, RowFailed):
-            return self._fail(seq, out.error())
+            self._fail(seq, out.error())
+            return None
         if out.failed:
-            return self._fail(seq, GenerationFailed("The model gave no finite numbers for this sequence."))
+            self._fail(seq, GenerationFailed("The model gave no finite numbers for this sequence."))
+            return None
         if not decoding:
             seq.first_token = self._clock()
         try:
@@ -301,8 +303,8 @@ class BatchManager:
         except Exception as error:  # the tokenizer failed on these ids, or the runner's word is odd: this sequence only
             log.warning("Sequence %s failed.", seq.id, exc_info=True)
             text = error.message if isinstance(error, GenerationFailed) else f"({type(error).__name__})"
-            return self._fail(seq, GenerationFailed(f"This sequence could not be continued: {text}"))
-        self.metrics.emitted(len(took.ids), drafted=out.num_drafted, accepted=took.accepted if decoding else None)
+            self._fail(seq, GenerationFailed(f"This sequence could not be continued: {text}"))
+            return None
         if took.reason is not None:
             seq.finished = self._clock()
             completion = seq.completion(self._model_name, took.reason)
@@ -310,6 +312,7 @@ class BatchManager:
             self._end(seq, took.reason, replace(took.delta(), completion=completion))
         elif self._codec is not None:
             self._outbox.put(seq, took.delta())
+        return took
 
     def _fail(self, seq: Sequence, error: MedusaServeError) -> None:
         self._end(seq, "error", Delta("", error=error), failed=True)

@@ -9,9 +9,12 @@ accepted. What a larger one would is the calibrated curve through the live figur
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
+from itertools import chain
+from typing import Any
+
+import numpy as np
 
 from ..model.between import between
 
@@ -26,18 +29,34 @@ OWN_DECAY, ALL_DECAY = 0.95, 0.999  # of what was counted, each step of a row
 
 
 class Gains:
-    """Tokens per step by size of tree, of one sequence or of all: sums that forget."""
+    """Tokens per step by size of tree (K sizes), of each of some rows: sums that forget. tokens, weight (rows, K)"""
 
     __slots__ = ("decay", "tokens", "weight")
 
-    def __init__(self, sizes: int, decay: float) -> None:
-        self.tokens, self.weight, self.decay = [0.0] * sizes, [0.0] * sizes, decay
+    def __init__(self, rows: int, sizes: int, decay: float) -> None:
+        self.tokens, self.weight, self.decay = np.zeros((rows, sizes)), np.zeros((rows, sizes)), decay
 
-    def note(self, counts: Seq[int]) -> None:
-        """counts[k]: tokens that a tree of the k-th size would have emitted in one step; larger ones were not tried."""
-        tried, decay = len(counts), self.decay
-        self.tokens[:tried] = [old * decay + count for old, count in zip(self.tokens, counts, strict=False)]
-        self.weight[:tried] = [old * decay + 1.0 for old in self.weight[:tried]]
+    def forget(self, row: int) -> None:
+        self.tokens[row] = self.weight[row] = 0.0
+
+    def note(self, rows: Any, tokens: np.ndarray, steps: np.ndarray) -> None:
+        """rows: which, B different ones · steps (B, K): how often a tree of that size was tried · tokens (B, K): what
+        it would have emitted then"""
+        kept = self.decay**steps
+        self.tokens[rows] = self.tokens[rows] * kept + tokens
+        self.weight[rows] = self.weight[rows] * kept + steps
+
+    def curve(self, rows: Any, among: np.ndarray, doubt: float) -> np.ndarray:
+        """(B, K) tokens per step. among (K): what is expected without them, which counts as much as `doubt` steps.
+        Sizes that were tried little follow the curve behind them."""
+        tokens, weight = self.tokens[rows], self.weight[rows]
+        curve = np.ones_like(tokens)
+        for size in range(1, len(among)):
+            behind = among[size - 1] - 1.0
+            step = (curve[:, size - 1] - 1.0) / behind if behind > 0.0 else 1.0
+            guess = 1.0 + (among[size] - 1.0) * step
+            curve[:, size] = (guess * doubt + tokens[:, size]) / (doubt + weight[:, size])
+        return curve
 
 
 class NodeBudget:
@@ -49,28 +68,33 @@ class NodeBudget:
         """choices: ascending, 1 first · step_ms: t(B, N) of some B for each N, B = 1 among them · expected: tokens per
         step of each N, as calibrated · slots: rows at most"""
         self.choices = tuple(choices)
-        self._expected = [1.0, *expected[1:]]
+        self._sizes = np.array(self.choices)
+        self._expected = np.array([1.0, *expected[1:]])
         times = [sorted((rows, ms) for (rows, n), ms in step_ms.items() if n == nodes) for nodes in self.choices]
         self._ms = [[between(known, rows) for rows in range(1, slots + 1)] for known in times]  # by N, then by B - 1
         self._host_ms = [0.0] * (slots.bit_length() + 1)  # of a step, by the binary digits of B; 0.0 while unknown
-        self._all = Gains(len(self.choices), ALL_DECAY)
+        self._all, self._own = Gains(1, len(self.choices), ALL_DECAY), Gains(slots, len(self.choices), OWN_DECAY)
         self._now = 0  # which choice
         self._rows: tuple[str, ...] = ()
         self._steps = self._since_probe = self._probing = 0
 
-    def own(self) -> Gains:
-        """For a new sequence."""
-        return Gains(len(self.choices), OWN_DECAY)
+    def begin(self, slot: int) -> None:
+        """Another sequence has it now."""
+        self._own.forget(slot)
 
-    def note(self, own: Gains, accepted_by: Seq[int], nodes: int) -> None:
-        """One step of a row. accepted_by: for each accepted draft token, the smallest N whose tree holds it · nodes: of
-        the tree that was drafted and verified"""
-        counts = [1] * bisect_right(self.choices, nodes)
-        for smallest in accepted_by:
-            for size in range(self.choices.index(smallest), len(counts)):
-                counts[size] += 1
-        own.note(counts)
-        self._all.note(counts)
+    def note(self, slots: Seq[int], held_by: Seq[Seq[int]], nodes: Seq[int]) -> None:
+        """One step, a line for each row that speculates. held_by: for each accepted draft token, the smallest N whose
+        tree holds it · nodes: of the tree that was drafted and verified"""
+        if max(nodes, default=1) == 1:  # nothing that was not known
+            return
+        rows, sizes = len(slots), len(self.choices)
+        row = np.repeat(np.arange(rows), [len(held) for held in held_by])
+        first = np.searchsorted(self._sizes, np.fromiter(chain.from_iterable(held_by), np.int64))
+        held = np.bincount(row * sizes + first, minlength=rows * sizes).reshape(rows, sizes)
+        tried = (self._sizes <= np.array(nodes)[:, None]).astype(float)
+        tokens = (1.0 + held.cumsum(axis=1)) * tried
+        self._own.note(list(slots), tokens, tried)
+        self._all.note([0], tokens.sum(axis=0, keepdims=True), tried.sum(axis=0, keepdims=True))
 
     def note_time(self, rows: int, nodes: int, seconds: float, waited: float) -> None:
         """What a step really took, and how much of it went by until its outputs were there: a busy neighbour may have
@@ -82,44 +106,30 @@ class NodeBudget:
             times = self._ms[self.choices.index(nodes)]
             times[at] += LIVE * (min(seconds * 1000, 3 * times[at]) - times[at])
 
-    def choose(self, rows: Iterable[tuple[str, Gains | None]]) -> int:
-        """N for the rows (whose, and its gains; None: a row that decodes plainly)."""
+    def choose(self, rows: Iterable[tuple[str, int | None]]) -> int:
+        """N for the rows (whose, and its slot; None: a row that decodes plainly)."""
         rows = list(rows)
         whose = tuple(name for name, _ in rows)
         if self._probing:
             self._probing -= 1
             return self.choices[min(self._now + 1, len(self.choices) - 1)]
         if whose != self._rows or self._steps % RECHOOSE == 0:
-            self._rows, self._now = whose, self._best([gains for _, gains in rows])
+            self._rows, self._now = whose, self._best([slot for _, slot in rows])
         self._steps += 1
         self._since_probe += 1
-        if self._since_probe >= PROBE and any(gains is not None for _, gains in rows):
+        if self._since_probe >= PROBE and any(slot is not None for _, slot in rows):
             self._since_probe, self._probing = 0, 2
         return self.choices[self._now]
 
-    def _best(self, rows: list[Gains | None]) -> int:
+    def _best(self, rows: list[int | None]) -> int:
         speeds = self.speeds(rows)
-        best = max(range(len(speeds)), key=speeds.__getitem__)
+        best = int(speeds.argmax())
         return best if speeds[best] > KEEP * speeds[self._now] else self._now
 
-    def speeds(self, rows: list[Gains | None]) -> list[float]:
-        """Tokens per millisecond of these rows at each N."""
-        plain = sum(gains is None for gains in rows)
-        curve = self._curve(self._all, [])
-        totals = [float(plain)] * len(self.choices)
-        for gains in rows:
-            if gains is not None:
-                for size, expected in enumerate(self._curve(gains, curve)):
-                    totals[size] += expected
+    def speeds(self, rows: list[int | None]) -> np.ndarray:
+        """(K) tokens per millisecond of these rows at each N."""
+        slots = [slot for slot in rows if slot is not None]
+        everybody = self._all.curve([0], self._expected, ALL_WEIGHT)[0]
+        totals = self._own.curve(slots, everybody, OWN_WEIGHT).sum(axis=0) + (len(rows) - len(slots))
         at, host_ms = min(len(rows), len(self._ms[0])) - 1, self._host_ms[len(rows).bit_length()]
-        return [total / max(self._ms[size][at], host_ms) for size, total in enumerate(totals)]
-
-    def _curve(self, gains: Gains, among: list[float]) -> list[float]:
-        """Tokens per step at each N: of one sequence among all (`among`, all of theirs), or of all among what was
-        calibrated. Sizes that were tried little follow the curve behind them."""
-        prior, doubt, curve = (among, OWN_WEIGHT, [1.0]) if among else (self._expected, ALL_WEIGHT, [1.0])
-        for size in range(1, len(self.choices)):
-            step = (curve[-1] - 1.0) / (prior[size - 1] - 1.0) if prior[size - 1] > 1.0 else 1.0
-            guess = 1.0 + (prior[size] - 1.0) * step
-            curve.append((guess * doubt + gains.tokens[size]) / (doubt + gains.weight[size]))
-        return curve
+        return totals / np.array([max(times[at], host_ms) for times in self._ms])

@@ -12,11 +12,12 @@ from ..types import PrefillChunk, Runner, StepOutput
 from .isolate import RowFailed, start_rows
 from .metrics import Metrics
 from .scheduler import Scheduler
-from .sequence import Sequence, State
+from .sequence import Sequence, State, Took
 
 
 class Take(Protocol):
-    def __call__(self, seq: Sequence, out: StepOutput | RowFailed, *, decoding: bool) -> None: ...
+    def __call__(self, seq: Sequence, out: StepOutput | RowFailed, *, decoding: bool) -> Took | None:
+        """None where it failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +96,18 @@ class Flights:
                 pairs = zip(flight.counts, outputs, strict=True)
                 self._metrics.prefilled(computed=sum(n for n, out in pairs if not isinstance(out, RowFailed)))
             elif flight.whole:
-                for seq, out, tree in zip(flight.rows, outputs, flight.trees, strict=True):
-                    if out is not None and not out.failed and out.token_ids:
-                        self._scheduler.note_gain(seq, out, tree)
-            for seq, out in zip(flight.rows, outputs, strict=True):
-                if out is not None and seq.state is not State.FINISHED:  # it may have ended while this was under way
-                    self._take(seq, out, decoding=flight.nodes > 0)
+                self._scheduler.note_gains(flight.rows, outputs, flight.trees)
+            self._hand_out(flight, outputs)
         return count
+
+    def _hand_out(self, flight: Flight, outputs: list[Any]) -> None:
+        decoding, took = flight.nodes > 0, []
+        for seq, out in zip(flight.rows, outputs, strict=True):
+            if out is not None and seq.state is not State.FINISHED:  # it may have ended while this was under way
+                mine = self._take(seq, out, decoding=decoding)
+                if mine is not None:
+                    took.append((len(mine.ids), out.num_drafted, mine.accepted))
+        self._metrics.emitted(took, decoding=decoding)
 
     def _note_times(self, flight: Flight, asked: float) -> None:
         """How long the device was at it: since the start, or since the flight before was over. asked: when we began to

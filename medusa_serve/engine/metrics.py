@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from prometheus_client import Histogram
@@ -91,15 +91,19 @@ class Metrics:
             self._prefilled += computed
             self._reused += reused
 
-    def emitted(self, tokens: int, *, drafted: int = 0, accepted: int | None = None) -> None:
-        """What a pass gave one sequence. `accepted`: delivered draft tokens of a decode step; None: a prefill pass."""
+    def emitted(self, rows: Sequence[tuple[int, int, int]], *, decoding: bool) -> None:
+        """What a pass gave its sequences: tokens, draft tokens verified, those of them that were delivered. decoding: a
+        decode step, not a prefill pass"""
+        if not rows:
+            return
+        tokens, drafted, accepted = zip(*rows, strict=True)
         with self._lock:
-            self._emitted += tokens
-            if accepted is not None:
-                self._steps += 1
-                self._drafted += drafted
-                self._accepted += accepted
-                self._num_accepted[accepted] += 1
+            self._emitted += sum(tokens)
+            if decoding:
+                self._steps += len(rows)
+                self._drafted += sum(drafted)
+                self._accepted += sum(accepted)
+                self._num_accepted.update(accepted)
 
     def first_token(self, seconds: float) -> None:
         """From submission to the delivery of the first token."""

@@ -88,8 +88,8 @@ class Scheduler:
         self.running[slot] = seq
         seq.slot, seq.num_reused, seq.num_prefilled = slot, num_reused, num_reused
         seq.state = State.PREFILLING
-        if self._budget is not None and seq.speculates:
-            seq.gains = self._budget.own()
+        if self._budget is not None:
+            self._budget.begin(slot)
         return seq
 
     def _worth_a_pass(self) -> bool:
@@ -165,7 +165,7 @@ class Scheduler:
 
     def _nodes(self, decoding: Iterable[Sequence]) -> int:
         if self._budget is not None:
-            rows = [(seq.id, seq.gains) for seq in decoding]
+            rows = [(seq.id, seq.slot if seq.speculates else None) for seq in decoding]
             return self._budget.choose(rows) if rows else 1
         # with heads there are drafts as long as steps have nodes; the last step may not be read yet
         most = self._runner.node_choices[-1] - 1 if self._runner.has_heads else 0
@@ -176,10 +176,17 @@ class Scheduler:
         """A pass over `count` prompt tokens took this long."""
         self._passes.append((count, seconds))
 
-    def note_gain(self, seq: Sequence, out: StepOutput, nodes: int) -> None:
-        """A decode step with a tree of `nodes`, drafted and verified, gave this sequence that."""
-        if self._budget is not None and seq.gains is not None:
-            self._budget.note(seq.gains, out.held_by, nodes)
+    def note_gains(self, rows: Seq[Sequence], outputs: Seq[StepOutput], trees: Seq[int]) -> None:
+        """What a decode step gave each of its rows, by the tree that was drafted and verified."""
+        if self._budget is None:
+            return
+        kept = [
+            (seq.slot, out.held_by, nodes)
+            for seq, out, nodes in zip(rows, outputs, trees, strict=True)
+            if seq.speculates and seq.state is not State.FINISHED and out.token_ids
+        ]
+        if kept:
+            self._budget.note(*zip(*kept, strict=True))
 
     def note_decode(self, rows: int, nodes: int, seconds: float, waited: float) -> None:
         """A decode step of `rows` rows with trees of `nodes` took this long, `waited` of it for its outputs."""

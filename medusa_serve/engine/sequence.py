@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from ..errors import ContextTooLong, GenerationFailed, InvalidRequest
 from ..types import Completion, Delta, FinishReason, SamplingParams, Sink, StepOutput, TokenLogprob
-from .budget import Gains
 from .metrics import Outcome
 from .text import Detokenizer, Silent
 
@@ -50,7 +49,7 @@ class Sequence:
     logprobs       one for each of token_ids, if asked for
     steps, drafted, accepted   decode steps, draft tokens verified, draft tokens accepted and delivered
     draft_ready    draft tokens at hand for the next step
-    gains          tokens per step by size of tree, while a node budget asks · drafted_for  N of the last tree drafted
+    drafted_for    N of the last tree drafted
     submitted, admitted, first_token, finished, delivered   times in seconds of the engine's clock
     """
 
@@ -73,7 +72,6 @@ class Sequence:
     drafted: int = 0
     accepted: int = 0
     draft_ready: int = 0
-    gains: Gains | None = None
     drafted_for: int = 1
     submitted: float = 0.0
     admitted: float | None = None
@@ -104,7 +102,9 @@ class Sequence:
         """
         known = len(self.prompt_ids) + len(self.token_ids)
         ids = out.token_ids[: self.limit - known]
-        at_eos = None if self.params.ignore_eos else next((n for n, i in enumerate(ids, 1) if i in eos_ids), None)
+        at_eos = None
+        if not (self.params.ignore_eos or eos_ids.isdisjoint(ids)):
+            at_eos = next(n for n, i in enumerate(ids, 1) if i in eos_ids)
         text, used, stopped = self.detokenizer.feed(ids[:at_eos])
         ids = ids[:used]
         accepted = min(len(ids), out.num_accepted) if decoding else 0

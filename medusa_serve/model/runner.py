@@ -356,7 +356,7 @@ class ModelRunner:
                     self._host_length[slot] += count
                 depths = len(rest) // (2 + told * NUM_TOLD)
                 path, spoken = rest[depths : depths + count], rest[2 * depths :]
-                held = tuple(holders[node] for node in path[1:])
+                held = tuple(map(holders.__getitem__, path[1:]))
                 logprobs = () if num_logprobs is None else read_logprobs(spoken, count, num_logprobs)
                 kept = tuple(rest[:count])
                 outputs.append(StepOutput(slot, kept, drafted, bool(finished), False, ready, held, logprobs))

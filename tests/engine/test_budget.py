@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from medusa_serve.engine.budget import OWN_WEIGHT, PROBE, NodeBudget
+from medusa_serve.engine.budget import ALL_WEIGHT, OWN_WEIGHT, PROBE, NodeBudget
 
 CHOICES = (1, 4, 16)
 EXPECTED = (1.0, 2.0, 3.0)
@@ -22,25 +22,25 @@ def chosen(made, rows, steps=5):
 
 def test_the_calibrated_curve_decides_first():
     made = budget(FLAT)
-    assert chosen(made, [("a", made.own())]) == 16
+    assert chosen(made, [("a", 0)]) == 16
     made = budget({(1, 1): 10, (1, 4): 12, (1, 16): 40})
-    assert chosen(made, [("a", made.own())]) == 4
+    assert chosen(made, [("a", 0)]) == 4
     made = budget({(1, 1): 10, (1, 4): 25, (1, 16): 40})
-    assert chosen(made, [("a", made.own())]) == 1
+    assert chosen(made, [("a", 0)]) == 1
 
 
 def test_many_rows_make_nodes_dear():
     made = budget({(1, 1): 10, (1, 4): 10, (1, 16): 10.5, (8, 1): 12, (8, 4): 20, (8, 16): 60})
-    assert chosen(made, [("a", made.own())]) == 16
-    rows = [(str(n), made.own()) for n in range(8)]
+    assert chosen(made, [("a", 0)]) == 16
+    rows = [(str(n), n) for n in range(8)]
     assert chosen(made, rows) == 4
 
 
 def test_rows_that_decode_plainly_gain_nothing_by_nodes():
     made = budget({(rows, nodes): 10.0 + nodes for rows in (1, 8) for nodes in CHOICES})
     assert chosen(made, [("a", None), ("b", None), ("c", None)]) == 1
-    assert chosen(made, [("a", made.own()), ("b", None), ("c", None), ("d", None)]) == 1
-    assert chosen(made, [("a", made.own())]) == 4
+    assert chosen(made, [("a", 0), ("b", None), ("c", None), ("d", None)]) == 1
+    assert chosen(made, [("a", 0)]) == 4
 
 
 def test_times_between_and_past_measured_rows_lie_on_lines():
@@ -53,13 +53,13 @@ def test_live_times_overrule_the_measured_ones():
     for _ in range(60):
         made.note_time(1, 4, 0.030, waited=0.025)
     assert made._ms[1][0] == pytest.approx(30, rel=0.02)
-    assert chosen(made, [("a", made.own())], steps=20) == 1
+    assert chosen(made, [("a", 0)], steps=20) == 1
 
 
 def test_a_host_that_needs_more_than_the_device_makes_nodes_free():
     """The device's times stay what they were: those of other N could not be compared with one that holds the host's."""
     made = budget({(1, 1): 1.0, (1, 4): 2.0, (1, 16): 4.0, (8, 1): 1.0, (8, 4): 2.2, (8, 16): 3.5})
-    rows = [(str(n), made.own()) for n in range(8)]
+    rows = [(str(n), n) for n in range(8)]
     assert chosen(made, rows) == 1
     for _ in range(20):
         made.note_time(8, 1, 0.005, waited=0.0005)
@@ -73,14 +73,32 @@ def test_a_host_that_needs_more_than_the_device_makes_nodes_free():
 
 def test_a_step_tells_what_smaller_trees_would_have_given():
     made = budget(FLAT)
-    own = made.own()
-    made.note(own, (4, 4, 16), 16)  # three accepted, the last one only in the large tree
-    assert own.tokens == [1, 3, 4]
-    made.note(own, (4,), 4)  # says nothing of 16
-    assert own.weight == [pytest.approx(1.95), pytest.approx(1.95), 1]
-    assert own.tokens == [pytest.approx(1.95), pytest.approx(3 * 0.95 + 2), 4]
-    made.note(own, (), 1)
-    assert own.weight[1:] == [pytest.approx(1.95), 1]
+    own = made._own
+    made.note([3], [(4, 4, 16)], [16])  # three accepted, the last one only in the large tree
+    assert list(own.tokens[3]) == [1, 3, 4]
+    made.note([3], [(4,)], [4])  # says nothing of 16
+    assert list(own.weight[3]) == [pytest.approx(1.95), pytest.approx(1.95), 1]
+    assert list(own.tokens[3]) == [pytest.approx(1.95), pytest.approx(3 * 0.95 + 2), 4]
+    made.note([3], [()], [1])
+    assert list(own.weight[3, 1:]) == [pytest.approx(1.95), 1]
+    made.begin(3)
+    assert not own.weight.any()
+
+
+def test_a_step_of_many_rows_counts_as_one_row_after_the_other():
+    """But in what the rows of one step forget of each other."""
+    rng, many, single = random.Random(5), budget(FLAT), budget(FLAT)
+    for _ in range(40):
+        slots = rng.sample(range(8), rng.randint(1, 8))
+        nodes = [rng.choice(CHOICES) for _ in slots]
+        held = [[rng.choice([n for n in CHOICES[1:] if n <= most]) for _ in range(rng.randint(0, 3) * (most > 1))]
+                for most in nodes]  # fmt: skip
+        many.note(slots, held, nodes)
+        for slot, mine, most in zip(slots, held, nodes, strict=True):
+            single.note([slot], [mine], [most])
+    assert many._own.tokens[:, 1:] == pytest.approx(single._own.tokens[:, 1:], rel=1e-9)
+    assert many._own.weight[:, 1:] == pytest.approx(single._own.weight[:, 1:], rel=1e-9)
+    assert many._all.tokens[0, 1:] == pytest.approx(single._all.tokens[0, 1:], rel=0.01)
 
 
 @pytest.mark.parametrize(("truth", "best"), [((1.0, 1.0), 1), ((1.9, 2.0), 4), ((2.2, 4.5), 16)])
@@ -88,17 +106,17 @@ def test_live_figures_overrule_the_calibration(truth, best):
     """Steps simulated with a known acceptance: the choice comes to rest at the truly fastest N."""
     ms = {(1, 1): 10.0, (1, 4): 11.0, (1, 16): 20.0}
     made, rng = budget(ms), random.Random(3)
-    own, drafted_for, picks = made.own(), 16, []
+    drafted_for, picks = 16, []
     for _ in range(3000):
-        nodes = made.choose([("a", own)])
+        nodes = made.choose([("a", 0)])
         tree, drafted_for = min(nodes, drafted_for), nodes
         held = [4] * _count(rng, truth[0] - 1) if tree >= 4 else []
         held += [16] * _count(rng, truth[1] - truth[0]) if tree == 16 else []
-        made.note(own, held, tree)
+        made.note([0], [held], [tree])
         picks.append(nodes)
     late = picks[-600:]
     assert late.count(best) >= 0.9 * len(late)
-    assert made.speeds([own])[CHOICES.index(best)] == max(made.speeds([own]))
+    assert made.speeds([0])[CHOICES.index(best)] == max(made.speeds([0]))
 
 
 def _count(rng, mean):
@@ -109,11 +127,11 @@ def _count(rng, mean):
 def test_a_larger_tree_is_looked_at_now_and_then():
     ms = {(1, 1): 10.0, (1, 4): 11.0, (1, 16): 100.0}
     made = budget(ms)
-    picks = [made.choose([("a", made.own())]) for _ in range(3 * (PROBE + 2))]
+    picks = [made.choose([("a", 0)]) for _ in range(3 * (PROBE + 2))]
     assert picks.count(16) == 6
     assert picks.count(4) == len(picks) - 6
     slow = budget({(1, 1): 10.0, (1, 4): 100.0, (1, 16): 200.0})
-    picks = [slow.choose([("a", slow.own())]) for _ in range(2 * (PROBE + 2))]
+    picks = [slow.choose([("a", 0)]) for _ in range(2 * (PROBE + 2))]
     assert picks.count(4) == 4  # two each: behind a plain step nothing is drafted
     plain = budget(FLAT)
     assert {plain.choose([("a", None)]) for _ in range(200)} == {1}
@@ -122,20 +140,19 @@ def test_a_larger_tree_is_looked_at_now_and_then():
 def test_a_small_gain_does_not_change_the_choice():
     ms = {(1, 1): 10.0, (1, 4): 10.0, (1, 16): 15.0}
     made = budget(ms, expected=(1.0, 2.0, 2.0))
-    own = made.own()
-    assert chosen(made, [("a", own)]) == 4
+    assert chosen(made, [("a", 0)]) == 4
     for _ in range(OWN_WEIGHT):
-        made.note(own, (4, 16), 16)  # 16 nodes: 3 tokens in 15 ms, just what 4 nodes give
-    speeds = made.speeds([own])
+        made.note([0], [(4, 16)], [16])  # 16 nodes: 3 tokens in 15 ms, just what 4 nodes give
+    speeds = made.speeds([0])
     assert speeds[2] < 1.03 * speeds[1]
-    assert made.choose([("b", own)]) == 4
+    assert made.choose([("b", 0)]) == 4
 
 
 def test_one_sequence_does_not_speak_for_the_others():
     made = budget(FLAT)
-    good, bad = made.own(), made.own()
     for _ in range(60):
-        made.note(good, (4, 4, 16, 16), 16)
-        made.note(bad, (), 16)
-    assert made._curve(good, made._curve(made._all, []))[2] > 3.5
-    assert made._curve(bad, made._curve(made._all, []))[2] < 2.2
+        made.note([2, 5], [(4, 4, 16, 16), ()], [16, 16])
+    everybody = made._all.curve([0], made._expected, ALL_WEIGHT)[0]
+    good, bad = made._own.curve([2, 5], everybody, OWN_WEIGHT)
+    assert good[2] > 3.5
+    assert bad[2] < 2.2
