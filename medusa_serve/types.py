@@ -221,8 +221,7 @@ def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """What one step added to one sequence, as text.
 
     tokens, accepted  one entry a step: tokens emitted, and how many of them were accepted draft tokens.

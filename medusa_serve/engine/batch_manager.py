@@ -309,7 +309,7 @@ class BatchManager:
             seq.finished = self._clock()
             completion = seq.completion(self._model_name, took.reason)
             self.metrics.finished(completion)
-            self._end(seq, took.reason, replace(took.delta(), completion=completion))
+            self._end(seq, took.reason, took.delta(completion))
         elif self._codec is not None:
             self._outbox.put(seq, took.delta())
         return took

@@ -45,21 +45,22 @@ class Outbox:
             ]
             if not news:
                 continue
-            for seq, _ in news:
-                self._note(seq)
+            self._note([seq for seq, _ in news])
             try:
                 sink([(seq.id, delta) for seq, delta in news])
             except Exception:
                 log.exception("A sink failed; its sequences are cancelled.")
                 self._drop(sink)
 
-    def _note(self, seq: Sequence) -> None:
-        now = self._clock()
-        if seq.delivered is not None:
-            self._metrics.gap(now - seq.delivered)
-        elif seq.token_ids:
-            self._metrics.first_token(now - seq.submitted)
-        seq.delivered = now
+    def _note(self, seqs: list[Sequence]) -> None:
+        now, gap = self._clock(), 0.0
+        for seq in seqs:
+            if seq.delivered is not None:
+                gap = max(gap, now - seq.delivered)
+            elif seq.token_ids:
+                self._metrics.first_token(now - seq.submitted)
+            seq.delivered = now
+        self._metrics.gap(gap)
 
 
 def tell_all(seqs: Iterable[Sequence], last: Delta) -> None:

@@ -31,8 +31,8 @@ class Took(NamedTuple):
     reason: FinishReason | None
     logprobs: tuple[TokenLogprob, ...]
 
-    def delta(self) -> Delta:
-        return Delta(self.text, (len(self.ids),), (self.accepted,), self.ids, logprobs=self.logprobs)
+    def delta(self, completion: Completion | None = None) -> Delta:
+        return Delta(self.text, (len(self.ids),), (self.accepted,), self.ids, completion, None, self.logprobs)
 
 
 @dataclass(slots=True, eq=False)
@@ -108,7 +108,7 @@ class Sequence:
         text, used, stopped = self.detokenizer.feed(ids[:at_eos])
         ids = ids[:used]
         accepted = min(len(ids), out.num_accepted) if decoding else 0
-        logprobs = out.logprobs[:used]
+        logprobs = out.logprobs[:used] if out.logprobs else ()
         self.token_ids.extend(ids)
         self.logprobs.extend(logprobs)
         self.steps += decoding

@@ -45,7 +45,7 @@ class Detokenizer:
         if self.stopped:
             return "", 0, True
         if not self._stop:
-            self._ids.extend(i for i in ids if i not in self._eos_ids)
+            self._ids.extend(ids if self._eos_ids.isdisjoint(ids) else [i for i in ids if i not in self._eos_ids])
             return self._next(), len(ids), False
         text = ""
         for used, token in enumerate(ids, 1):  # one by one: the match must not depend on how ids came in steps

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .tables import FACTS
 from .tree import HeadNodes
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ try:
 except ImportError:  # a CPU build of torch brings none; `splitk.available` says so
     triton = None
 
-FACTS = 5  # numbers of a row before its tokens and their nodes
 SEARCHED = 1024  # columns of a row's history that are compared at once
 
 

@@ -12,10 +12,11 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from .fused_step import FACTS, Closed, Opened
+from .fused_step import Closed, Opened
 from .lookup import MAX_NGRAM, MIN_NGRAM
 from .native import OPTIONS, pointer
 from .native_step import native_continue
+from .tables import FACTS
 from .tree import HeadNodes
 
 if TYPE_CHECKING:

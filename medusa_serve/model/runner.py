@@ -24,7 +24,7 @@ from .logprobs import NUM_TOLD, read_logprobs
 from .lookup import lookup
 from .packed import BLOCK, Packed, Run, block_view, pack
 from .plan import Shape, heads_fill, held_by
-from .tables import PLAIN, Admission, Needs, SlotTables
+from .tables import FACTS, PLAIN, Admission, Needs, SlotTables
 from .transfer import Started, to_device
 from .tree import assemble
 from .workers import give_up_workers
@@ -347,22 +347,20 @@ class ModelRunner:
         """holders: of each node, the smallest N that has it · grow: what was emitted lengthens the sequence (a first
         token does not: its place was counted before)."""
         outputs, told = [], any(asker.num_logprobs is not None for asker in askers)
-        for (slot, owner, num_logprobs), (count, finished, finite, drafted, ready, *rest) in zip(
-            askers, facts, strict=True
-        ):
-            mine = owner == self._owner[slot]  # else the slot was given to another sequence meanwhile
-            if finite:
-                if grow and mine:
-                    self._host_length[slot] += count
-                depths = len(rest) // (2 + told * NUM_TOLD)
-                path, spoken = rest[depths : depths + count], rest[2 * depths :]
-                held = tuple(map(holders.__getitem__, path[1:]))
-                logprobs = () if num_logprobs is None else read_logprobs(spoken, count, num_logprobs)
-                kept = tuple(rest[:count])
-                outputs.append(StepOutput(slot, kept, drafted, bool(finished), False, ready, held, logprobs))
-            else:
+        depths = (len(facts[0]) - FACTS) // (2 + told * NUM_TOLD) if facts else 0
+        nodes, spoken = FACTS + depths, FACTS + 2 * depths
+        for (slot, owner, num_logprobs), line in zip(askers, facts, strict=True):
+            count, finished, finite, drafted, ready = line[:FACTS]
+            if not finite:
                 self._poison(slot)
                 outputs.append(StepOutput(slot, (), drafted, finished=True, failed=True))
+                continue
+            if grow and owner == self._owner[slot]:  # else the slot was given to another sequence meanwhile
+                self._host_length[slot] += count
+            held = tuple(map(holders.__getitem__, line[nodes + 1 : nodes + count]))
+            logprobs = () if num_logprobs is None else read_logprobs(line[spoken:], count, num_logprobs)
+            kept = tuple(line[FACTS : FACTS + count])
+            outputs.append(StepOutput(slot, kept, drafted, bool(finished), False, ready, held, logprobs))
         return outputs
 
     @torch.inference_mode()

@@ -18,6 +18,8 @@ from .penalties import Penalties
 from .transfer import to_device
 from .tree import HeadNodes
 
+FACTS = 5  # of a row of a pass, before its tokens and their nodes: as of runner.step
+
 
 class Admission(NamedTuple):
     """A new sequence of a slot; `num_cached` tokens of its prompt are in the KV cache already."""
