@@ -308,6 +308,9 @@ class Runner(Protocol):
     def prefill(self, chunks: Seq[PrefillChunk]) -> Started[StepOutput | None]:
         """Advance prompts; where a prompt is complete, the output holds the first emitted token, else None."""
 
+    def first_draft(self, prompts: int) -> int:
+        """N of the tree that a prefill pass of so many prompts drafts for their first decode step."""
+
     def decode(self, slots: Seq[int], nodes: int) -> Started[StepOutput]:
         """One step of these rows with a tree of `nodes` nodes (one of node_choices), in the order of `slots`."""
 

@@ -184,6 +184,9 @@ class FakeRunner:
         told = self._logprobs(slot, 1)
         return StepOutput(chunk.slot, (slot.pending,), finished=slot.done, draft_ready=self._ready(slot), logprobs=told)
 
+    def first_draft(self, prompts: int) -> int:
+        return self.node_choices[-1]
+
     def decode(self, slots: Seq[int], nodes: int) -> Done:
         self.calls.append(("decode", tuple(slots), nodes))
         assert nodes in self.node_choices

@@ -19,7 +19,8 @@ import numpy as np
 from ..model.between import between
 
 KEEP = 1.03  # another N must promise so much more
-RECHOOSE = 8  # steps: as long as the rows are the same, the choice stands
+RECHOOSE = 8  # steps: as long as the rows are about the same, the choice stands
+CHANGED = 8  # they are not once every so many-th is another
 PROBE = 128  # steps: then two with more nodes than pay are made, so that their figure stays a live one; the first one
 # has a smaller tree to verify and drafts the larger one
 OWN_WEIGHT, ALL_WEIGHT = 16, 4  # steps after which live figures count as much as what was expected without them
@@ -113,13 +114,18 @@ class NodeBudget:
         if self._probing:
             self._probing -= 1
             return self.choices[min(self._now + 1, len(self.choices) - 1)]
-        if whose != self._rows or self._steps % RECHOOSE == 0:
+        if self._steps % RECHOOSE == 0 or self._others(whose):
             self._rows, self._now = whose, self._best([slot for _, slot in rows])
         self._steps += 1
         self._since_probe += 1
         if self._since_probe >= PROBE and any(slot is not None for _, slot in rows):
             self._since_probe, self._probing = 0, 2
         return self.choices[self._now]
+
+    def _others(self, whose: tuple[str, ...]) -> bool:
+        """Whether these are not the rows of the last choice any more."""
+        before = self._rows
+        return whose != before and CHANGED * len(set(whose).symmetric_difference(before)) >= len(whose)
 
     def _best(self, rows: list[int | None]) -> int:
         speeds = self.speeds(rows)

@@ -57,12 +57,15 @@ class Flights:
             return
         started = self._clock()
         outputs, whole = start_rows(self._runner.prefill, self._runner.prefill, chunks)
-        rows = [self._scheduler.running[chunk.slot] for chunk in chunks]
+        rows, drafted_for = (
+            [self._scheduler.running[chunk.slot] for chunk in chunks],
+            self._runner.first_draft(len(chunks)),
+        )
         for seq, chunk in zip(rows, chunks, strict=True):
             seq.num_prefilled += chunk.count
             if not seq.num_to_prefill:
                 seq.state = State.DECODING  # the device has its first token, whether we have read it or not
-                seq.drafted_for = self._runner.node_choices[-1]
+                seq.drafted_for = drafted_for
         self._add(Flight(rows, outputs, whole, started, counts=tuple(chunk.count for chunk in chunks)))
 
     def decode(self, slots: tuple[int, ...], nodes: int) -> None:

@@ -19,6 +19,7 @@ MAX_WAIT_STEPS = 3
 WAIT_SHARE = 0.8  # of it are planned; the rest is for the error of the estimate
 RECENT = 8  # prefill passes that tell what one costs: few, as prompts and neighbours change
 GROWTH = 4  # a chunk is so many times the largest measured one at most
+NOTED = 32  # rows of a step whose gains are noted: more would cost the host more than they tell
 ADMIT_SHARE = 8  # where prefill passes are packed, one waits for 1/8 as many new sequences as decode now …
 ADMIT_TURNS = 8  # … but no longer than so many turns
 
@@ -60,6 +61,7 @@ class Scheduler:
         self._plain_steps: deque[float] = deque(maxlen=64)
         self._passes: deque[tuple[int, float]] = deque(maxlen=RECENT)  # prefill passes: prompt tokens, seconds
         self._budget: NodeBudget | None = None
+        self._noted = 0  # steps whose gains were noted
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}
 
@@ -177,12 +179,15 @@ class Scheduler:
         self._passes.append((count, seconds))
 
     def note_gains(self, rows: Seq[Sequence], outputs: Seq[StepOutput], trees: Seq[int]) -> None:
-        """What a decode step gave each of its rows, by the tree that was drafted and verified."""
+        """What a decode step gave its rows, by the tree that was drafted and verified; of many rows, some in turn."""
         if self._budget is None:
             return
+        apart = -(-len(rows) // NOTED)
+        some = slice(self._noted % apart, None, apart)
+        self._noted += 1
         kept = [
             (seq.slot, out.held_by, nodes)
-            for seq, out, nodes in zip(rows, outputs, trees, strict=True)
+            for seq, out, nodes in zip(rows[some], outputs[some], trees[some], strict=True)
             if seq.speculates and seq.state is not State.FINISHED and out.token_ids
         ]
         if kept:

@@ -23,7 +23,7 @@ import torch
 from . import splitk
 from .between import between
 from .capture import CaptureFailed, capture, give_back, settle
-from .packed import MIN_BLOCKS, Packed, flat_size, pack, views
+from .packed import MIN_BLOCKS, Packed, flat_size, pack, rows_for, views
 from .tables import PLAIN, Needs
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ TRIES = 3  # captures of a pass that something else breaks; then it stays as it 
 PREPARED, MOST_GRAPHS = 2048, 96  # rows x nodes of a step, and graphs at all, up to which an idle engine captures more
 FIRST_GRAPHS = 24  # of them, before anybody has asked for anything
 PREFILL_BLOCKS = (8, 16, 32, 64)  # of the prefill passes among them
+MANY_BLOCKS = 32  # at least: of those for many prompts
 MIN_WIDTH = 256  # columns of keys read; doubled until the longest row fits
 
 
@@ -51,7 +52,7 @@ class StepGraphs:
         self._active = torch.zeros(runner.num_slots, dtype=torch.bool, device=device)
         # a graph and the facts that it writes; or, where it could not be captured, what makes them
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph | None, torch.Tensor | Callable[[], torch.Tensor]]] = {}
-        self._inputs: dict[int, torch.Tensor] = {}  # of prefill passes, by blocks
+        self._inputs: dict[tuple[int, int], torch.Tensor] = {}  # of prefill passes, by blocks and rows
         self._seen: set[tuple[int, int, Needs]] = set()  # rows, width and needs of steps that were asked for
         self._failed: dict[Any, int] = {}  # captures of it that something else broke
         self._owed: dict[Any, float] = {}  # ms that others have cost in the place of a missing step
@@ -173,8 +174,10 @@ class StepGraphs:
                 if self._is_due((rows, width, shape, PLAIN), FIRST_GRAPHS):
                     yield partial(self._have, (rows, width, shape, PLAIN))
             for blocks in PREFILL_BLOCKS:
-                if self._is_due(("prefill", blocks, PLAIN), FIRST_GRAPHS):
-                    yield partial(self._have_prefill, blocks, PLAIN)
+                most = self._runner.prefill_rows
+                for rows in dict.fromkeys(rows_for(count, most) for count in (1, most)[: 1 + (blocks >= MANY_BLOCKS)]):
+                    if self._is_due(("prefill", blocks, rows, PLAIN), FIRST_GRAPHS):
+                        yield partial(self._have_prefill, blocks, rows, PLAIN)
 
     def _is_due(self, key: tuple[Any, ...], most: int) -> bool:
         small = key[0] == "prefill" or key[0] * key[2].num_nodes <= PREPARED
@@ -211,34 +214,35 @@ class StepGraphs:
 
     def prefill(self, packed: Packed, needs: Needs) -> torch.Tensor:
         """One packed prefill pass; → the facts of its R rows, overwritten by the next one."""
-        blocks = len(packed.slots)
-        key, inputs = ("prefill", blocks, needs), self._inputs_of(blocks)
-        have, body = partial(self._have_prefill, blocks, needs), self._prefill_body(inputs, needs)
+        blocks, rows = len(packed.slots), len(packed.rows)
+        key, inputs = ("prefill", blocks, rows, needs), self._inputs_of(blocks, rows)
+        have, body = partial(self._have_prefill, blocks, rows, needs), self._prefill_body(inputs, needs)
         made = self._had(key, have, body, f"a prefill of {blocks} blocks")
         self._put(inputs.flat, packed.flat)
         return made()
 
-    def _inputs_of(self, blocks: int) -> Packed:
-        rows, size = self._runner.prefill_rows, flat_size(blocks, self._runner.prefill_rows)
-        if blocks not in self._inputs:
-            self._inputs[blocks] = torch.empty(size, dtype=torch.int64, device=self._runner.device)
-        return views(self._inputs[blocks], blocks, rows)
+    def _inputs_of(self, blocks: int, rows: int) -> Packed:
+        if (blocks, rows) not in self._inputs:
+            empty = torch.empty(flat_size(blocks, rows), dtype=torch.int64, device=self._runner.device)
+            self._inputs[blocks, rows] = empty
+        return views(self._inputs[blocks, rows], blocks, rows)
 
     def _prefill_body(self, inputs: Packed, needs: Needs) -> Callable[[], torch.Tensor]:
         return lambda: self._runner.prefill_step(inputs, self._runner.tables.history.shape[1], needs)
 
-    def _have_prefill(self, blocks: int, needs: Needs) -> None:
+    def _have_prefill(self, blocks: int, rows: int, needs: Needs) -> None:
         """Capture the pass unless it is there; with no row in it, it changes nothing."""
-        runner, key = self._runner, ("prefill", blocks, needs)
+        runner, key = self._runner, ("prefill", blocks, rows, needs)
         if key not in self._graphs:
-            inputs = self._inputs_of(blocks)
-            inputs.flat.copy_(pack([], runner.prefill_rows, runner.num_slots, least=blocks).flat)
+            inputs = self._inputs_of(blocks, rows)
+            inputs.flat.copy_(pack([], rows, runner.num_slots, least=blocks).flat)
             self._capture(key, self._prefill_body(inputs, needs), f"a prefill of {blocks} blocks")
 
-    def blocks(self, least: int, needs: Needs) -> int:
+    def blocks(self, least: int, rows: int, needs: Needs) -> int:
         """Blocks of a prefill pass of `least`: the next captured size up to four times that, else a power of two."""
         least = max(MIN_BLOCKS, _power_of_two(least))
-        return next((size for size in (least, 2 * least, 4 * least) if ("prefill", size, needs) in self._graphs), least)
+        sizes = (least, 2 * least, 4 * least)
+        return next((size for size in sizes if ("prefill", size, rows, needs) in self._graphs), least)
 
     def _capture(self, key: Any, body: Callable[[], torch.Tensor], what: str) -> None:
         runner, began = self._runner, time.perf_counter()

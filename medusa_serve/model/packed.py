@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from .attention import View
 
 BLOCK = 16
 MIN_BLOCKS = 8
+FEW = 8  # prompts of a pass that drafts for the largest tree: of more, each waits for a draft that few will use
 
 
 class Run(NamedTuple):
@@ -54,6 +56,11 @@ def views(flat: torch.Tensor, blocks: int, rows: int) -> Packed:
     return Packed(flat, tokens.view(blocks, BLOCK), *rest)
 
 
+def rows_for(prompts: int, most: int) -> int:
+    """Rows of a pass of so many prompts, `most` at most: one of two numbers, as passes are captured for each."""
+    return min(FEW, most) if prompts <= FEW else most
+
+
 def flat_size(blocks: int, rows: int) -> int:
     return blocks * (BLOCK + 2) + 4 * rows
 
@@ -63,22 +70,26 @@ def pack(runs: Sequence[Run], rows: int, num_slots: int, least: int = MIN_BLOCKS
     own, which they leave as they are."""
     counts = [-(-len(run.tokens) // BLOCK) for run in runs]
     blocks = max(least, 1 << max(0, sum(counts) - 1).bit_length())
-    packed = views(torch.zeros(flat_size(blocks, rows), dtype=torch.int64), blocks, rows)
-    packed.starts.fill_(-1)
-    packed.lengths.fill_(-1)
-    first = 0
+    flat = torch.zeros(flat_size(blocks, rows), dtype=torch.int64)
+    packed = views(flat, blocks, rows)
+    tokens, slots, starts, last, named, lengths, whole = (
+        part.numpy() for part in packed[1:]
+    )  # torch's slices are dear
+    starts.fill(-1)
+    lengths.fill(-1)
+    flat_tokens, first = tokens.reshape(-1), 0
     for row, (run, count) in enumerate(zip(runs, counts, strict=True)):
-        here = slice(first, first + count)
-        packed.tokens[here].view(-1)[: len(run.tokens)] = torch.tensor(run.tokens)
-        packed.slots[here] = run.slot
-        packed.starts[here] = run.start + BLOCK * torch.arange(count)
-        packed.last[row] = first * BLOCK + len(run.tokens) - 1
-        packed.lengths[row] = run.start + len(run.tokens) - run.whole  # the root of the first walk is not in the cache
-        packed.whole[row] = run.whole
+        begin, end = first * BLOCK, first * BLOCK + len(run.tokens)
+        flat_tokens[begin:end] = run.tokens
+        slots[first : first + count] = run.slot
+        starts[first : first + count] = np.arange(run.start, run.start + BLOCK * count, BLOCK)
+        last[row] = end - 1
+        lengths[row] = run.start + len(run.tokens) - run.whole  # the root of the first walk is not in the cache
+        whole[row] = run.whole
         first += count
     used = [run.slot for run in runs]
-    free = sorted(set(range(num_slots)) - set(used))
-    packed.rows[:] = torch.tensor(used + free[: rows - len(used)])
+    free = sorted(set(range(num_slots)).difference(used))
+    named[:] = used + free[: rows - len(used)]
     return packed
 
 

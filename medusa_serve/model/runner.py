@@ -22,7 +22,7 @@ from .forward import PlainForward, TreeForward
 from .graphs import StepGraphs
 from .logprobs import NUM_TOLD, read_logprobs
 from .lookup import lookup
-from .packed import BLOCK, Packed, Run, block_view, pack
+from .packed import BLOCK, FEW, Packed, Run, block_view, pack, rows_for
 from .plan import Shape, heads_fill, held_by
 from .tables import FACTS, PLAIN, Admission, Needs, SlotTables
 from .transfer import Started, to_device
@@ -98,11 +98,11 @@ class ModelRunner:
         self.to_time: StepTimer | None = None  # behind that
         self._held_by = {nodes: held_by(shapes, nodes) for nodes in self.node_choices}
         self._graphs = StepGraphs(self) if self.device.type == "cuda" and forward.can_capture else None
+        self._packs_prefill = self._graphs is not None and self._graphs.packs
         self.overlaps = self._graphs is not None
         self._packs = self.overlaps or getattr(forward, "packs", False)
         self.grace_s = 0.0 if self._graphs is None else GRACE_S
-        fused = self._graphs is not None and self._graphs.packs
-        self._kernels = _step_kernels(fused, self.device, forward)
+        self._kernels = _step_kernels(self._packs_prefill, self.device, forward)
         self._host_length = [0] * self.num_slots
         self._owner = [0] * self.num_slots  # how many sequences a slot has had
         self._admitted: list[Admission] = []
@@ -129,7 +129,7 @@ class ModelRunner:
         groups = [runs[i : i + self.prefill_rows] for i in range(0, len(runs), self.prefill_rows)]
         host_slots = [run.slot for run in runs]
         needs = self.tables.needs(host_slots)
-        if self._graphs is not None and self._graphs.packs:
+        if self._packs_prefill:
             facts = [self._prefill_packed(group, needs) for group in groups]
         else:
             passes = [self._prefill_pass(group) for group in groups]  # all of them before anything is kept
@@ -164,13 +164,19 @@ class ModelRunner:
         host_slots, whole = [run.slot for run in runs], [int(run.whole) for run in runs]
         lengths = [run.start + len(run.tokens) - run.whole for run in runs]
         slots, length, active = to_device([host_slots, lengths, whole], self.device)
-        return self._first_tokens(slots, length, active, logits, hidden, needs)
+        nodes = self.first_draft(len(runs))
+        return self._first_tokens(slots, length, active, logits, hidden, needs, nodes)
 
     def _prefill_packed(self, runs: Sequence[Run], needs: Needs) -> torch.Tensor:
         assert self._graphs is not None
-        blocks = self._graphs.blocks(sum(-(-len(run.tokens) // BLOCK) for run in runs), needs)
-        packed = pack(runs, self.prefill_rows, self.num_slots, least=blocks)
+        rows = rows_for(len(runs), self.prefill_rows)
+        blocks = self._graphs.blocks(sum(-(-len(run.tokens) // BLOCK) for run in runs), rows, needs)
+        packed = pack(runs, rows, self.num_slots, least=blocks)
         return self._graphs.prefill(packed, needs)[: len(runs)]
+
+    def first_draft(self, prompts: int) -> int:
+        few = not self._packs_prefill or prompts <= FEW
+        return self.node_choices[-1 if few else min(1, len(self.node_choices) - 1)]
 
     def prefill_step(self, packed: Packed, width: int, needs: Needs) -> torch.Tensor:
         """A packed prefill pass, device work alone; → facts of its R rows as of `step`."""
@@ -178,7 +184,8 @@ class ModelRunner:
         view = block_view(packed, columns, [0] * blocks, [0] * blocks, width)
         assert isinstance(self.forward, TreeForward)
         logits, hidden = self.forward.run_packed(packed.tokens, view, packed.last)
-        return self._first_tokens(packed.rows, packed.lengths, packed.whole, logits, hidden, needs)
+        nodes = self.first_draft(len(packed.rows))
+        return self._first_tokens(packed.rows, packed.lengths, packed.whole, logits, hidden, needs, nodes)
 
     def _first_tokens(
         self,
@@ -188,9 +195,10 @@ class ModelRunner:
         logits: torch.Tensor,
         hidden: torch.Tensor | None,
         needs: Needs,
+        nodes: int,
     ) -> torch.Tensor:
         """Where a prompt is complete, its last token is the root of a tree of one: the walk emits the first token.
-        length -1: the row stays as it is."""
+        length -1: the row stays as it is · nodes: N of the tree that is drafted for"""
         tables = self.tables
         tables.length[slots] = torch.where(length >= 0, length, tables.length[slots])
         draft = assemble(
@@ -198,8 +206,7 @@ class ModelRunner:
         )
         sampling = tables.sampling(slots, needs)
         walk = accept(logits, draft, 0, sampling, tables.limits(slots))
-        largest = self._shapes[self.node_choices[-1]]
-        return self._keep(slots, whole.bool(), walk, hidden, torch.zeros_like(slots), sampling, largest)
+        return self._keep(slots, whole.bool(), walk, hidden, torch.zeros_like(slots), sampling, self._shapes[nodes])
 
     @torch.inference_mode()
     def decode(self, slots: Sequence[int], nodes: int) -> Started[StepOutput]:

@@ -12,7 +12,7 @@ import torch
 from medusa_serve.model import graphs
 from medusa_serve.model.capture import CaptureFailed
 from medusa_serve.model.graphs import FIRST_GRAPHS, PREFILL_BLOCKS, TRIES, StepGraphs
-from medusa_serve.model.packed import Run, pack
+from medusa_serve.model.packed import FEW, Run, pack
 from medusa_serve.model.plan import Shape
 from medusa_serve.model.tables import PLAIN, Needs
 
@@ -53,7 +53,10 @@ def test_before_any_request_one_row_and_all_rows_come_first(idle):
     found = captured_ahead(idle)
     assert len(found) == FIRST_GRAPHS
     assert {(1, WIDTH, shape, PLAIN) for shape in SHAPES} <= found
-    assert {("prefill", blocks, PLAIN) for blocks in PREFILL_BLOCKS} <= found
+    assert {("prefill", blocks, FEW, PLAIN) for blocks in PREFILL_BLOCKS} <= found
+    assert {key for key in found if key[0] == "prefill" and key[2] > FEW} == {
+        ("prefill", blocks, SLOTS, PLAIN) for blocks in (32, 64)
+    }
     assert {(SLOTS, WIDTH, shape, PLAIN) for shape in SHAPES[:2]} <= found, "64 rows of 64 nodes are too many"
     assert not captured_ahead(idle)
 
@@ -115,7 +118,7 @@ def test_after_a_change_of_the_passes_all_is_captured_anew(idle, monkeypatch):
     monkeypatch.setattr(graphs, "settle", lambda device: done.append(("settled", len(idle._graphs))))
     monkeypatch.setattr(graphs, "give_back", lambda: done.append(("given back", len(idle._graphs), idle._pool)))
     idle._seen, idle._pool, idle._most = {(4, WIDTH, HOT)}, (0, 1), 0
-    idle._graphs[4, WIDTH, SHAPES[0], HOT] = idle._graphs["prefill", 8, PLAIN] = None
+    idle._graphs[4, WIDTH, SHAPES[0], HOT] = idle._graphs["prefill", 8, FEW, PLAIN] = None
     idle._failed[4, WIDTH, SHAPES[1], HOT] = TRIES
     idle.drop()
     assert done == [("settled", 2), ("given back", 0, None)]
@@ -126,8 +129,8 @@ def test_after_a_change_of_the_passes_all_is_captured_anew(idle, monkeypatch):
     ("least", "captured", "blocks"), [(5, (), 8), (9, (64,), 64), (9, (128,), 16), (17, (32,), 32)]
 )
 def test_a_prefill_pass_is_at_most_four_times_too_large(idle, least, captured, blocks):
-    idle._graphs = {("prefill", size, PLAIN): None for size in captured}
-    assert idle.blocks(least, PLAIN) == blocks
+    idle._graphs = {("prefill", size, FEW, PLAIN): None for size in captured} | {("prefill", 8, SLOTS, PLAIN): None}
+    assert idle.blocks(least, FEW, PLAIN) == blocks
 
 
 def test_without_memory_for_a_capture_the_step_runs_uncaptured_and_that_is_said_once(idle, caplog):

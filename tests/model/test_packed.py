@@ -5,7 +5,7 @@ import torch
 
 from medusa_serve.model.attention import chain_view
 from medusa_serve.model.forward import TreeForward
-from medusa_serve.model.packed import BLOCK, Run, block_view, pack
+from medusa_serve.model.packed import BLOCK, FEW, Run, block_view, pack, rows_for
 from tests.tiny import tiny_model
 
 SLOTS, COLUMNS, ROWS = 5, 128, 4
@@ -27,6 +27,11 @@ def test_blocks_of_the_drawn_example():
 def test_as_many_rows_as_slots_and_more_blocks_than_the_least():
     packed = pack([Run(slot, 0, range(40), True) for slot in range(SLOTS)], SLOTS, SLOTS)
     assert (len(packed.slots), sorted(packed.rows.tolist())) == (16, [*range(SLOTS)])
+
+
+def test_a_pass_is_for_few_prompts_or_for_as_many_as_there_may_be():
+    assert [rows_for(prompts, 64) for prompts in (1, FEW, FEW + 1, 64)] == [FEW, FEW, 64, 64]
+    assert [rows_for(prompts, 4) for prompts in (1, 4)] == [4, 4]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
