@@ -20,6 +20,19 @@ __all__ = ["overlaps"]
 # ---- text ----------------------------------------------------------------------------------------------------------
 
 
+def test_after_a_pass_that_drafted_little_the_larger_sizes_were_not_tried():
+    times = {(rows, nodes): 10.0 for rows in (1, 4) for nodes in (1, 4, 8, 16)}
+    for few, first in ((16, 16), (4, 4)):
+        engine = Engine(accept=(3,), has_heads=True, step_ms=times, expected=(1.0, 1.8, 2.2, 2.6))
+        engine.runner.first_draft = lambda prompts, few=few: few
+        engine.submit("Hello", 40)
+        told, scheduler = [], engine.manager._scheduler
+        scheduler.note_gains = lambda rows, outputs, trees, told=told: told.append(trees)
+        engine.run()
+        assert told[0] == (first,)
+        assert set(told[1:]) == {(16,)}
+
+
 @pytest.mark.parametrize(("accept", "settled"), [((0,), 1), ((2,), 4), ((9, 11), 16)])
 def test_the_node_budget_follows_what_is_accepted(accept, settled):
     """Steps that take 10, 12, 14 and 16 ms: 1, 3 or 11 tokens of them decide, and the text never changes."""

@@ -137,6 +137,17 @@ def test_a_larger_tree_is_looked_at_now_and_then():
     assert {plain.choose([("a", None)]) for _ in range(200)} == {1}
 
 
+def test_one_of_many_rows_that_comes_or_goes_changes_nothing_at_once():
+    made = budget({(1, 1): 10, (1, 4): 12, (1, 16): 40}, slots=32)
+    rows = [(str(n), n) for n in range(20)]
+    assert made.choose(rows) == 4
+    for _ in range(60):
+        made.note_time(20, 4, 0.060, waited=0.060)
+    assert made.choose([*rows[1:], ("new", 0)]) == 4, "two of twenty are others: the choice stands"
+    assert made.choose([*rows[2:], ("new", 0), ("newer", 1)]) == 1
+    assert made.choose(rows[:3]) == 4
+
+
 def test_a_small_gain_does_not_change_the_choice():
     ms = {(1, 1): 10.0, (1, 4): 10.0, (1, 16): 15.0}
     made = budget(ms, expected=(1.0, 2.0, 2.0))

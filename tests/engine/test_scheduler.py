@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from medusa_serve.engine.scheduler import Plan, Scheduler, choose_nodes, common_prefix, cost_of_prefill
+from medusa_serve.engine.scheduler import NOTED, Plan, Scheduler, choose_nodes, common_prefix, cost_of_prefill
 from medusa_serve.engine.sequence import Sequence, State, token_limit
 from medusa_serve.engine.text import Detokenizer
 from medusa_serve.errors import ContextTooLong, InvalidRequest
-from medusa_serve.types import PrefillChunk, SamplingParams
+from medusa_serve.types import PrefillChunk, SamplingParams, StepOutput
 from tests.fakes import FakeCodec, FakeRunner
 
 
@@ -279,3 +279,18 @@ def test_where_passes_are_packed_newcomers_gather_for_a_few_turns():
     for _ in range(8):
         scheduler.add(sequence(3))
     assert all(scheduler.admit() is not None for _ in range(8))
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(3, 1), (NOTED, 1), (2 * NOTED + 3, 3)])
+def test_of_many_rows_each_tells_its_gains_in_turn(rows, steps):
+    runner = FakeRunner(num_slots=rows, step_ms={(1, n): 1.0 for n in (1, 4, 8, 16)}, expected=(1.0, 2.0, 3.0, 4.0))
+    scheduler = Scheduler(runner, 512)
+    seqs = admitted(scheduler, *(sequence(3, speculation=bool(n)) for n in range(rows)))
+    told = []
+    scheduler._budget.note = lambda slots, held_by, nodes: told.append((slots, held_by, nodes))
+    outputs = [StepOutput(seq.slot, (5, 6), 3, held_by=(4,)) for seq in seqs]
+    for _ in range(steps):
+        scheduler.note_gains(seqs, outputs, [4] * rows)
+    assert sorted(slot for slots, *_ in told for slot in slots) == [*range(1, rows)], "the first one decodes plainly"
+    assert max(len(slots) for slots, *_ in told) <= NOTED
+    assert {(held, nodes) for _, *pair in told for held, nodes in zip(*pair, strict=True)} == {((4,), 4)}

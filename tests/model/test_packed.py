@@ -1,11 +1,14 @@
 """Packed prefill: python -m pytest tests/model/test_packed.py"""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from medusa_serve.model.attention import chain_view
 from medusa_serve.model.forward import TreeForward
 from medusa_serve.model.packed import BLOCK, FEW, Run, block_view, pack, rows_for
+from medusa_serve.model.runner import ModelRunner
 from tests.tiny import tiny_model
 
 SLOTS, COLUMNS, ROWS = 5, 128, 4
@@ -32,6 +35,15 @@ def test_as_many_rows_as_slots_and_more_blocks_than_the_least():
 def test_a_pass_is_for_few_prompts_or_for_as_many_as_there_may_be():
     assert [rows_for(prompts, 64) for prompts in (1, FEW, FEW + 1, 64)] == [FEW, FEW, 64, 64]
     assert [rows_for(prompts, 4) for prompts in (1, 4)] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("packs", "choices", "drafted"),
+    [(True, (1, 4, 64), [64, 4]), (False, (1, 4, 64), [64, 64]), (True, (1, 16), [16, 16]), (True, (1,), [1, 1])],
+)
+def test_a_pass_of_many_prompts_drafts_little(packs, choices, drafted):
+    runner = SimpleNamespace(_packs_prefill=packs, node_choices=choices)
+    assert [ModelRunner.first_draft(runner, prompts) for prompts in (FEW, FEW + 1)] == drafted
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
