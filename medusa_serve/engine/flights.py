@@ -57,10 +57,8 @@ class Flights:
             return
         started = self._clock()
         outputs, whole = start_rows(self._runner.prefill, self._runner.prefill, chunks)
-        rows, drafted_for = (
-            [self._scheduler.running[chunk.slot] for chunk in chunks],
-            self._runner.first_draft(len(chunks)),
-        )
+        rows = [self._scheduler.running[chunk.slot] for chunk in chunks]
+        drafted_for = self._runner.first_draft(len(chunks))
         for seq, chunk in zip(rows, chunks, strict=True):
             seq.num_prefilled += chunk.count
             if not seq.num_to_prefill:

@@ -175,7 +175,8 @@ class StepGraphs:
                     yield partial(self._have, (rows, width, shape, PLAIN))
             for blocks in PREFILL_BLOCKS:
                 most = self._runner.prefill_rows
-                for rows in dict.fromkeys(rows_for(count, most) for count in (1, most)[: 1 + (blocks >= MANY_BLOCKS)]):
+                counts = (1, most) if blocks >= MANY_BLOCKS else (1,)
+                for rows in dict.fromkeys(rows_for(count, most) for count in counts):
                     if self._is_due(("prefill", blocks, rows, PLAIN), FIRST_GRAPHS):
                         yield partial(self._have_prefill, blocks, rows, PLAIN)
 
