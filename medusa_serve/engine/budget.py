@@ -94,7 +94,7 @@ class NodeBudget:
         held = np.bincount(row * sizes + first, minlength=rows * sizes).reshape(rows, sizes)
         tried = (self._sizes <= np.array(nodes)[:, None]).astype(float)
         tokens = (1.0 + held.cumsum(axis=1)) * tried
-        self._own.note(list(slots), tokens, tried)
+        self._own.note(list(slots), tokens, tried)  # a tuple would be one place of several dimensions
         self._all.note([0], tokens.sum(axis=0, keepdims=True), tried.sum(axis=0, keepdims=True))
 
     def note_time(self, rows: int, nodes: int, seconds: float, waited: float) -> None:

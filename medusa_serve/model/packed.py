@@ -70,11 +70,9 @@ def pack(runs: Sequence[Run], rows: int, num_slots: int, least: int = MIN_BLOCKS
     own, which they leave as they are."""
     counts = [-(-len(run.tokens) // BLOCK) for run in runs]
     blocks = max(least, 1 << max(0, sum(counts) - 1).bit_length())
-    flat = torch.zeros(flat_size(blocks, rows), dtype=torch.int64)
-    packed = views(flat, blocks, rows)
-    tokens, slots, starts, last, named, lengths, whole = (
-        part.numpy() for part in packed[1:]
-    )  # torch's slices are dear
+    packed = views(torch.zeros(flat_size(blocks, rows), dtype=torch.int64), blocks, rows)
+    # through NumPy, whose slices are cheaper than torch's
+    tokens, slots, starts, last, named, lengths, whole = (part.numpy() for part in packed[1:])
     starts.fill(-1)
     lengths.fill(-1)
     flat_tokens, first = tokens.reshape(-1), 0
