@@ -16,7 +16,7 @@ from numba import njit, types
 from numba.core import cgutils
 
 from .native import OPTIONS, intrinsic
-from .native_vectors import F32, FLOATS, I32, LANES, Vectors, same
+from .native_vectors import F32, I32, LANES, Vectors, same
 
 BLOCK = 2 * LANES  # places of a head that are read at once
 QUERIES = 4
@@ -59,7 +59,7 @@ class _Scores(_Kernel):
             self.keys(b.sub(self.count, self.word(1)), 1)
 
     def keys(self, first: Any, number: int) -> None:
-        b, zero = self.b, same(FLOATS, 0.0)
+        b, zero = self.b, same(self.floats, 0.0)
         sums = [self.variables(len(self.queries), zero) for _ in range(number)]
         with cgutils.for_range(b, self.blocks) as loop:
             keys = [
@@ -72,7 +72,7 @@ class _Scores(_Kernel):
             for i in self.queries:
                 query = self.block(self.a, self.word(i), self.a_row, loop.index, 4 * BLOCK)
                 for part in (0, 1):
-                    places = self.load(self.at(query, part, self.word(4 * LANES)), FLOATS, 4)
+                    places = self.load(self.at(query, part, self.word(4 * LANES)), self.floats, 4)
                     for k in range(number):
                         b.store(self.fma(places, keys[k][part], b.load(sums[k][i])), sums[k][i])
         for k, each in enumerate(sums):
@@ -105,15 +105,15 @@ class _Weighed(_Kernel):
                 for i in self.queries
                 for part in (0, 1)
             ]
-            sums = self.variables(len(places), same(FLOATS, 0.0))
+            sums = self.variables(len(places), same(self.floats, 0.0))
             for place, total in zip(places, sums, strict=True):
-                b.store(self.load(place, FLOATS, 4), total)
+                b.store(self.load(place, self.floats, 4), total)
             with cgutils.for_range(b, b.sub(self.count, self.first)) as loop:
                 t = b.add(self.first, loop.index)
                 self.ask_for(self.block(self.b_at, b.add(t, self.word(AHEAD)), self.b_row, block.index, 2 * BLOCK))
                 value = self.two_wide(self.block(self.b_at, t, self.b_row, block.index, 2 * BLOCK))
                 for i in self.queries:
-                    weight = self.spread(self.at(self.at(self.a, i, self.a_row), t, self.word(4)), F32, FLOATS)
+                    weight = self.spread(self.at(self.at(self.a, i, self.a_row), t, self.word(4)), F32, self.floats)
                     for part in (0, 1):
                         total = sums[2 * i + part]
                         b.store(self.fma(weight, value[part], b.load(total)), total)

@@ -1,4 +1,4 @@
-"""int4 and int8 products by kernels of our own, where they are faster than torch's: on CPUs without AVX-512 by half."""
+"""int4 and int8 products by kernels of our own, where this machine makes them faster than torch's: by half as a rule."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from .int4 import GROUP, Int4Linear
 from .int8 import Int8Linear
 from .native import OPTIONS
 from .native_team import HEAD, run_in_team, team, thread_of
-from .native_tile import PAIR, QUAD, UNIT, Int4Tile, Int8Tile, Tile, tile
-from .native_vectors import LANES
+from .native_tile import HALF, PAIR, QUAD, UNIT, Int4Tile, Int8Tile, most_rows, tiles
 from .native_whole import FACTS, whole
 
 
@@ -47,7 +46,7 @@ class NativeInt4Linear(Int4Linear):
     @staticmethod
     def arranged(steps: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         scales = scales.unflatten(0, (-1, UNIT)).permute(0, 2, 3, 1).contiguous()
-        scales[:, :, 0, LANES:] /= 16
+        scales[:, :, 0, HALF:] /= 16
         units, inputs = steps.shape[0] // UNIT, steps.shape[1]
         packed = torch.empty(units, inputs // QUAD, 2 * UNIT, dtype=torch.uint8)
         _in_quads(steps.contiguous().numpy(), packed.numpy())
@@ -107,8 +106,8 @@ def _in_quads(steps, packed):
     """NativeInt4Linear's order: by torch's operations it takes ten times as long, at every start"""
     inputs = steps.shape[1]
     for unit in range(packed.shape[0]):
-        for output in range(LANES):
-            first, second = unit * UNIT + output, unit * UNIT + LANES + output
+        for output in range(HALF):
+            first, second = unit * UNIT + output, unit * UNIT + HALF + output
             for i in range(inputs):
                 place = 4 * output + 2 * (i % 2) + i % QUAD // 2
                 packed[unit, i // QUAD, place] = steps[first, i] | steps[second, i] << 4
@@ -141,26 +140,8 @@ def product_share() -> int:
     return int(body.address or 0)
 
 
-def _tiles(kind: type[Tile]) -> Any:
-    """A tile of so many rows: what a share is made of."""
-    one, two, three, four = (tile(kind, rows) for rows in range(1, ROWS + 1))
-
-    @njit(**OPTIONS)
-    def run(rows, a, inputs, t, w, s, o, outputs):
-        if rows == 1:
-            one(a, inputs, t, w, s, o, outputs)
-        elif rows == 2:
-            two(a, inputs, t, w, s, o, outputs)
-        elif rows == 3:
-            three(a, inputs, t, w, s, o, outputs)
-        else:
-            four(a, inputs, t, w, s, o, outputs)
-
-    return run
-
-
-ROWS = 4  # of a tile at most: of more, not all sums stay in registers
-_4_tile, _8_tile = _tiles(Int4Tile), _tiles(Int8Tile)
+ROWS = most_rows()
+_4_tile, _8_tile = tiles(Int4Tile), tiles(Int8Tile)
 
 # numbers of a task: what thread_of reads, x, facts, packed, scales, out, rows, inputs, outputs, bits
 TASK = HEAD + 9

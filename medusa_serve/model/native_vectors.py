@@ -1,4 +1,4 @@
-"""LLVM's vectors of eight numbers: what kernels are written with where what Numba makes of loops is slow."""
+"""LLVM's vectors of eight or sixteen numbers: what kernels are written with where what Numba makes of loops is slow."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-LANES = 8  # of a vector
+LANES = 8  # of a vector, where a kernel does not ask for more
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-HALVES, WORDS, FLOATS = (ir.VectorType(kind, LANES) for kind in (I16, I32, F32))
 
 
 def same(kind: ir.VectorType, number: float) -> ir.Constant:
@@ -20,9 +19,10 @@ def same(kind: ir.VectorType, number: float) -> ir.Constant:
 class Vectors:
     """Writes instructions through a builder. Addresses are int64."""
 
-    def __init__(self, builder: Any) -> None:
-        self.b = builder
-        self._fma = self.declared(f"llvm.fma.v{LANES}f32", FLOATS, [FLOATS] * 3)
+    def __init__(self, builder: Any, lanes: int = LANES) -> None:
+        self.b, self.lanes = builder, lanes
+        self.halves, self.words, self.floats = (ir.VectorType(kind, lanes) for kind in (I16, I32, F32))
+        self._fma = self.declared(f"llvm.fma.v{lanes}f32", self.floats, [self.floats] * 3)
         self._fetch = self.declared("llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
 
     def declared(self, name: str, result: Any, arguments: list[Any]) -> Any:
@@ -48,8 +48,8 @@ class Vectors:
 
     def wide(self, address: Any) -> Any:
         """bfloat16 → float32"""
-        halves = self.b.zext(self.load(address, HALVES, 2), WORDS)
-        return self.b.bitcast(self.b.shl(halves, same(WORDS, 16)), FLOATS)
+        halves = self.b.zext(self.load(address, self.halves, 2), self.words)
+        return self.as_floats(self.b.shl(halves, same(self.words, 16)))
 
     def spread(self, address: Any, kind: Any, vector: Any) -> Any:
         """A vector of one number."""
@@ -57,18 +57,17 @@ class Vectors:
 
     def filled(self, number: Any, vector: Any) -> Any:
         nothing = ir.Constant(vector, ir.Undefined)
-        return self.b.shuffle_vector(
-            self.b.insert_element(nothing, number, ir.Constant(I32, 0)), nothing, same(WORDS, 0)
-        )
+        places = same(ir.VectorType(I32, vector.count), 0)
+        return self.b.shuffle_vector(self.b.insert_element(nothing, number, ir.Constant(I32, 0)), nothing, places)
 
     def two_wide(self, address: Any) -> tuple[Any, Any]:
-        """16 bfloat16 → float32, those in even places and those in odd ones: cheaper than in their order"""
-        both = self.load(address, WORDS, 2)
-        odd = self.b.and_(both, same(WORDS, 0xFFFF0000))
-        return self.floats(self.b.shl(both, same(WORDS, 16))), self.floats(odd)
+        """Twice as many bfloat16 → float32, those in even places and those in odd ones: cheaper than in their order"""
+        both = self.load(address, self.words, 2)
+        odd = self.b.and_(both, same(self.words, 0xFFFF0000))
+        return self.as_floats(self.b.shl(both, same(self.words, 16))), self.as_floats(odd)
 
-    def floats(self, words: Any) -> Any:
-        return self.b.bitcast(words, FLOATS)
+    def as_floats(self, words: Any) -> Any:
+        return self.b.bitcast(words, self.floats)
 
     def shuffled(self, a: Any, b: Any, places: Iterable[int]) -> Any:
         """Numbers of two vectors by their places, b's behind a's."""
@@ -90,9 +89,9 @@ class Vectors:
 
     def keep(self, address: Any, numbers: Any) -> None:
         """float32 → bfloat16 as native.half"""
-        b, bits = self.b, self.b.bitcast(numbers, WORDS)
-        odd = b.and_(b.lshr(bits, same(WORDS, 16)), same(WORDS, 1))
-        rounded = b.lshr(b.add(b.add(bits, same(WORDS, 0x7FFF)), odd), same(WORDS, 16))
-        number = b.icmp_unsigned("<=", b.and_(bits, same(WORDS, 0x7FFFFFFF)), same(WORDS, 0x7F800000))
-        halves = b.trunc(b.select(number, rounded, same(WORDS, 0x7FC0)), HALVES)
+        b, bits = self.b, self.b.bitcast(numbers, self.words)
+        odd = b.and_(b.lshr(bits, same(self.words, 16)), same(self.words, 1))
+        rounded = b.lshr(b.add(b.add(bits, same(self.words, 0x7FFF)), odd), same(self.words, 16))
+        number = b.icmp_unsigned("<=", b.and_(bits, same(self.words, 0x7FFFFFFF)), same(self.words, 0x7F800000))
+        halves = b.trunc(b.select(number, rounded, same(self.words, 0x7FC0)), self.halves)
         self.store(address, halves, 2)

@@ -14,7 +14,7 @@ from numba.core import cgutils
 
 from .int4 import GROUP
 from .native import intrinsic
-from .native_vectors import F32, FLOATS, HALVES, I32, LANES, WORDS, Vectors, same
+from .native_vectors import F32, I32, LANES, Vectors, same
 
 FACTS = 3  # of a group: its scale and its scaled sum, float32, and minus eight times its sum, int32
 LEAST = 15  # exponent, as float32 has it, of a group's largest number at least: what is smaller are zeros
@@ -38,8 +38,8 @@ class _Whole(Vectors):
     def __init__(self, builder: Any, x, groups, numbers, facts) -> None:
         super().__init__(builder)
         self.x, self.groups, self.numbers, self.facts = x, groups, numbers, facts
-        self._most = self.declared(f"llvm.vector.reduce.umax.v{LANES}i32", I32, [WORDS])
-        self._sum = self.declared(f"llvm.vector.reduce.add.v{LANES}i32", I32, [WORDS])
+        self._most = self.declared(f"llvm.vector.reduce.umax.v{LANES}i32", I32, [self.words])
+        self._sum = self.declared(f"llvm.vector.reduce.add.v{LANES}i32", I32, [self.words])
 
     def make(self) -> None:
         with cgutils.for_range(self.b, self.groups) as loop:
@@ -52,17 +52,17 @@ class _Whole(Vectors):
 
     def group(self, x: Any, numbers: Any, facts: Any) -> None:
         b, parts = self.b, range(GROUP // LANES)
-        words = [b.bitcast(self.wide(self.at(x, part, self.word(2 * LANES))), WORDS) for part in parts]
-        largest = [b.and_(word, same(WORDS, 0x7FFFFFFF)) for word in words]
+        words = [b.bitcast(self.wide(self.at(x, part, self.word(2 * LANES))), self.words) for part in parts]
+        largest = [b.and_(word, same(self.words, 0x7FFFFFFF)) for word in words]
         for _ in range(2):
             largest = [self.larger(one, other) for one, other in zip(largest[::2], largest[1::2], strict=True)]
         exponent = self.larger(b.lshr(b.call(self._most, [*largest]), ir.Constant(I32, 23)), ir.Constant(I32, LEAST))
-        up = self.filled(self.power(b.sub(ir.Constant(I32, 268), exponent)), FLOATS)
-        total = same(WORDS, 0)
+        up = self.filled(self.power(b.sub(ir.Constant(I32, 268), exponent)), self.floats)
+        total = same(self.words, 0)
         for part, word in zip(parts, words, strict=True):
-            moved = b.fadd(b.fmul(self.floats(word), up), self.floats(same(WORDS, MIDDLE)))
-            steps = b.sub(b.bitcast(moved, WORDS), same(WORDS, MIDDLE))
-            self.store(self.at(numbers, part, self.word(2 * LANES)), b.trunc(steps, HALVES), 2)
+            moved = b.fadd(b.fmul(self.as_floats(word), up), self.as_floats(same(self.words, MIDDLE)))
+            steps = b.sub(b.bitcast(moved, self.words), same(self.words, MIDDLE))
+            self.store(self.at(numbers, part, self.word(2 * LANES)), b.trunc(steps, self.halves), 2)
             total = b.add(total, steps)
         found = b.call(self._sum, [total])
         good = b.icmp_unsigned("<", exponent, ir.Constant(I32, 255))

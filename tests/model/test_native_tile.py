@@ -1,4 +1,4 @@
-"""A tile is the same bits by the processor's own instruction for pairs and by plain ones."""
+"""A tile is the same bits by the processor's own instructions for pairs and by plain ones, in vectors of any width."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from numba import njit
 from medusa_serve.model import native_tile
 from medusa_serve.model.native import OPTIONS
 from medusa_serve.model.native_products import NativeInt4Linear
-from medusa_serve.model.native_tile import Int4Tile, Int8Tile, tile
+from medusa_serve.model.native_tile import Int4Tile, Int8Tile, lanes_here, tiles
 from medusa_serve.model.native_whole import FACTS, whole
 from tests.model.test_int4 import eight_bits, four_bits, linear
 
@@ -15,16 +15,19 @@ OUTPUTS, INPUTS = 16, 96
 
 
 @pytest.mark.parametrize(("make", "kind"), [(four_bits, Int4Tile), (eight_bits, Int8Tile)])
+@pytest.mark.parametrize("vectors", [(8, False), (16, False), (8, True)])
 @pytest.mark.parametrize("rows", [1, 3, 4])
-def test_other_processors_get_the_same_bits(make, kind, rows, monkeypatch):
+def test_other_processors_get_the_same_bits(make, kind, rows, vectors, monkeypatch):
+    if vectors[1] and not lanes_here()[1]:
+        pytest.skip("this processor multiplies no pairs")
     torch.manual_seed(0)
-    monkeypatch.setattr(native_tile, "has_pair_products", lambda: False)
-    of_rows = tile(kind, rows)
+    monkeypatch.setattr(native_tile, "lanes_here", lambda: vectors)
+    tile = tiles(kind)
 
     @njit(**OPTIONS)
     def run(x, numbers, facts, packed, scales, out):
         whole(x, rows * INPUTS // 32, numbers, facts)
-        of_rows(numbers, INPUTS, facts, packed, scales, out, OUTPUTS)
+        tile(rows, numbers, INPUTS, facts, packed, scales, out, OUTPUTS)
 
     layer, x = NativeInt4Linear.of(linear(make(OUTPUTS, INPUTS))), torch.randn(rows, INPUTS).bfloat16()
     numbers, facts = torch.empty(rows, INPUTS, dtype=torch.int16), torch.empty(rows, INPUTS // 32 * FACTS).int()
