@@ -333,6 +333,7 @@ class TextCodec(Protocol):
 
     has_chat_template: bool
     special_ids: frozenset[int]  # tokens that are no text: EOS and its like
+    pieces: Mapping[int, bytes] | None  # of each id what `decode` puts one behind the other; None where it does more
 
     def encode(self, text: str) -> list[int]:
         """Raw text to ids, with the model's own special tokens (BOS)."""

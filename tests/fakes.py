@@ -37,15 +37,16 @@ class ManualClock:
 class FakeCodec:
     """256 bytes, BOS, EOS, some words. Text is encoded byte by byte, so any non-ASCII character spans several ids.
 
-    strip_space: like sentencepiece, the first visible id loses a leading space.
+    strip_space: like sentencepiece, the first visible id loses a leading space · pieces: told, as byte-level BPE's
     """
 
     vocab_size = FIRST_WORD + len(WORDS)
     special_ids = frozenset({BOS, EOS})
 
-    def __init__(self, *, has_chat_template: bool = True, strip_space: bool = False) -> None:
+    def __init__(self, *, has_chat_template: bool = True, strip_space: bool = False, pieces: bool = False) -> None:
         self.has_chat_template = has_chat_template
         self._strip_space = strip_space
+        self.pieces = {id: self._piece(id) for id in range(self.vocab_size)} if pieces else None
 
     def encode(self, text: str) -> list[int]:
         return [BOS, *text.encode()]
@@ -66,9 +67,13 @@ class FakeCodec:
         return (bytes([id]) if id < 256 else WORDS[id - FIRST_WORD]).decode(errors="replace")
 
     def decode(self, ids: Seq[int]) -> str:
-        data = b"".join(bytes([i]) if i < 256 else WORDS[i - FIRST_WORD] for i in ids if i not in (BOS, EOS))
-        text = data.decode(errors="replace")
+        text = b"".join(map(self._piece, ids)).decode(errors="replace")
         return text[1:] if self._strip_space and text.startswith(" ") else text
+
+    def _piece(self, id: int) -> bytes:
+        if id in self.special_ids:
+            return b""
+        return bytes([id]) if id < 256 else WORDS[id - FIRST_WORD]
 
 
 def hashed_word(ids: tuple[int, ...], params: SamplingParams) -> int:

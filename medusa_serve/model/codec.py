@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from tokenizers.decoders import ByteLevel
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..errors import InvalidRequest, reason_of
 
@@ -26,6 +29,7 @@ class Codec:
         self._rust = tokenizer.backend_tokenizer if _decodes_in_rust(tokenizer) else None
         self.has_chat_template = bool(tokenizer.chat_template) and self._template_works()
         self.special_ids = frozenset(tokenizer.all_special_ids)
+        self.pieces: Mapping[int, bytes] | None = None if self._rust is None else byte_pieces(self._rust)
         self._before = self._ids("a", special=False, param="prompt")[-1:]  # a first token may lose its leading space
         self._texts: dict[int, str] = {}  # of single tokens: asked for again and again, on the event loop
 
@@ -101,6 +105,33 @@ class Codec:
         if size > TEMPLATE_LIMIT:
             self.notes.append(f"no chat because the model's chat template makes {size} characters of one short message")
         return size <= TEMPLATE_LIMIT
+
+
+class Pieces(dict[int, bytes]):
+    """Ids that are none, behind the vocabulary, are no text."""
+
+    def __missing__(self, id: int) -> bytes:
+        return b""
+
+
+def byte_pieces(rust: Any) -> Pieces | None:
+    """The bytes of each id of a Rust tokenizer, without special tokens; None where its decoder is more than bytes one
+    behind the other."""
+    if not isinstance(rust.decoder, ByteLevel):
+        return None
+    byte_of = {char: byte for byte, char in bytes_to_unicode().items()}.__getitem__
+    pieces = Pieces()
+    for token, id in rust.get_vocab(with_added_tokens=True).items():
+        try:
+            pieces[id] = bytes(map(byte_of, token))
+        except KeyError:  # a token that somebody added may have other characters
+            pieces[id] = token.encode()
+    for id, token in rust.get_added_tokens_decoder().items():
+        if token.special:
+            pieces[id] = b""
+    ids = sorted(pieces)
+    text = b"".join(pieces[id] for id in ids).decode("utf-8", "replace")
+    return pieces if rust.decode(ids, skip_special_tokens=True) == text else None
 
 
 def _decodes_in_rust(tokenizer: Any) -> bool:

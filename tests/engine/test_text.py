@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
+
 import pytest
 
 from medusa_serve.engine.text import WINDOW, Detokenizer
 from tests.fakes import BOS, EOS, FakeCodec
 
 hypothesis = pytest.importorskip("hypothesis", reason="the property test needs hypothesis: pip install -e '.[test]'")
-given, settings, st = hypothesis.given, hypothesis.settings, pytest.importorskip("hypothesis.strategies")
+assume, given, settings, st = (
+    hypothesis.assume,
+    hypothesis.given,
+    hypothesis.settings,
+    pytest.importorskip("hypothesis.strategies"),
+)
 
 SMILE = list("🙂".encode())
 
@@ -36,10 +43,14 @@ def split(ids, sizes):
 
 
 def reference(codec, ids, stop):
-    """Grow the text id by id with full decodes; the first id whose certain text holds a stop string ends it."""
+    """Grow the text id by id with full decodes; the first id whose certain text holds a stop string ends it. What
+    bytes that are no text become is certain where the codec tells them, else when something follows."""
     for used in range(1, len(ids) + 1):
-        text = codec.decode([i for i in ids[:used] if i != EOS])
-        certain = text.rstrip("\ufffd")
+        kept = [i for i in ids[:used] if i != EOS]
+        if codec.pieces is None:
+            certain = codec.decode(kept).rstrip("\ufffd")
+        else:
+            certain = codecs.getincrementaldecoder("utf-8")("replace").decode(b"".join(map(codec.pieces.get, kept)))
         found = [at for at in (certain.find(s) for s in stop) if at >= 0]
         if found:
             return certain[: min(found)], used, True
@@ -62,33 +73,37 @@ tokens = st.one_of(
     st.integers(0, FakeCodec.vocab_size - 1),
     st.sampled_from([EOS, BOS, 32, 97, 98, 0xE4, 0xBD, 0xA0, *SMILE]),
 )
+kinds = st.sampled_from([{}, {"strip_space": True}, {"pieces": True}])
 stops = st.lists(st.text("ab ,é🙂", min_size=1, max_size=4), max_size=3)
 
 
-@given(st.lists(tokens, max_size=60), st.lists(st.integers(1, 6), min_size=1, max_size=5), stops, st.booleans())
-@settings(max_examples=600, deadline=None)
-def test_parts_concatenate_to_the_whole(ids, sizes, stop, strip_space):
-    codec = FakeCodec(strip_space=strip_space)
+@given(st.lists(tokens, max_size=60), st.lists(st.integers(1, 6), min_size=1, max_size=5), stops, kinds)
+@settings(max_examples=900, deadline=None)
+def test_parts_concatenate_to_the_whole(ids, sizes, stop, kind):
+    codec = FakeCodec(**kind)
     assert run(codec, split(ids, sizes), stop) == reference(codec, ids, stop)
 
 
-@given(st.text(max_size=40), st.lists(st.integers(1, 6), min_size=1, max_size=5))
-@settings(max_examples=200, deadline=None)
-def test_no_broken_character_is_shown(text, sizes):
-    detokenizer = Detokenizer(FakeCodec())
+@given(st.text(max_size=40), st.lists(st.integers(1, 6), min_size=1, max_size=5), kinds)
+@settings(max_examples=300, deadline=None)
+def test_no_broken_character_is_shown(text, sizes, kind):
+    assume(not (kind.get("strip_space") and text.startswith(" ")))
+    detokenizer = Detokenizer(FakeCodec(**kind))
     ids = list(text.encode(errors="ignore"))
     shown = [detokenizer.feed(part)[0] for part in split(ids, sizes)]
     assert not any("\ufffd" in piece for piece in shown)
     assert "".join(shown) + detokenizer.flush() == bytes(ids).decode()
 
 
-def test_character_is_held_until_whole():
-    detokenizer = Detokenizer(FakeCodec())
+@pytest.mark.parametrize("pieces", [False, True])
+def test_character_is_held_until_whole(pieces):
+    detokenizer = Detokenizer(FakeCodec(pieces=pieces))
     assert [detokenizer.feed([i])[0] for i in [97, *SMILE]] == ["a", "", "", "", "🙂"]
 
 
-def test_unfinished_character_is_flushed():
-    detokenizer = Detokenizer(FakeCodec())
+@pytest.mark.parametrize("pieces", [False, True])
+def test_unfinished_character_is_flushed(pieces):
+    detokenizer = Detokenizer(FakeCodec(pieces=pieces))
     assert detokenizer.feed([97, *SMILE[:2]])[0] == "a"
     assert detokenizer.flush() == "\ufffd"
 

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken
+from tokenizers.decoders import Metaspace
 from transformers import AutoTokenizer
 
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import InvalidRequest, LoadError
 from medusa_serve.model import loader
-from medusa_serve.model.codec import Codec
+from medusa_serve.model.codec import Codec, byte_pieces
 from medusa_serve.model.loader import load_model
 from tests.tiny import FAMILIES, greedy, save_tiny_folder, tiny_model, tiny_prompts
 
@@ -135,6 +137,39 @@ def test_codec(folder: Path) -> None:
         with pytest.raises(InvalidRequest) as caught:
             codec.encode_chat(messages)
         assert caught.value.param == "messages"
+
+
+def test_pieces_join_to_the_text(folder: Path) -> None:
+    """The tiny tokenizer is byte-level: what its ids are is known, whatever is beside them."""
+    codec = load(folder).codec
+    assert codec.pieces is not None
+    everything = [*range(max(codec.pieces) + 1), *codec.encode("the cat é🎉 <|im_end|>"), max(codec.pieces) + 7]
+    rest = [everything[at] for at in torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))]
+    for ids in (everything, rest):
+        assert b"".join(codec.pieces[id] for id in ids).decode(errors="replace") == codec.decode(ids)
+    assert {codec.pieces[id] for id in codec.special_ids} == {b""}
+
+
+def test_pieces_are_of_bytes_alone(folder: Path) -> None:
+    """Other decoders see more than one id at a time; so may one that calls itself byte-level."""
+    rust = load(folder).codec._rust
+    assert byte_pieces(rust) is not None
+    rust.add_tokens(["<a b>", AddedToken("<c é>", special=True)])
+    pieces = byte_pieces(rust)
+    assert pieces is not None
+    assert [pieces[rust.token_to_id(token)] for token in ("<a b>", "<c é>")] == [b"<a b>", b""]
+
+    class Odd:
+        """Of a decoder that was changed behind its name."""
+
+        decoder, get_vocab, get_added_tokens_decoder = rust.decoder, rust.get_vocab, rust.get_added_tokens_decoder
+
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return rust.decode(ids, skip_special_tokens=skip_special_tokens).upper()
+
+    assert byte_pieces(Odd()) is None
+    rust.decoder = Metaspace()
+    assert byte_pieces(rust) is None
 
 
 def test_texts_of_single_tokens_join_to_the_text(folder: Path) -> None:
