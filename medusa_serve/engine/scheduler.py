@@ -19,7 +19,7 @@ MAX_WAIT_STEPS = 3
 WAIT_SHARE = 0.8  # of it are planned; the rest is for the error of the estimate
 RECENT = 8  # prefill passes that tell what one costs: few, as prompts and neighbours change
 GROWTH = 4  # a chunk is so many times the largest measured one at most
-NOTED = 32  # rows of a step whose gains are noted: more would cost the host more than they tell
+NOTED = 8  # rows of a step whose gains are noted, on average: more would cost the host more than they tell
 ADMIT_SHARE = 8  # where prefill passes are packed, one waits for 1/8 as many new sequences as decode now …
 ADMIT_TURNS = 8  # … but no longer than so many turns
 
@@ -61,7 +61,7 @@ class Scheduler:
         self._plain_steps: deque[float] = deque(maxlen=64)
         self._passes: deque[tuple[int, float]] = deque(maxlen=RECENT)  # prefill passes: prompt tokens, seconds
         self._budget: NodeBudget | None = None
-        self._noted = 0  # steps whose gains were noted
+        self._gains, self._largest = 0, 0  # steps that had some, and the largest tree of the last one
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}
 
@@ -179,15 +179,17 @@ class Scheduler:
         self._passes.append((count, seconds))
 
     def note_gains(self, rows: Seq[Sequence], outputs: Seq[StepOutput], trees: Seq[int]) -> None:
-        """What a decode step gave its rows, by the tree that was drafted and verified; of many rows, some in turn."""
+        """What a decode step gave its rows, by the tree that was drafted and verified. With many rows only every so
+        many-th step tells, for all of them at once; so does one with other trees, as a probe is."""
         if self._budget is None:
             return
-        apart = -(-len(rows) // NOTED)
-        some = slice(self._noted % apart, None, apart)
-        self._noted += 1
+        due, largest = self._gains % -(-len(rows) // NOTED) == 0, max(trees, default=0)
+        due, self._gains, self._largest = due or largest != self._largest, self._gains + 1, largest
+        if not due:
+            return
         kept = [
             (seq.slot, out.held_by, nodes)
-            for seq, out, nodes in zip(rows[some], outputs[some], trees[some], strict=True)
+            for seq, out, nodes in zip(rows, outputs, trees, strict=True)
             if seq.speculates and seq.state is not State.FINISHED and out.token_ids
         ]
         if kept:

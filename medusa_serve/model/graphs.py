@@ -50,6 +50,7 @@ class StepGraphs:
         device = runner.device
         self._slots = torch.arange(runner.num_slots, device=device)
         self._active = torch.zeros(runner.num_slots, dtype=torch.bool, device=device)
+        self._there: Any = None  # whose rows those two hold
         # a graph and the facts that it writes; or, where it could not be captured, what makes them
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph | None, torch.Tensor | Callable[[], torch.Tensor]]] = {}
         self._inputs: dict[tuple[int, int], torch.Tensor] = {}  # of prefill passes, by blocks and rows
@@ -90,10 +91,18 @@ class StepGraphs:
             made = self._had(key, partial(self._have, key), self._body(key), _step_name(key))
         else:
             self._have(key)
-        order, chosen = self._order(host_slots, rows), set(host_slots)
+        self._put_rows(host_slots, rows, active)
+        return made()
+
+    def _put_rows(self, host_slots: list[int], rows: int, active: bool) -> None:
+        """Most steps have the rows of the one before."""
+        wanted = rows, active, host_slots
+        if self._there == wanted:
+            return
+        self._there, order, chosen = None, self._order(host_slots, rows), set(host_slots)
         self._put(self._slots[:rows], torch.tensor(order))
         self._put(self._active[:rows], torch.tensor([active and slot in chosen for slot in order]))
-        return made()
+        self._there = wanted
 
     def _body(self, key: tuple[int, int, Shape, Needs]) -> Callable[[], torch.Tensor]:
         rows, width, shape, needs = key
@@ -104,6 +113,7 @@ class StepGraphs:
         """Capture the step unless it is there."""
         if key not in self._graphs:  # with every row inactive, neither warm-up nor capture changes a sequence
             self._active.zero_()
+            self._there = None
             self._capture(key, self._body(key), _step_name(key))
 
     def _had(

@@ -7,7 +7,7 @@ import gc
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -52,12 +52,8 @@ def _step_kernels(fused: bool, device: torch.device, forward: Any) -> Any:
     return None
 
 
-class Asker(NamedTuple):
-    """Whose a row of a pass was: its slot, that slot's how many-th sequence, and what it asked for."""
-
-    slot: int
-    owner: int
-    num_logprobs: int | None
+# whose a row of a pass was: its slot, that slot's how many-th sequence, and for how many log-probabilities it asked
+Asker = tuple[int, int, int | None]
 
 
 class ModelRunner:
@@ -345,15 +341,15 @@ class ModelRunner:
         return ready
 
     def _askers(self, host_slots: list[int], needs: Needs) -> list[Asker]:
-        told = [self.tables.num_logprobs(slot) if needs.logprobs else None for slot in host_slots]
-        return [Asker(slot, self._owner[slot], num) for slot, num in zip(host_slots, told, strict=True)]
+        told = map(self.tables.num_logprobs, host_slots) if needs.logprobs else [None] * len(host_slots)
+        return list(zip(host_slots, map(self._owner.__getitem__, host_slots), told, strict=True))
 
     def _outputs(
         self, askers: list[Asker], facts: list[list[int]], holders: Sequence[int], grow: bool = True
     ) -> list[StepOutput]:
         """holders: of each node, the smallest N that has it · grow: what was emitted lengthens the sequence (a first
         token does not: its place was counted before)."""
-        outputs, told = [], any(asker.num_logprobs is not None for asker in askers)
+        outputs, told = [], any(num is not None for _, _, num in askers)
         depths = (len(facts[0]) - FACTS) // (2 + told * NUM_TOLD) if facts else 0
         nodes, spoken = FACTS + depths, FACTS + 2 * depths
         for (slot, owner, num_logprobs), line in zip(askers, facts, strict=True):

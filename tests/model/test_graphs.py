@@ -31,6 +31,7 @@ class Noted(StepGraphs):
         )
         self._graphs, self._seen, self._owed, self._inputs, self._failed = {}, set(), {}, {}, {}
         self._slots, self._active = torch.arange(SLOTS), torch.zeros(SLOTS, dtype=torch.bool)
+        self._there = None
         self._device_lengths, self._most, self._capture_ms = True, graphs.MOST_GRAPHS, 100.0
 
     def _capture(self, key, body, what):
@@ -47,6 +48,29 @@ def captured_ahead(idle):
     while idle.prepare(SHAPES):
         pass
     return set(idle._graphs) - before
+
+
+def test_rows_go_to_the_device_when_they_change(idle, monkeypatch):
+    puts = []
+    monkeypatch.setattr(Noted, "_put", lambda self, place, values: puts.append(place.copy_(values)))
+    monkeypatch.setattr(Noted, "_play", lambda self, key: (self._slots[: key[0]].tolist(), self._active.tolist()))
+
+    def step(slots, active=True):
+        before = len(puts)
+        order, on = idle.run(slots, WIDTH, SHAPES[0], PLAIN, active)
+        assert order[: len(slots)] == slots
+        assert len(set(order)) == len(order)
+        assert [slot for slot, yes in zip(order, on, strict=False) if yes] == (slots if active else [])
+        return len(puts) > before
+
+    assert step([3, 1, 2])
+    assert not step([3, 1, 2])
+    assert step([3, 2, 1])
+    assert step([3, 2, 1], active=False)
+    assert step([3, 2, 1])
+    assert step([3, 2])
+    idle._graphs.clear()
+    assert step([3, 2]), "a capture took them away"
 
 
 def test_before_any_request_one_row_and_all_rows_come_first(idle):
