@@ -70,9 +70,15 @@ class SlotCache:
         Example, length 7, nodes 0 1 3 of a tree of 6:   columns  7 8 9 10 11 12      7 8 9
                                                          hold     r a b  c  d  e  →   r a c
         """
-        steps = torch.arange(nodes.shape[1], device=nodes.device)
         if nodes.shape[1] == 1:
             return  # the root is in place
+        if self._native:
+            from .native_ops import move_rows
+
+            move_rows(self.keys, slots, length, nodes)
+            move_rows(self.values, slots, length, nodes)
+            return
+        steps = torch.arange(nodes.shape[1], device=nodes.device)
         source, target = length[:, None] + nodes, length[:, None] + steps
         at = slots[:, None]
         self.keys[:, at, target] = self.keys[:, at, source]

@@ -26,7 +26,7 @@ from .forward import TreeForward, decoder_layers
 from .int4 import Int4Linear
 from .int8 import Int8Linear
 from .layers import EXAMPLE, LINEAR, FusedLayers, _facts, _Traced
-from .native_pass import Call, Groups, NativePass, OtherPass, calls_of, hands_on, noted
+from .native_pass import Call, NativePass, OtherPass, calls_of, hands_on, noted
 from .native_tape import NoTape, Tape, TapeRun, view_facts
 
 aten = torch.ops.aten
@@ -101,12 +101,10 @@ class NativeLayers(FusedLayers):
 
     def _around(self, seen: list[Call]) -> tuple[NativePass | None, str]:
         """The pass without the model's own code, or why not."""
-        tape, starts = self._natives[0].tape, sorted({0, *self._forward.tap.layers})
+        tape = self._natives[0].tape
         assert tape is not None
-        spans = [(start, self._ends[start]) for start in starts]
-        groups = Groups(tape, spans, [self._weights[start:end] for start, end in spans])
         try:
-            return NativePass(self._forward, self._layers, seen, groups), ""
+            return NativePass(self._forward, self._layers, seen, tape, self._weights), ""
         except OtherPass as reason:
             return None, str(reason)
 

@@ -51,6 +51,16 @@ def write_rows(slab: Tensor, slots: Tensor, columns: Tensor, rows: Tensor) -> No
     )  # fmt: skip
 
 
+def move_rows(slab: Tensor, slots: Tensor, length: Tensor, nodes: Tensor) -> None:
+    """SlotCache.commit of one slab, (L, S, C, heads, dim) without gaps. nodes (B, A)"""
+    layers, of_slots, capacity, heads, dim = slab.shape
+    nodes = nodes.contiguous()
+    _move_rows(
+        slab.data_ptr(), layers, of_slots, capacity, heads * dim,
+        slots.data_ptr(), length.data_ptr(), nodes.data_ptr(), *nodes.shape,
+    )  # fmt: skip
+
+
 @njit(cache=True, **OPTIONS)
 def native_rms_norm(x_at, weight_at, out_at, rows, dim, epsilon):
     weight = carray(pointer(weight_at), (dim,), np.uint16)
@@ -104,6 +114,22 @@ def _write_rows(slab_at, slots_at, columns_at, rows_at, row, head, new_row, batc
                 target = _row(slab_at, start + h * dim, dim)
                 for d in range(dim):
                     target[d] = source[d]
+
+
+@njit(cache=True, **OPTIONS)
+def _move_rows(slab_at, layers, of_slots, capacity, width, slots_at, length_at, nodes_at, batch, path):
+    slots, lengths = carray(pointer(slots_at), (batch,), np.int64), carray(pointer(length_at), (batch,), np.int64)
+    nodes = carray(pointer(nodes_at), (batch, path), np.int64)
+    for b in range(batch):
+        for step in range(1, path):
+            if nodes[b, step] <= step:  # it is in place, or the path is over: nodes are numbered along it
+                continue
+            for layer in range(layers):
+                start = (layer * of_slots + slots[b]) * capacity + lengths[b]
+                source = _row(slab_at, (start + nodes[b, step]) * width, width)
+                target = _row(slab_at, (start + step) * width, width)
+                for i in range(width):
+                    target[i] = source[i]
 
 
 @njit(inline="always", **OPTIONS)

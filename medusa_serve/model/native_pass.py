@@ -1,4 +1,4 @@
-"""A CPU's pass without the model's Python around its layers: embedding, tapes, final norm, output layer. Behind a tape
+"""A CPU's pass without the model's Python around its layers: embedding, tape, final norm, output layer. Behind a tape
 that went through the weights nothing of the interpreter is in a cache, and what takes 0.3 ms alone takes 1.5 there.
 
 Nothing of this is taken on trust: a pass of the model itself shows which module makes what, by the tensors that they
@@ -40,14 +40,6 @@ class OtherPass(Exception):
     """The model does something else around its layers; the text says what."""
 
 
-class Groups(NamedTuple):
-    """Layers that run as one call each: first and behind the last, and their weights for the tape."""
-
-    tape: TapeRun
-    spans: list[tuple[int, int]]
-    weights: list[Any]
-
-
 @contextmanager
 def noted(model: nn.Module, layers: list[nn.Module]) -> Iterator[list[Call]]:
     """The calls of the model's modules, meanwhile; of those in a layer the layer's alone."""
@@ -68,10 +60,11 @@ def noted(model: nn.Module, layers: list[nn.Module]) -> Iterator[list[Call]]:
 class NativePass:
     """In the place of the model's forward where `covers`. Raises OtherPass."""
 
-    def __init__(self, forward: TreeForward, layers: list[nn.Module], calls: list[Call], groups: Groups) -> None:
-        """calls: of one packed pass"""
-        self._forward, self._groups = forward, groups
-        self._slabs: tuple[Any, list[tuple[Tensor, Tensor]]] = (None, [])
+    def __init__(
+        self, forward: TreeForward, layers: list[nn.Module], calls: list[Call], tape: TapeRun, weights: Any
+    ) -> None:
+        """calls: of one packed pass · weights: of all layers, for the tape"""
+        self._forward, self._tape, self._weights = forward, tape, weights
         mine = calls_of(layers, calls)
         if not hands_on(mine):
             raise OtherPass("something happens between the layers")
@@ -93,14 +86,11 @@ class NativePass:
         cos, sin = places[..., : self._dim], places[..., self._dim :]
         cache, tap = self._forward.cache, self._forward.tap
         facts = view_facts(view, cache.keys.shape[2], cos, sin)
-        if self._slabs[0] is not cache.keys:
-            spans = self._groups.spans
-            self._slabs = cache.keys, [(cache.keys[a:b], cache.values[a:b]) for a, b in spans]
         x = F.embedding(tokens, self._embedding.weight)
-        for (first, _), weights, slabs in zip(self._groups.spans, self._groups.weights, self._slabs[1], strict=True):
-            if first in tap.layers:
-                tap.keep(first, x)
-            x = self._groups.tape(x, weights, facts, *slabs)
+        kept = {layer: torch.empty_like(x) for layer in tap.layers}
+        x = self._tape(x, self._weights, facts, cache.keys, cache.values, kept)
+        for layer, hidden in kept.items():
+            tap.keep(layer, hidden)
         x = self._norm(x)
         return self._output(x if at is None else x[:, at])
 
@@ -111,7 +101,6 @@ class NativePass:
             view.packed = True
             got = self.run(tokens, positions, view, None)
         self._forward.tap.take()
-        self._slabs = None, []
         error = float((got - wanted).float().norm() / wanted.float().norm())
         if not error <= TOLERANCE:
             raise OtherPass(f"its logits differ by {error:.1%}")

@@ -9,6 +9,8 @@ is rounded as it is where the graph runs as it is, so that the two give the same
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -202,17 +204,28 @@ class TapeRun:
         self._at = (tape.ops.ctypes.data, len(tape.ops), tape.numbers.ctypes.data)
         self._buffers = (tape.buffers.ctypes.data, len(tape.buffers))
 
-    def __call__(self, x: Tensor, weights: np.ndarray, facts: np.ndarray, keys: Tensor, values: Tensor) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        weights: np.ndarray,
+        facts: np.ndarray,
+        keys: Tensor,
+        values: Tensor,
+        kept: Mapping[int, Tensor] = MappingProxyType({}),
+    ) -> Tensor:
         """x (1, M, H) → (1, M, H), through L layers. weights (L, O, 2) · keys, values: their part of the slab, (L, S,
-        C, kv_heads, dim)"""
+        C, kv_heads, dim) · kept: where the inputs of some of the layers go, by number, (1, M, H) each"""
         rows, out = x.shape[1], torch.empty_like(x)
+        inputs = np.zeros(len(keys), np.int64)
+        for layer, hidden in kept.items():
+            inputs[layer] = hidden.data_ptr()
         width = self.tape.width + x.shape[2]  # every other layer's output lies between too
         if self._between.numel() < rows * width:
             self._between = torch.empty(rows * width, dtype=torch.bfloat16)
         _run(
             *self._at, *self._buffers, weights.ctypes.data, facts.ctypes.data, keys.data_ptr(), values.data_ptr(),
             x.data_ptr(), out.data_ptr(), self._between.data_ptr(), rows,
-            len(keys), 2 * keys.stride(0), 2 * values.stride(0), self.tape.width,
+            len(keys), 2 * keys.stride(0), 2 * values.stride(0), self.tape.width, inputs.ctypes.data,
             *team().given(), product_share(), attention_share(),
         )  # fmt: skip
         return out
@@ -221,7 +234,7 @@ class TapeRun:
 @njit(cache=True, **OPTIONS)
 def _run(
     ops_at, count, numbers_at, buffers_at, num_buffers, weights_at, facts_at, keys_at, values_at,
-    x_at, out_at, between, rows, layers, keys_size, values_size, width_between,
+    x_at, out_at, between, rows, layers, keys_size, values_size, width_between, kept_at,
     threads, start, number, product_share, attention_share,
 ):  # fmt: skip
     ops = carray(pointer(ops_at), (count, FIELDS), np.int64)
@@ -229,6 +242,7 @@ def _run(
     buffers = carray(pointer(buffers_at), (num_buffers, 2), np.int64)
     weights = carray(pointer(weights_at), (layers, count, 2), np.int64)
     facts = carray(pointer(facts_at), (FACTS,), np.int64)
+    kept = carray(pointer(kept_at), (layers,), np.int64)
     places = np.empty(num_buffers, np.int64)
     for i in range(num_buffers):
         places[i] = between + 2 * rows * buffers[i, 0]
@@ -239,6 +253,8 @@ def _run(
         if i == 0:
             places[0] = places[num_buffers - 1]
             places[num_buffers - 1] = out_at if (layers - layer) % 2 else spare
+            if kept[layer]:
+                _copy(places[0], kept[layer], rows * buffers[0, 1])
         op = ops[i]
         kind, width, out = op[0], op[8], places[op[7]]
         a, b, c = places[op[1]] + 2 * op[2], places[op[3]] + 2 * op[4], places[op[5]] + 2 * op[6]
@@ -272,3 +288,10 @@ def _add(a_at, b_at, out_at, count):
     out = carray(pointer(out_at), (count,), np.uint16)
     for i in range(count):
         out[i] = half(wide(a[i]) + wide(b[i]))
+
+
+@njit(inline="always", **OPTIONS)
+def _copy(a_at, out_at, count):
+    a, out = carray(pointer(a_at), (count,), np.uint16), carray(pointer(out_at), (count,), np.uint16)
+    for i in range(count):
+        out[i] = a[i]

@@ -1,18 +1,23 @@
+import pytest
 import torch
 
 from medusa_serve.model.cache import SlotCache
 
 
-def cache() -> SlotCache:
-    made = SlotCache([(1, 1, 1)] * 2, slots=3, columns=16, dtype=torch.float32, device=torch.device("cpu"))
+def cache(dtype: torch.dtype = torch.float32) -> SlotCache:
+    made = SlotCache([(1, 1, 1)] * 2, slots=3, columns=16, dtype=dtype, device=torch.device("cpu"))
     made.keys[:] = torch.arange(made.keys.numel()).view_as(made.keys)
     made.values[:] = -made.keys
     return made
 
 
-def test_the_drawing_in_the_docstring():
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # torch's operations, and a kernel
+
+
+@DTYPES
+def test_the_drawing_in_the_docstring(dtype):
     """Length 7, nodes 0 1 3: columns 7 8 9 hold r a c afterwards; other slots and columns are untouched."""
-    made = cache()
+    made = cache(dtype)
     before = made.keys.clone()
     made.commit(torch.tensor([1]), torch.tensor([7]), torch.tensor([[0, 1, 3]]))
     expected = before.clone()
@@ -21,12 +26,22 @@ def test_the_drawing_in_the_docstring():
     assert torch.equal(made.values, -expected)
 
 
-def test_overlapping_moves_read_before_they_write():
-    made = cache()
+@DTYPES
+def test_overlapping_moves_read_before_they_write(dtype):
+    made = cache(dtype)
     before = made.keys.clone()
     made.commit(torch.tensor([0, 2]), torch.tensor([3, 5]), torch.tensor([[0, 2, 3], [0, 1, 4]]))
     assert torch.equal(made.keys[:, 0, 3:6], before[:, 0, [3, 5, 6]])
     assert torch.equal(made.keys[:, 2, 5:8], before[:, 2, [5, 6, 9]])
+
+
+def test_what_stands_behind_a_path_moves_nothing_of_it():
+    made = cache(torch.bfloat16)
+    before = made.keys.clone()
+    made.commit(torch.tensor([0, 2]), torch.tensor([0, 5]), torch.tensor([[0, 2, 0, -1], [0, 1, 3, 2]]))
+    assert torch.equal(made.keys[:, 0, :2], before[:, 0, [0, 2]])
+    assert torch.equal(made.keys[:, 2, 5:8], before[:, 2, [5, 6, 8]])
+    assert torch.equal(made.keys[:, 1], before[:, 1])
 
 
 def test_write_puts_rows_behind_the_length_and_returns_the_layer():
