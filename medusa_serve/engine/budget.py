@@ -24,7 +24,8 @@ CHANGED = 8  # they are not once every so many-th is another
 PROBE = 128  # steps: then two with more nodes than pay are made, so that their figure stays a live one; the first one
 # has a smaller tree to verify and drafts the larger one
 OWN_WEIGHT, ALL_WEIGHT = 16, 4  # steps after which live figures count as much as what was expected without them
-LIVE = 0.1  # share of a live step time in the next estimate
+PACE, LIVE = 0.2, 0.05  # what a step's time moves of all estimates (a busy neighbour slows all N), and of its own alone
+HOST_LIVE = 0.1  # share of a live time of the host in the next estimate
 HOST_BOUND = 0.25  # a step whose outputs took less than this part of its time does not tell the device's
 OWN_DECAY, ALL_DECAY = 0.95, 0.999  # of what was counted, each step of a row
 
@@ -73,6 +74,7 @@ class NodeBudget:
         self._expected = np.array([1.0, *expected[1:]])
         times = [sorted((rows, ms) for (rows, n), ms in step_ms.items() if n == nodes) for nodes in self.choices]
         self._ms = [[between(known, rows) for rows in range(1, slots + 1)] for known in times]  # by N, then by B - 1
+        self._pace = 1.0  # what steps take now, over those
         self._host_ms = [0.0] * (slots.bit_length() + 1)  # of a step, by the binary digits of B; 0.0 while unknown
         self._all, self._own = Gains(1, len(self.choices), ALL_DECAY), Gains(slots, len(self.choices), OWN_DECAY)
         self._now = 0  # which choice
@@ -99,13 +101,15 @@ class NodeBudget:
 
     def note_time(self, rows: int, nodes: int, seconds: float, waited: float) -> None:
         """What a step really took, and how much of it went by until its outputs were there: a busy neighbour may have
-        disturbed the measurement at the start."""
+        disturbed the measurement at the start, or may disturb all steps now."""
         at, size = min(rows, len(self._ms[0])) - 1, rows.bit_length()
         host, before = (seconds - waited) * 1000, self._host_ms[size]
-        self._host_ms[size] += (LIVE if before else 1.0) * (min(host, 3 * before or host) - before)
+        self._host_ms[size] += (HOST_LIVE if before else 1.0) * (min(host, 3 * before or host) - before)
         if waited > HOST_BOUND * seconds:
             times = self._ms[self.choices.index(nodes)]
-            times[at] += LIVE * (min(seconds * 1000, 3 * times[at]) - times[at])
+            error = min(3.0, seconds * 1000 / (times[at] * self._pace)) - 1.0
+            self._pace *= 1.0 + PACE * error
+            times[at] *= 1.0 + LIVE * error
 
     def choose(self, rows: Iterable[tuple[str, int | None]]) -> int:
         """N for the rows (whose, and its slot; None: a row that decodes plainly)."""
@@ -138,4 +142,4 @@ class NodeBudget:
         everybody = self._all.curve([0], self._expected, ALL_WEIGHT)[0]
         totals = self._own.curve(slots, everybody, OWN_WEIGHT).sum(axis=0) + (len(rows) - len(slots))
         at, host_ms = min(len(rows), len(self._ms[0])) - 1, self._host_ms[len(rows).bit_length()]
-        return totals / np.array([max(times[at], host_ms) for times in self._ms])
+        return totals / np.array([max(times[at] * self._pace, host_ms) for times in self._ms])

@@ -51,9 +51,22 @@ def test_times_between_and_past_measured_rows_lie_on_lines():
 def test_live_times_overrule_the_measured_ones():
     made = budget({(1, 1): 10, (1, 4): 12, (1, 16): 40})
     for _ in range(60):
-        made.note_time(1, 4, 0.030, waited=0.025)
-    assert made._ms[1][0] == pytest.approx(30, rel=0.02)
+        for nodes, seconds in ((4, 0.030), (1, 0.010)):
+            made.note_time(1, nodes, seconds, waited=seconds)
+    assert made._ms[1][0] / made._ms[0][0] == pytest.approx(3, rel=0.05)
     assert chosen(made, [("a", 0)], steps=20) == 1
+
+
+def test_what_slows_all_steps_changes_no_choice():
+    """A neighbour's load: steps of the chosen N tell what the others would take now."""
+    ms = {(1, 1): 10.0, (1, 4): 16.0, (1, 16): 40.0}
+    made, rng = budget(ms), random.Random(4)
+    assert chosen(made, [("a", 0)]) == 4
+    for slower in (1.0, 1.8, 0.9, 2.0, 1.1) * 4:
+        for _ in range(40):
+            made.note_time(1, 4, 0.016 * slower * rng.uniform(0.9, 1.1), waited=0.016)
+            assert made.choose([("a", 0)]) in (4, 16)  # 16: a probe
+    assert made._ms[1][0] == pytest.approx(16, rel=0.25)
 
 
 def test_a_host_that_needs_more_than_the_device_makes_nodes_free():
@@ -142,7 +155,8 @@ def test_one_of_many_rows_that_comes_or_goes_changes_nothing_at_once():
     rows = [(str(n), n) for n in range(20)]
     assert made.choose(rows) == 4
     for _ in range(60):
-        made.note_time(20, 4, 0.060, waited=0.060)
+        for nodes, seconds in ((4, 0.060), (1, 0.010)):
+            made.note_time(20, nodes, seconds, waited=seconds)
     assert made.choose([*rows[1:], ("new", 0)]) == 4, "two of twenty are others: the choice stands"
     assert made.choose([*rows[2:], ("new", 0), ("newer", 1)]) == 1
     assert made.choose(rows[:3]) == 4

@@ -35,7 +35,7 @@ def test_what_a_tree_is_expected_to_give():
 
 
 class Timed:
-    """A runner whose steps take rows + nodes milliseconds."""
+    """A runner whose steps take rows + nodes milliseconds; beside others that are not captured, twice that at first."""
 
     device, num_slots, max_context, node_choices = torch.device("cpu"), 6, 64, (1, 4, 16)
 
@@ -44,7 +44,7 @@ class Timed:
 
     def time_step(self, rows, nodes, repeats=3):
         self.asked.append((rows, nodes))
-        return float(rows + nodes)
+        return float(rows + nodes) * (2.0 if self.asked.count((rows, nodes)) == 1 and not self.overlaps else 1.0)
 
 
 def test_steps_are_timed_once(tmp_path):
