@@ -72,8 +72,7 @@ class NodeBudget:
         self.choices = tuple(choices)
         self._sizes = np.array(self.choices)
         self._expected = np.array([1.0, *expected[1:]])
-        times = [sorted((rows, ms) for (rows, n), ms in step_ms.items() if n == nodes) for nodes in self.choices]
-        self._ms = [[between(known, rows) for rows in range(1, slots + 1)] for known in times]  # by N, then by B - 1
+        self._ms = _columns(step_ms, self.choices, slots)  # by N, then by B - 1
         self._pace = 1.0  # what steps take now, over those
         self._host_ms = [0.0] * (slots.bit_length() + 1)  # of a step, by the binary digits of B; 0.0 while unknown
         self._all, self._own = Gains(1, len(self.choices), ALL_DECAY), Gains(slots, len(self.choices), OWN_DECAY)
@@ -143,3 +142,16 @@ class NodeBudget:
         totals = self._own.curve(slots, everybody, OWN_WEIGHT).sum(axis=0) + (len(rows) - len(slots))
         at, host_ms = min(len(rows), len(self._ms[0])) - 1, self._host_ms[len(rows).bit_length()]
         return totals / np.array([max(times[at] * self._pace, host_ms) for times in self._ms])
+
+
+def _columns(step_ms: Mapping[tuple[int, int], float], choices: Seq[int], slots: int) -> list[list[float]]:
+    """Milliseconds of 1 … slots rows, of each N: on lines between and past what was measured. Where that is one row
+    alone, more of them cost as with the next smaller N."""
+    columns: list[list[float]] = []
+    for nodes in choices:
+        known = sorted((rows, ms) for (rows, n), ms in step_ms.items() if n == nodes)
+        found = [between(known, rows) for rows in range(1, slots + 1)]
+        if len(known) == 1 and columns:
+            found = [known[0][1] * ms / columns[-1][0] for ms in columns[-1]]
+        columns.append(found)
+    return columns

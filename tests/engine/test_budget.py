@@ -45,7 +45,14 @@ def test_rows_that_decode_plainly_gain_nothing_by_nodes():
 
 def test_times_between_and_past_measured_rows_lie_on_lines():
     made = budget({(1, 1): 10.0, (4, 1): 16.0, (1, 4): 5.0, (1, 16): 1.0, (2, 16): 2.0}, slots=6)
-    assert made._ms == [[10, 12, 14, 16, 18, 20], [5.0] * 6, [1, 2, 3, 4, 5, 6]]
+    assert made._ms == [[10, 12, 14, 16, 18, 20], [5, 6, 7, 8, 9, 10], [1, 2, 3, 4, 5, 6]]
+
+
+def test_a_tree_that_was_timed_for_one_row_alone_is_not_free_for_many():
+    """As 16 nodes on a CPU: 8 rows of them would take longer than a measurement may."""
+    made = budget({(1, 1): 5.0, (8, 1): 14.0, (1, 4): 9.0, (8, 4): 43.0, (1, 16): 25.0})
+    assert made._ms[2][7] == pytest.approx(25 * 43 / 9)
+    assert chosen(made, [(str(n), n) for n in range(8)]) == 1
 
 
 def test_live_times_overrule_the_measured_ones():
