@@ -23,8 +23,8 @@ try:
 except ImportError:  # a CPU build of torch brings none; `splitk.available` says so
     triton = None
 
-TILE = 8192  # logits at once: as many loads are under way together
-WARPS = 16  # of a program
+TILE = 4096  # logits at once: as many loads are under way together
+WARPS = 8  # of a program
 ASIDE = 4096  # tokens that may be set aside for top-p
 FEW = 256  # of them, compared with one another
 
@@ -103,22 +103,25 @@ if triton is not None:
     @triton.jit
     def _level(at, temperature, vocab, kept, peak, p, TILE: tl.constexpr):
         """The sum of all weights exp(x - peak) from `kept` up, and a number that top-p's threshold is not below."""
-        whole, near = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
-        middle, far = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
+        whole, within_2 = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
+        within_4, within_6 = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
+        within_8 = tl.zeros([TILE], tl.float32)
         for begin in range(0, vocab, TILE):
             index = begin + tl.arange(0, TILE)
             x = _scaled(at, index, vocab, temperature)
             weight = tl.where((index < vocab) & (x >= kept), tl.exp(x - peak), 0.0)
             whole += weight
-            near += tl.where(x >= peak - 2.0, weight, 0.0)
-            middle += tl.where(x >= peak - 5.0, weight, 0.0)
-            far += tl.where(x >= peak - 8.0, weight, 0.0)
+            within_2 += tl.where(x >= peak - 2.0, weight, 0.0)
+            within_4 += tl.where(x >= peak - 4.0, weight, 0.0)
+            within_6 += tl.where(x >= peak - 6.0, weight, 0.0)
+            within_8 += tl.where(x >= peak - 8.0, weight, 0.0)
         total = tl.sum(whole, axis=0)
         enough = (p + 1e-4) * total  # sums in another order must not disagree
         level = peak + tl.log(0.5 * (1.0 - p) * total / vocab)  # all below weigh less than half of 1 - p together
-        level = tl.where(tl.sum(far, axis=0) >= enough, tl.maximum(level, peak - 8.0), level)
-        level = tl.where(tl.sum(middle, axis=0) >= enough, peak - 5.0, level)
-        level = tl.where(tl.sum(near, axis=0) >= enough, peak - 2.0, level)
+        level = tl.where(tl.sum(within_8, axis=0) >= enough, tl.maximum(level, peak - 8.0), level)
+        level = tl.where(tl.sum(within_6, axis=0) >= enough, peak - 6.0, level)
+        level = tl.where(tl.sum(within_4, axis=0) >= enough, peak - 4.0, level)
+        level = tl.where(tl.sum(within_2, axis=0) >= enough, peak - 2.0, level)
         return total, tl.maximum(level, kept)
 
     @triton.jit

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
-PACE_PER_ANSWER_S, MAX_PACE_S = 0.0005, 0.1  # between two events of one answer, by how many are open
+PACE_PER_ANSWER_S, MAX_PACE_S = 0.001, 0.1  # between two events of one answer, by how many are open
 LAG_S = 0.001  # a send that waited this long met a full socket: otherwise it does not wait at all
 
 
