@@ -24,8 +24,8 @@ CHANGED = 8  # they are not once every so many-th is another
 PROBE = 128  # steps: then two with more nodes than pay are made, so that their figure stays a live one; the first one
 # has a smaller tree to verify and drafts the larger one
 OWN_WEIGHT, ALL_WEIGHT = 16, 4  # steps after which live figures count as much as what was expected without them
-PACE, LIVE = 0.2, 0.05  # what a step's time moves of all estimates (a busy neighbour slows all N), and of its own alone
-HOST_LIVE = 0.1  # share of a live time of the host in the next estimate
+LIVE = 0.1  # share of a live step time in the next estimate of its N
+SHARED_PACE, SHARED_LIVE = 0.2, 0.05  # on cores that others use: in all estimates, and in that of its N beside
 HOST_BOUND = 0.25  # a step whose outputs took less than this part of its time does not tell the device's
 OWN_DECAY, ALL_DECAY = 0.95, 0.999  # of what was counted, each step of a row
 
@@ -65,15 +65,25 @@ class NodeBudget:
     """Chooses among the runner's N for the rows of a step. The engine thread's."""
 
     def __init__(
-        self, choices: Seq[int], step_ms: Mapping[tuple[int, int], float], expected: Seq[float], slots: int
+        self,
+        choices: Seq[int],
+        step_ms: Mapping[tuple[int, int], float],
+        expected: Seq[float],
+        slots: int,
+        *,
+        shared: bool = False,
     ) -> None:
         """choices: ascending, 1 first · step_ms: t(B, N) of some B for each N, B = 1 among them · expected: tokens per
-        step of each N, as calibrated · slots: rows at most"""
+        step of each N, as calibrated · slots: rows at most · shared: steps run on cores that others use too, whose load
+        slows those of all N"""
         self.choices = tuple(choices)
         self._sizes = np.array(self.choices)
         self._expected = np.array([1.0, *expected[1:]])
         self._ms = _columns(step_ms, self.choices, slots)  # by N, then by B - 1
-        self._pace = 1.0  # what steps take now, over those
+        self._pace, self._live = (
+            1.0,
+            (SHARED_PACE, SHARED_LIVE) if shared else (0.0, LIVE),
+        )  # pace: times now over those
         self._host_ms = [0.0] * (slots.bit_length() + 1)  # of a step, by the binary digits of B; 0.0 while unknown
         self._all, self._own = Gains(1, len(self.choices), ALL_DECAY), Gains(slots, len(self.choices), OWN_DECAY)
         self._now = 0  # which choice
@@ -103,12 +113,12 @@ class NodeBudget:
         disturbed the measurement at the start, or may disturb all steps now."""
         at, size = min(rows, len(self._ms[0])) - 1, rows.bit_length()
         host, before = (seconds - waited) * 1000, self._host_ms[size]
-        self._host_ms[size] += (HOST_LIVE if before else 1.0) * (min(host, 3 * before or host) - before)
+        self._host_ms[size] += (LIVE if before else 1.0) * (min(host, 3 * before or host) - before)
         if waited > HOST_BOUND * seconds:
             times = self._ms[self.choices.index(nodes)]
             error = min(3.0, seconds * 1000 / (times[at] * self._pace)) - 1.0
-            self._pace *= 1.0 + PACE * error
-            times[at] *= 1.0 + LIVE * error
+            self._pace *= 1.0 + self._live[0] * error
+            times[at] *= 1.0 + self._live[1] * error
 
     def choose(self, rows: Iterable[tuple[str, int | None]]) -> int:
         """N for the rows (whose, and its slot; None: a row that decodes plainly)."""

@@ -82,7 +82,8 @@ class Scheduler:
             return None
         runner = self._runner
         if self._budget is None and runner.step_ms:  # it may have timed its steps while it idled
-            self._budget = NodeBudget(runner.node_choices, runner.step_ms, runner.expected, runner.num_slots)
+            known = runner.node_choices, runner.step_ms, runner.expected, runner.num_slots
+            self._budget = NodeBudget(*known, shared=not runner.overlaps)
         seq = self.waiting.popleft()
         slot, num_reused = self._choose_slot(seq)
         self._free.remove(slot)

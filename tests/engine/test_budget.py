@@ -12,8 +12,8 @@ FLAT = {(rows, nodes): 10.0 for rows in (1, 8) for nodes in CHOICES}  # nodes co
 BUSY = {(rows, nodes): 2.0 + rows * nodes for rows in (1, 8) for nodes in CHOICES}  # all that counts
 
 
-def budget(step_ms, expected=EXPECTED, slots=8):
-    return NodeBudget(CHOICES, step_ms, expected, slots)
+def budget(step_ms, expected=EXPECTED, slots=8, shared=False):
+    return NodeBudget(CHOICES, step_ms, expected, slots, shared=shared)
 
 
 def chosen(made, rows, steps=5):
@@ -58,6 +58,14 @@ def test_a_tree_that_was_timed_for_one_row_alone_is_not_free_for_many():
 def test_live_times_overrule_the_measured_ones():
     made = budget({(1, 1): 10, (1, 4): 12, (1, 16): 40})
     for _ in range(60):
+        made.note_time(1, 4, 0.030, waited=0.025)
+    assert made._ms[1][0] == pytest.approx(30, rel=0.02)
+    assert chosen(made, [("a", 0)], steps=20) == 1
+
+
+def test_on_cores_that_others_use_too_both_have_to_be_seen():
+    made = budget({(1, 1): 10, (1, 4): 12, (1, 16): 40}, shared=True)
+    for _ in range(60):
         for nodes, seconds in ((4, 0.030), (1, 0.010)):
             made.note_time(1, nodes, seconds, waited=seconds)
     assert made._ms[1][0] / made._ms[0][0] == pytest.approx(3, rel=0.05)
@@ -67,7 +75,7 @@ def test_live_times_overrule_the_measured_ones():
 def test_what_slows_all_steps_changes_no_choice():
     """A neighbour's load: steps of the chosen N tell what the others would take now."""
     ms = {(1, 1): 10.0, (1, 4): 16.0, (1, 16): 40.0}
-    made, rng = budget(ms), random.Random(4)
+    made, rng = budget(ms, shared=True), random.Random(4)
     assert chosen(made, [("a", 0)]) == 4
     for slower in (1.0, 1.8, 0.9, 2.0, 1.1) * 4:
         for _ in range(40):
@@ -162,8 +170,7 @@ def test_one_of_many_rows_that_comes_or_goes_changes_nothing_at_once():
     rows = [(str(n), n) for n in range(20)]
     assert made.choose(rows) == 4
     for _ in range(60):
-        for nodes, seconds in ((4, 0.060), (1, 0.010)):
-            made.note_time(20, nodes, seconds, waited=seconds)
+        made.note_time(20, 4, 0.060, waited=0.060)
     assert made.choose([*rows[1:], ("new", 0)]) == 4, "two of twenty are others: the choice stands"
     assert made.choose([*rows[2:], ("new", 0), ("newer", 1)]) == 1
     assert made.choose(rows[:3]) == 4
