@@ -80,10 +80,8 @@ class NodeBudget:
         self._sizes = np.array(self.choices)
         self._expected = np.array([1.0, *expected[1:]])
         self._ms = _columns(step_ms, self.choices, slots)  # by N, then by B - 1
-        self._pace, self._live = (
-            1.0,
-            (SHARED_PACE, SHARED_LIVE) if shared else (0.0, LIVE),
-        )  # pace: times now over those
+        self._pace = 1.0  # times now over those
+        self._live = (SHARED_PACE, SHARED_LIVE) if shared else (0.0, LIVE)
         self._host_ms = [0.0] * (slots.bit_length() + 1)  # of a step, by the binary digits of B; 0.0 while unknown
         self._all, self._own = Gains(1, len(self.choices), ALL_DECAY), Gains(slots, len(self.choices), OWN_DECAY)
         self._now = 0  # which choice
