@@ -72,6 +72,7 @@ class ByteCodec:
     """A text codec for models without a tokenizer: an id is a byte of the prompt, and a letter of the answer."""
 
     has_chat_template = False
+    pieces = None
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
