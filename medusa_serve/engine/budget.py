@@ -115,8 +115,9 @@ class NodeBudget:
         if waited > HOST_BOUND * seconds:
             times = self._ms[self.choices.index(nodes)]
             error = min(3.0, seconds * 1000 / (times[at] * self._pace)) - 1.0
-            self._pace *= 1.0 + self._live[0] * error
-            times[at] *= 1.0 + self._live[1] * error
+            of_all, of_its_own = self._live
+            self._pace *= 1.0 + of_all * error
+            times[at] *= 1.0 + of_its_own * error
 
     def choose(self, rows: Iterable[tuple[str, int | None]]) -> int:
         """N for the rows (whose, and its slot; None: a row that decodes plainly)."""

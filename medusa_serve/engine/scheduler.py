@@ -184,8 +184,9 @@ class Scheduler:
         many-th step tells, for all of them at once; so does one with other trees, as a probe is."""
         if self._budget is None:
             return
-        due, largest = self._gains % -(-len(rows) // NOTED) == 0, max(trees, default=0)
-        due, self._gains, self._largest = due or largest != self._largest, self._gains + 1, largest
+        apart, largest = -(-len(rows) // NOTED), max(trees)
+        due = self._gains % apart == 0 or largest != self._largest
+        self._gains, self._largest = self._gains + 1, largest
         if not due:
             return
         kept = [

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
 
@@ -68,6 +68,14 @@ def half(x):
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     quiet = np.uint32(0x7FC0)
     return np.uint16(rounded if (bits & np.uint32(0x7FFFFFFF)) <= np.uint32(0x7F800000) else quiet)
+
+
+@njit(inline="always", **OPTIONS)
+def copy_halves(source_at, target_at, count):
+    """bfloat16 numbers from one address to another"""
+    source, target = carray(pointer(source_at), (count,), np.uint16), carray(pointer(target_at), (count,), np.uint16)
+    for i in range(count):
+        target[i] = source[i]
 
 
 @njit(inline="always", **OPTIONS)

@@ -14,7 +14,7 @@ from numba import carray, cfunc, njit, types
 from torch import Tensor, nn
 
 from .heads import GatedBlock, SequentialHeads
-from .native import OPTIONS, half, pointer, wide
+from .native import OPTIONS, copy_halves, half, pointer, wide
 from .native_ops import native_rms_norm, native_silu_times
 from .native_products import NativeInt4Linear, NativeInt8Linear, native_product, product_share
 from .native_step import children_share, native_children
@@ -176,13 +176,6 @@ def _block(task):
 
 
 @njit(inline="always", **OPTIONS)
-def _copy(source_at, target_at, count):
-    source, target = _halves(source_at, count), _halves(target_at, count)
-    for i in range(count):
-        target[i] = source[i]
-
-
-@njit(inline="always", **OPTIONS)
 def _add(numbers, others):
     for i in range(len(numbers)):
         numbers[i] = half(wide(numbers[i]) + wide(others[i]))
@@ -324,7 +317,7 @@ def _draft(
     _begin(products, ones_at, hidden_at, base_at, spare, sizes, rows, crew)
     for row in range(rows):
         tokens[row] = pending[row]
-        _copy(base_at + 2 * row * total, states_at + 2 * row * width, width)
+        copy_halves(base_at + 2 * row * total, states_at + 2 * row * width, width)
     each, filled = np.int64(1), np.int64(0)
     _advance(products, norms, states_at, tokens, embedding_at, base_at, total, each, spare, sizes, rows, crew)
     for depth in range(len(beams)):
@@ -351,7 +344,7 @@ def _draft(
                 parents[then, mine], at[then, mine] = scores[row, best], best + 1
                 tokens[mine] = pool_tokens[row, best]
                 source = row * each + (best - filled) // ranks
-                _copy(states_at + 2 * source * width, other_at + 2 * mine * width, width)
+                copy_halves(states_at + 2 * source * width, other_at + 2 * mine * width, width)
         filled += each * ranks
         if more:
             each = more

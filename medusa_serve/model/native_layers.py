@@ -130,6 +130,7 @@ class NativeLayers(FusedLayers):
                 self._facts,
                 cache.keys[span],
                 cache.values[span],
+                {},
             )
             return self._ahead
         self._operator.layer = index

@@ -11,7 +11,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from .native import OPTIONS, exponential, half, pointer, wide
+from .native import OPTIONS, copy_halves, exponential, half, pointer, wide
 
 BFLOAT16 = torch.bfloat16
 
@@ -110,10 +110,8 @@ def _write_rows(slab_at, slots_at, columns_at, rows_at, row, head, new_row, batc
         for n in range(new):
             start = (slots[b] * capacity + columns[b, n]) * heads * dim
             for h in range(heads):
-                source = _row(rows_at, b * row + h * head + n * new_row, dim)
-                target = _row(slab_at, start + h * dim, dim)
-                for d in range(dim):
-                    target[d] = source[d]
+                source_at = rows_at + 2 * (b * row + h * head + n * new_row)
+                copy_halves(source_at, slab_at + 2 * (start + h * dim), dim)
 
 
 @njit(cache=True, **OPTIONS)
@@ -126,10 +124,7 @@ def _move_rows(slab_at, layers, of_slots, capacity, width, slots_at, length_at, 
                 continue
             for layer in range(layers):
                 start = (layer * of_slots + slots[b]) * capacity + lengths[b]
-                source = _row(slab_at, (start + nodes[b, step]) * width, width)
-                target = _row(slab_at, (start + step) * width, width)
-                for i in range(width):
-                    target[i] = source[i]
+                copy_halves(slab_at + 2 * (start + nodes[b, step]) * width, slab_at + 2 * (start + step) * width, width)
 
 
 @njit(inline="always", **OPTIONS)

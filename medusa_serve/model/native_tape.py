@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ from torch import Tensor, fx
 from . import native_ops
 from .attention import View
 from .canonical import attention_share, rotate_and_attend
-from .native import OPTIONS, half, pointer, wide
+from .native import OPTIONS, copy_halves, half, pointer, wide
 from .native_ops import native_rms_norm, native_silu_times
 from .native_products import NativeInt4Linear, native_product, product_share
 from .native_team import team
@@ -211,7 +210,7 @@ class TapeRun:
         facts: np.ndarray,
         keys: Tensor,
         values: Tensor,
-        kept: Mapping[int, Tensor] = MappingProxyType({}),
+        kept: Mapping[int, Tensor],
     ) -> Tensor:
         """x (1, M, H) → (1, M, H), through L layers. weights (L, O, 2) · keys, values: their part of the slab, (L, S,
         C, kv_heads, dim) · kept: where the inputs of some of the layers go, by number, (1, M, H) each"""
@@ -254,7 +253,7 @@ def _run(
             places[0] = places[num_buffers - 1]
             places[num_buffers - 1] = out_at if (layers - layer) % 2 else spare
             if kept[layer]:
-                _copy(places[0], kept[layer], rows * buffers[0, 1])
+                copy_halves(places[0], kept[layer], rows * buffers[0, 1])
         op = ops[i]
         kind, width, out = op[0], op[8], places[op[7]]
         a, b, c = places[op[1]] + 2 * op[2], places[op[3]] + 2 * op[4], places[op[5]] + 2 * op[6]
@@ -288,10 +287,3 @@ def _add(a_at, b_at, out_at, count):
     out = carray(pointer(out_at), (count,), np.uint16)
     for i in range(count):
         out[i] = half(wide(a[i]) + wide(b[i]))
-
-
-@njit(inline="always", **OPTIONS)
-def _copy(a_at, out_at, count):
-    a, out = carray(pointer(a_at), (count,), np.uint16), carray(pointer(out_at), (count,), np.uint16)
-    for i in range(count):
-        out[i] = a[i]
