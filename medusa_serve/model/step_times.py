@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 TRIES = 5  # captures that something else breaks, until times are done without
 ROWS = {"cpu": (1, 4, 8), "cuda": (1, 8, 64)}  # between and past them, times lie on lines
-ROUNDS = 3  # where nothing is captured: a busy neighbour comes and goes within the seconds that cells take
+REPEATS = 3  # of a cell
 MOST = {"cpu": 32, "cuda": 2048}  # rows x nodes of a step that is measured
 
 
@@ -40,10 +40,10 @@ def time_steps(runner: ModelRunner, what: str, cache: Path, *, proven: bool = Fa
             timer.tried(_largest(runner))
         runner.to_time = timer
         return "steps are timed while the engine idles"
-    for _ in range(ROUNDS):
+    for _ in range(REPEATS):  # in rounds: a busy neighbour comes and goes within the seconds that they take
         for cell in _cells(runner):
-            timer.tried(cell)
-    timer.turn()
+            timer.tried(cell, repeats=1)
+    timer.turn()  # nothing is missing: it hands the times over
     one = ", ".join(f"{n}: {runner.step_ms[1, n]:.1f}" for n in runner.node_choices)
     return f"steps timed (one row, ms by nodes: {one})"
 
@@ -84,11 +84,11 @@ class StepTimer:
         self._ms: dict[tuple[int, int], float] = {}
         self._failed = 0
 
-    def tried(self, cell: tuple[int, int]) -> bool:
+    def tried(self, cell: tuple[int, int], repeats: int = REPEATS) -> bool:
         """Measure a cell, whose least time counts; → whether that could be done. Raises CaptureFailed at the last
         try."""
         try:
-            ms = self._runner.time_step(*cell)
+            ms = self._runner.time_step(*cell, repeats=repeats)
             self._ms[cell] = min(ms, self._ms.get(cell, ms))
         except CaptureFailed:
             self._failed += 1

@@ -91,7 +91,7 @@ def test_a_measurement_that_something_else_broke_is_made_again(tmp_path):
     runner, broken = Timed(), []
     runner.overlaps = True
 
-    def broken_now_and_then(rows, nodes):
+    def broken_now_and_then(rows, nodes, repeats):
         if len(broken) < TRIES - 1:
             broken.append((rows, nodes))
             raise CaptureFailed("somebody waited for the device")
@@ -107,7 +107,7 @@ def test_a_measurement_that_something_else_broke_is_made_again(tmp_path):
     again = Timed()
     again.overlaps, again.time_step = True, broken_now_and_then
     time_steps(again, "another model", tmp_path)
-    again.time_step = lambda rows, nodes: (_ for _ in ()).throw(CaptureFailed("again"))
+    again.time_step = lambda rows, nodes, repeats: (_ for _ in ()).throw(CaptureFailed("again"))
     assert all(again.to_time.turn() for _ in range(TRIES - 2))
     with pytest.raises(CaptureFailed, match="again"):
         again.to_time.turn()
