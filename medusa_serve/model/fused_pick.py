@@ -1,10 +1,11 @@
 """Each node's own choice of the next token as one Triton kernel, a program for each node: filters.pick for all nodes of
 a step at once. What a node picks depends on its logits and its position alone, so the walk need not be waited for.
 
-Top-p in two passes over the logits behind the one that finds the largest: how much the tokens weigh that lie within a
-few distances of it, then those within the nearest distance that is enough are set aside, usually some dozens, and what
-is left to do sees no others. Where too many would be aside, and for top-k, the threshold is found by bisection over the
-ordered bit patterns of float32, as filters._search does, two bits a pass over all logits.
+One pass over the logits finds each lane's largest, a lane being every TILE-th token, and all that they weigh. The
+lanes' largest ones tell which tokens top-k and top-p may leave, usually some dozens; those are set aside, and what is
+left to do sees no others, unless they are too many. No threshold is searched among them: the noisiest token of all is
+the choice if no more than allowed lies above it. If more does, neither it nor what lies below it is left by top-k and
+top-p, and the noisiest of those above it is next. For top-p that takes 1 / top_p tries at most, on average.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ try:
 except ImportError:  # a CPU build of torch brings none; `splitk.available` says so
     triton = None
 
-TILE = 4096  # logits at once: as many loads are under way together
+TILE = 2048  # logits at once: as many loads are under way together
+FEW = 512  # at once of those that were set aside
 WARPS = 8  # of a program
-ASIDE = 4096  # tokens that may be set aside for top-p
-FEW = 256  # of them, compared with one another
+ASIDE = 4096  # tokens that may be set aside for top-k and top-p
 
 
 def pick_nodes(logits: Tensor, sampling: Sampling, position: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,8 +43,8 @@ def pick_nodes(logits: Tensor, sampling: Sampling, position: Tensor) -> tuple[Te
     ids = torch.empty(rows * nodes, aside, dtype=torch.int32, device=logits.device)
     _pick[(rows * nodes,)](
         logits, position.contiguous(), sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p,
-        sampling.seed, picked, best, values, ids, logits.stride(0), logits.stride(1), vocab,
-        NODES=nodes, FILTERED=sampling.filtered, TILE=TILE, ASIDE=aside, FEW=FEW, num_warps=WARPS,
+        sampling.seed, picked, best, values, ids, logits.stride(0), logits.stride(1), vocab, nodes,
+        FILTERED=sampling.filtered, TILE=TILE, FEW=FEW, ASIDE=aside, num_warps=WARPS,
     )  # fmt: skip
     return picked, best
 
@@ -52,193 +53,169 @@ if triton is not None:
     from .fused_search import _gumbel
 
     @triton.jit
-    def _ordered(x):
-        """Bit patterns of float32 in the numbers' order."""
+    def _scaled(at, n, count, temperature):
+        """Logits n of `count` over temperature."""
+        return tl.load(at + n, mask=n < count, other=float("-inf")).to(tl.float32) / temperature
+
+    @triton.jit
+    def _above(at, count, temperature, kept, bound, by_mass, peak, TILE: tl.constexpr):
+        """How much lies above `bound`, and not below `kept`: each token counts 1, or (by_mass) its exp(x - peak)."""
+        total = tl.zeros([TILE], tl.float32)
+        for begin in range(0, count, TILE):
+            x = _scaled(at, begin + tl.arange(0, TILE), count, temperature)
+            total += tl.where((x > bound) & (x >= kept), tl.where(by_mass, tl.exp(x - peak), 1.0), 0.0)
+        return tl.sum(total, axis=0)
+
+    @triton.jit
+    def _kth(at, count, temperature, peak, k, TILE: tl.constexpr):
+        """The k-th largest, or the lowest number if there are not so many: by bisection over the bit patterns of
+        float32 in the numbers' order, as filters._search does."""
+        low, high = _order(peak * 0.0 + float("-inf")), _order(peak)
+        while low < high:
+            middle = (low + high) >> 1
+            fewer = _above(at, count, temperature, float("-inf"), _number(middle), False, peak, TILE) < k
+            low, high = tl.where(fewer, low, middle + 1), tl.where(fewer, middle, high)
+        return _number(low)
+
+    @triton.jit
+    def _order(x):
         bits = x.to(tl.int32, bitcast=True)
         return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
 
     @triton.jit
     def _number(order):
-        """The float32 of such a pattern."""
         bits = order.to(tl.int32)
         return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
     @triton.jit
-    def _scaled(at, index, vocab, temperature):
-        return tl.load(at + index, mask=index < vocab, other=float("-inf")).to(tl.float32) / temperature
+    def _reach(distance, weight, enough, most):
+        """How far from the largest logit the lanes' largest ones weigh enough: as each lane may hold more of them, so
+        far is enough. At `most`, they or all tokens are known to."""
+        near, far = most * 0.0, most
+        for _ in range(7):
+            middle = 0.5 * (near + far)
+            there = tl.sum(tl.where(distance <= middle, weight, 0.0), axis=0) >= enough
+            near, far = tl.where(there, near, middle), tl.where(there, middle, far)
+        return far
 
     @triton.jit
-    def _heavier(at, temperature, vocab, kept, peak, whole, m1, m2, m3, MASS: tl.constexpr, TILE: tl.constexpr):
-        """How much lies strictly above three patterns: tokens (MASS false), or the share of those from `kept` up."""
-        s1, s2, s3 = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
+    def _set_aside(at, vocab, high, level, values, ids, SIZE: tl.constexpr, TILE: tl.constexpr):
+        """The logits from `level` up and their tokens, lane by lane, if there is room; → how many there are.
+        high (TILE): each lane's largest logit, which tells what need not be read again."""
+        here = high >= level
+        own = tl.zeros([TILE], tl.int32)
         for begin in range(0, vocab, TILE):
             index = begin + tl.arange(0, TILE)
-            x = _scaled(at, index, vocab, temperature)
-            order = _ordered(x)
-            weight = (index < vocab).to(tl.float32)
-            if MASS:
-                weight = tl.where((index < vocab) & (x >= kept), tl.exp(x - peak) / whole, 0.0)
-            s1 += tl.where(order > m1, weight, 0.0)
-            s2 += tl.where(order > m2, weight, 0.0)
-            s3 += tl.where(order > m3, weight, 0.0)
-        return tl.sum(s1, axis=0), tl.sum(s2, axis=0), tl.sum(s3, axis=0)
+            x = tl.load(at + index, mask=here & (index < vocab), other=float("-inf")).to(tl.float32)
+            own += (here & (x >= level)).to(tl.int32)
+        found = tl.sum(own, axis=0)
+        if found <= SIZE:
+            to = tl.cumsum(own, axis=0) - own
+            for begin in range(0, vocab, TILE):
+                index = begin + tl.arange(0, TILE)
+                x = tl.load(at + index, mask=here & (index < vocab), other=float("-inf")).to(tl.float32)
+                there = here & (x >= level)
+                tl.store(values + to, x, mask=there)
+                tl.store(ids + to, index, mask=there)
+                to += there.to(tl.int32)
+            tl.debug_barrier()  # other threads of this program read what was written
+        return found
 
     @triton.jit
-    def _threshold(at, temperature, vocab, kept, peak, whole, target, MASS: tl.constexpr, TILE: tl.constexpr):
-        """The smallest number such that what lies strictly above it weighs less than `target`."""
-        low, high = _ordered(peak) * 0 - 2147483648, _ordered(peak) * 0 + 2147483647
-        for _ in range(16):
-            m2 = (low + high) >> 1
-            m1, m3 = (low + m2) >> 1, (m2 + 1 + high) >> 1
-            s1, s2, s3 = _heavier(at, temperature, vocab, kept, peak, whole, m1, m2, m3, MASS, TILE)
-            below = s2 < target
-            enough = tl.where(below, s1 < target, s3 < target)
-            low = tl.where(below, low, m2 + 1)
-            high = tl.where(below, m2, high)
-            middle = tl.where(below, m1, m3)
-            high = tl.where(enough, tl.minimum(middle, high), high)
-            low = tl.where(enough, low, tl.minimum(middle + 1, high))
-        return _number(low)
-
-    @triton.jit
-    def _level(at, temperature, vocab, kept, peak, p, TILE: tl.constexpr):
-        """The sum of all weights exp(x - peak) from `kept` up, and a number that top-p's threshold is not below."""
-        whole, within_2 = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
-        within_4, within_6 = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
-        within_8 = tl.zeros([TILE], tl.float32)
-        for begin in range(0, vocab, TILE):
+    def _noisiest(
+        at, ids, count, vocab, temperature, kept, bound, seed, position, MAPPED: tl.constexpr, TILE: tl.constexpr
+    ):
+        """Of the logits over temperature from `kept` up and above `bound`, the one whose sum with its noise is the
+        largest, and its token. ids: the tokens of `count` logits (MAPPED), which otherwise are all."""
+        high, its = tl.full([TILE], float("-inf"), tl.float32), tl.full([TILE], float("-inf"), tl.float32)
+        first = tl.zeros([TILE], tl.int32)
+        for begin in range(0, count, TILE):
             index = begin + tl.arange(0, TILE)
-            x = _scaled(at, index, vocab, temperature)
-            weight = tl.where((index < vocab) & (x >= kept), tl.exp(x - peak), 0.0)
-            whole += weight
-            within_2 += tl.where(x >= peak - 2.0, weight, 0.0)
-            within_4 += tl.where(x >= peak - 4.0, weight, 0.0)
-            within_6 += tl.where(x >= peak - 6.0, weight, 0.0)
-            within_8 += tl.where(x >= peak - 8.0, weight, 0.0)
-        total = tl.sum(whole, axis=0)
-        enough = (p + 1e-4) * total  # sums in another order must not disagree
-        level = peak + tl.log(0.5 * (1.0 - p) * total / vocab)  # all below weigh less than half of 1 - p together
-        level = tl.where(tl.sum(within_8, axis=0) >= enough, tl.maximum(level, peak - 8.0), level)
-        level = tl.where(tl.sum(within_6, axis=0) >= enough, peak - 6.0, level)
-        level = tl.where(tl.sum(within_4, axis=0) >= enough, peak - 4.0, level)
-        level = tl.where(tl.sum(within_2, axis=0) >= enough, peak - 2.0, level)
-        return total, tl.maximum(level, kept)
+            x = _scaled(at, index, count, temperature)
+            token = tl.load(ids + index, mask=index < count, other=0) if MAPPED else index
+            score = tl.where((x > bound) & (x >= kept), x + _gumbel(seed, position, token), float("-inf"))
+            better = (score > high) | ((score == high) & (token < first))
+            first, its = tl.where(better, token, first), tl.where(better, x, its)
+            high = tl.where(better, score, high)
+        best = high == tl.max(high, axis=0)
+        token = tl.min(tl.where(best, first, vocab), axis=0)
+        return tl.max(tl.where(best & (first == token), its, float("-inf")), axis=0), token
 
     @triton.jit
-    def _set_aside(at, temperature, vocab, level, values, ids, SIZE: tl.constexpr, TILE: tl.constexpr):
-        """The tokens from `level` up, in their order, as far as there is room; → how many there are."""
-        count = vocab * 0
-        for begin in range(0, vocab, TILE):
-            index = begin + tl.arange(0, TILE)
-            x = _scaled(at, index, vocab, temperature)
-            there = ((index < vocab) & (x >= level)).to(tl.int32)
-            found = tl.sum(there, axis=0)
-            if found > 0:
-                to = count + tl.cumsum(there, axis=0) - 1
-                fits = (there > 0) & (to < SIZE)
-                tl.store(values + to, x, mask=fits)
-                tl.store(ids + to, index, mask=fits)
-                count += found
-        tl.debug_barrier()  # other threads of this program read what was written
-        return count
+    def _drawn(
+        at, ids, count, vocab, temperature, k, p, floor, peak, whole, seed, position,
+        MAPPED: tl.constexpr, TILE: tl.constexpr,
+    ):  # fmt: skip
+        """The token that noise chooses of those that top-k, then top-p leave, of `floor` or more."""
+        kept = peak * 0.0 + float("-inf")
+        limited, by_mass = (k > 0) & (k < vocab), p < 1.0
+        if limited & by_mass:  # top-p sees what top-k leaves
+            kept = _kth(at, count, temperature, peak, k, TILE)
+            whole = _above(at, count, temperature, kept, float("-inf"), True, peak, TILE)
+        left = tl.where(by_mass, p * whole, tl.where(limited, k, vocab).to(tl.float32))
+        kept = tl.maximum(kept, floor)
+        x, token, beyond = peak * 0.0 + float("-inf"), vocab * 0, True
+        while beyond:
+            x, token = _noisiest(at, ids, count, vocab, temperature, kept, x, seed, position, MAPPED, TILE)
+            beyond = (x < peak) & (_above(at, count, temperature, kept, x, by_mass, peak, TILE) >= left)
+        return token
 
-    @triton.jit
-    def _nucleus(values, count, peak, whole, p, FEW: tl.constexpr):
-        """_threshold of top-p among the few that were set aside: the smallest of those that less than p lies above."""
-        n = tl.arange(0, FEW)
-        x = tl.load(values + n, mask=n < count, other=float("-inf"))
-        above = tl.zeros([FEW], tl.float32)
-        for begin in range(0, count, 16):
-            m = begin + tl.arange(0, 16)
-            other = tl.load(values + m, mask=m < count, other=float("-inf"))
-            weight = tl.where(m < count, tl.exp(other - peak) / whole, 0.0)
-            above += tl.sum(tl.where(other[None, :] > x[:, None], weight[None, :], 0.0), axis=1)
-        return tl.min(tl.where((n < count) & (above < p), x, float("inf")), axis=0)
-
-    @triton.jit
-    def _nucleus_of_many(values, count, level, peak, whole, p, ASIDE: tl.constexpr):
-        """The same by bisection, from `level` on."""
-        n = tl.arange(0, ASIDE)
-        x = tl.load(values + n, mask=n < count, other=float("-inf"))
-        order, weight = _ordered(x), tl.where(n < count, tl.exp(x - peak) / whole, 0.0)
-        low, high = _ordered(level), _ordered(peak)
-        while low < high:
-            middle = (low + high) >> 1
-            enough = tl.sum(tl.where(order > middle, weight, 0.0), axis=0) < p
-            high = tl.where(enough, middle, high)
-            low = tl.where(enough, low, middle + 1)
-        return _number(low)
-
-    @triton.jit
-    def _noisiest_aside(values, ids, count, vocab, kept, seed, position, SIZE: tl.constexpr):
-        """_noisiest among the first SIZE of what was set aside."""
-        n = tl.arange(0, SIZE)
-        x = tl.load(values + n, mask=n < count, other=float("-inf"))
-        index = tl.load(ids + n, mask=n < count, other=0)
-        score = tl.where((n < count) & (x >= kept), x + _gumbel(seed, position, index), float("-inf"))
-        return tl.min(tl.where(score == tl.max(score, axis=0), index, vocab), axis=0)
-
-    @triton.jit
-    def _noisiest(at, temperature, vocab, kept, seed, position, TILE: tl.constexpr):
-        """The token with the largest sum of logit and noise among those from `kept` up."""
-        high, first = tl.full([TILE], float("-inf"), tl.float32), tl.full([TILE], 0, tl.int32)
-        for begin in range(0, vocab, TILE):
-            index = begin + tl.arange(0, TILE)
-            x = _scaled(at, index, vocab, temperature)
-            score = tl.where((index < vocab) & (x >= kept), x + _gumbel(seed, position, index), float("-inf"))
-            first = tl.where(score > high, index, first)
-            high = tl.maximum(high, tl.where(score == score, score, float("-inf")))
-        top = tl.max(high, axis=0)
-        return tl.min(tl.where(high == top, first, vocab), axis=0)
-
-    @triton.jit
+    @triton.jit(do_not_specialize=["nodes"])  # a variant for each would be compiled
     def _pick(
         logits, positions, temperatures, top_ks, top_ps, min_ps, seeds, picked, best, values, ids, row_stride,
-        node_stride, vocab,
-        NODES: tl.constexpr, FILTERED: tl.constexpr, TILE: tl.constexpr, ASIDE: tl.constexpr, FEW: tl.constexpr,
+        node_stride, vocab, nodes,
+        FILTERED: tl.constexpr, TILE: tl.constexpr, FEW: tl.constexpr, ASIDE: tl.constexpr,
     ):  # fmt: skip
         here = tl.program_id(0)
-        row, node = here // NODES, here % NODES
+        row, node = here // nodes, here % nodes
         at = logits + row.to(tl.int64) * row_stride + node.to(tl.int64) * node_stride
+        temperature = tl.load(temperatures + row)
+        hot = temperature > 0
+        colder = 1.0 / tl.where(hot, temperature, 1.0)
         high, first = tl.full([TILE], float("-inf"), tl.float32), tl.full([TILE], 0, tl.int32)
-        bad = tl.zeros([TILE], tl.int32)
+        bad, share = tl.zeros([TILE], tl.int32), tl.zeros([TILE], tl.float32)  # share: Σ exp(x - high) of a lane
         for begin in range(0, vocab, TILE):
             index = begin + tl.arange(0, TILE)
             x = tl.load(at + index, mask=index < vocab, other=float("-inf")).to(tl.float32)
             bad = bad | (x != x).to(tl.int32)
+            if FILTERED:
+                fade = tl.exp(-colder * tl.abs(x - tl.where(high == float("-inf"), 0.0, high)))
+                share = tl.where(x > high, share * fade + 1.0, share + fade)
             first = tl.where(x > high, index, first)
             high = tl.maximum(high, tl.where(x == x, x, float("-inf")))
         largest = tl.max(high, axis=0)
         token = tl.min(tl.where(high == largest, first, vocab), axis=0)
         tl.store(best + here, tl.where(tl.max(bad, axis=0) > 0, float("nan"), largest))
-        temperature = tl.load(temperatures + row)
-        if temperature > 0:
-            peak = largest / temperature
-            kept = peak * 0.0 + float("-inf")
+        if hot:
             position, seed = tl.load(positions + here), tl.load(seeds + row)
-            mine, my_ids = values + here * ASIDE, ids + here * ASIDE
-            count = vocab * 0 - 1  # of tokens aside; negative: none were, all are looked at
+            lowest = largest * 0.0 + float("-inf")
             if FILTERED:
                 k, p, floor = tl.load(top_ks + row), tl.load(top_ps + row), tl.load(min_ps + row)
-                if (k > 0) & (k < vocab):
-                    kept = _threshold(at, temperature, vocab, kept, peak, 1.0, k.to(tl.float32), False, TILE)
-                if p < 1.0:
-                    whole, level = _level(at, temperature, vocab, kept, peak, p, TILE)
-                    count = _set_aside(at, temperature, vocab, level, mine, my_ids, ASIDE, TILE)
-                    if count <= FEW:
-                        nucleus = _nucleus(mine, count, peak, whole, p, FEW)
-                    elif count <= ASIDE:
-                        nucleus = _nucleus_of_many(mine, count, level, peak, whole, p, ASIDE)
-                    else:
-                        count = vocab * 0 - 1
-                        nucleus = _threshold(at, temperature, vocab, kept, peak, whole, p, True, TILE)
-                    kept = tl.maximum(kept, nucleus)
-                if floor > 0:
-                    kept = tl.maximum(kept, peak + tl.log(floor))
-            if count < 0:
-                token = _noisiest(at, temperature, vocab, kept, seed, position, TILE)
-            elif count <= FEW:
-                token = _noisiest_aside(mine, my_ids, count, vocab, kept, seed, position, FEW)
+                limited, peak = (k > 0) & (k < vocab), largest / temperature
+                floor = tl.where(floor > 0, peak + tl.log(tl.maximum(floor, 1e-38)), lowest)
+                mine, my_ids = values + here * ASIDE, ids + here * ASIDE
+                distance = colder * (largest - high)
+                weight = tl.exp(-distance)
+                whole = tl.sum(share * weight, axis=0)
+                count = vocab * 0 + ASIDE + 1  # more than there is room for: all tokens are looked at
+                if limited:
+                    most = tl.max(tl.where(distance < float("inf"), distance, 0.0), axis=0)
+                    level = _reach(distance, tl.full([TILE], 1.0, tl.float32), k.to(tl.float32), most)
+                    count = _set_aside(at, vocab, high, largest - level * temperature, mine, my_ids, ASIDE, TILE)
+                    count = tl.where(count < k, ASIDE + 1, count)
+                elif p < 1.0:
+                    # what is farther than `most` weighs less than half of 1 - p; sums in another order differ
+                    most = tl.maximum(tl.log(2.0 * vocab / ((1.0 - p) * whole)), 0.0)
+                    level = _reach(distance, weight, (p + 1e-4) * whole, most)
+                    count = _set_aside(at, vocab, high, largest - level * temperature, mine, my_ids, ASIDE, TILE)
+                if count <= ASIDE:
+                    token = _drawn(
+                        mine, my_ids, count, vocab, temperature, k, p, floor, peak, whole, seed, position, True, FEW
+                    )
+                else:
+                    token = _drawn(
+                        at, my_ids, vocab, vocab, temperature, k, p, floor, peak, whole, seed, position, False, TILE
+                    )
             else:
-                token = _noisiest_aside(mine, my_ids, count, vocab, kept, seed, position, ASIDE)
+                _, token = _noisiest(at, ids, vocab, vocab, temperature, lowest, lowest, seed, position, False, TILE)
         tl.store(picked + here, tl.minimum(token, vocab - 1).to(tl.int64))

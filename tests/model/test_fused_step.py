@@ -42,11 +42,42 @@ def test_top_p_of_distributions_from_flat_to_steep(spread, top_p):
     check_picks({"temperature": 0.7, "top_p": top_p}, 9000, torch.float32, spread)
 
 
-def check_picks(setting, vocab, dtype, spread):
+@pytest.mark.parametrize("top_k", [20, 200])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_top_k_where_most_tokens_are_forbidden(top_k, top_p):
+    """100 are left: more than are asked for, or fewer."""
+    check_picks({"temperature": 1.0, "top_k": top_k, "top_p": top_p}, 9000, torch.float32, 2.0, allowed=100)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.3, 0.9])
+def test_the_noisiest_that_is_not_left_gives_way_to_one_above_it(top_p):
+    """A small top-p refuses most of them: many tries, of few tokens and of all."""
+    for spread in (0.1, 2.0):
+        check_picks({"temperature": 2.0, "top_p": top_p}, 9000, torch.float32, spread)
+
+
+def test_a_row_picks_the_same_whatever_others_ask_for():
+    """Unfiltered ones in a batch in which somebody has top-p."""
+    logits = torch.randn(2, 40, 3000, generator=torch.Generator().manual_seed(7)).to(DEVICE)
+    position = torch.arange(80, device=DEVICE).view(2, 40)
+
+    def picked(top_p, filtered):
+        one = torch.ones(2, device=DEVICE)
+        nucleus, seeds = torch.tensor([1.0, top_p], device=DEVICE), torch.tensor([3, 4], device=DEVICE)
+        sampling = Sampling(one, (one * 0).long(), nucleus, one * 0, seeds, True, filtered)
+        return fused_pick.pick_nodes(logits, sampling, position)[0]
+
+    alone, beside = picked(1.0, False), picked(0.5, True)
+    assert torch.equal(alone[0], beside[0])
+    assert not torch.equal(alone[1], beside[1])
+
+
+def check_picks(setting, vocab, dtype, spread, allowed=None):
     """Sums in another order may put a token at the edge of top-p on the other side, which is what is left out."""
     random = torch.Generator().manual_seed(5)
     rows, nodes = 3, 5
     logits = (spread * torch.randn(rows, nodes, vocab, generator=random)).to(dtype)
+    logits[..., vocab if allowed is None else allowed :] = -torch.inf
     position = torch.arange(rows * nodes).view(rows, nodes) * 13 + 2
     values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | setting
 
