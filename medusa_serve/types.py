@@ -311,6 +311,9 @@ class Runner(Protocol):
     def first_draft(self, prompts: int) -> int:
         """N of the tree that a prefill pass of so many prompts drafts for their first decode step."""
 
+    def step_rows(self, rows: int) -> int:
+        """Rows of the step that is made for so many: that many, or more where steps are made for some numbers alone."""
+
     def decode(self, slots: Seq[int], nodes: int) -> Started[StepOutput]:
         """One step of these rows with a tree of `nodes` nodes (one of node_choices), in the order of `slots`."""
 

@@ -192,6 +192,9 @@ class FakeRunner:
     def first_draft(self, prompts: int) -> int:
         return self.node_choices[-1]
 
+    def step_rows(self, rows: int) -> int:
+        return rows
+
     def decode(self, slots: Seq[int], nodes: int) -> Done:
         self.calls.append(("decode", tuple(slots), nodes))
         assert nodes in self.node_choices

@@ -150,6 +150,7 @@ class Engines(ExitStack):
         self._open: dict[str, LLM] = {}
 
     def get(self, tree: str) -> LLM:
+        from ..engine.collector import loaded_is_kept
         from ..llm import LLM
 
         if tree not in self._open:
@@ -157,6 +158,7 @@ class Engines(ExitStack):
                 self._open.clear()
                 self.close()
             self._open[tree] = self.enter_context(LLM(replace(self._config, tree=tree)))
+            self.enter_context(loaded_is_kept())  # as a server's process has it
         return self._open[tree]
 
     def rest(self) -> None:

@@ -113,12 +113,13 @@ def _server(engine: EngineConfig, config: ServeConfig) -> Iterator[tuple[str, LL
     if config.url is not None:
         yield config.url.rstrip("/"), None
         return
+    from ..engine.collector import loaded_is_kept
     from ..llm import LLM
     from .engine import _served
 
     # a closed loop is never refused; an open one may be
     queue = max((engine.max_queue, *config.clients))
-    with LLM(replace(engine, max_queue=queue)) as llm, _served(llm) as url:
+    with LLM(replace(engine, max_queue=queue)) as llm, loaded_is_kept(), _served(llm) as url:
         yield url, llm
 
 

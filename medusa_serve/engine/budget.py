@@ -9,7 +9,9 @@ accepted. What a larger one would is the calibrated curve through the live figur
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from itertools import chain
 from typing import Any
@@ -26,6 +28,7 @@ PROBE = 128  # steps: then two with more nodes than pay are made, so that their 
 OWN_WEIGHT, ALL_WEIGHT = 16, 4  # steps after which live figures count as much as what was expected without them
 LIVE = 0.1  # share of a live step time in the next estimate of its N
 SHARED_PACE, SHARED_LIVE = 0.2, 0.05  # on cores that others use: in all estimates, and in that of its N beside
+HOST_STEPS = 9  # the last ones, whose median is what the host needs: now and then it captures a step, or tidies up
 HOST_BOUND = 0.25  # a step whose outputs took less than this part of its time does not tell the device's
 OWN_DECAY, ALL_DECAY = 0.95, 0.999  # of what was counted, each step of a row
 
@@ -72,17 +75,18 @@ class NodeBudget:
         slots: int,
         *,
         shared: bool = False,
+        step_rows: Callable[[int], int] = int,
     ) -> None:
         """choices: ascending, 1 first · step_ms: t(B, N) of some B for each N, B = 1 among them · expected: tokens per
         step of each N, as calibrated · slots: rows at most · shared: steps run on cores that others use too, whose load
-        slows those of all N"""
-        self.choices = tuple(choices)
+        slows those of all N · step_rows: rows of the step that is made for so many"""
+        self.choices, self._step_rows = tuple(choices), step_rows
         self._sizes = np.array(self.choices)
         self._expected = np.array([1.0, *expected[1:]])
         self._ms = _columns(step_ms, self.choices, slots)  # by N, then by B - 1
         self._pace = 1.0  # times now over those
         self._live = (SHARED_PACE, SHARED_LIVE) if shared else (0.0, LIVE)
-        self._host_ms = [0.0] * (slots.bit_length() + 1)  # of a step, by the binary digits of B; 0.0 while unknown
+        self._host_ms = [deque[float](maxlen=HOST_STEPS) for _ in range(slots.bit_length() + 1)]  # by log2 of B
         self._all, self._own = Gains(1, len(self.choices), ALL_DECAY), Gains(slots, len(self.choices), OWN_DECAY)
         self._now = 0  # which choice
         self._rows: tuple[str, ...] = ()
@@ -106,28 +110,29 @@ class NodeBudget:
         self._own.note(list(slots), tokens, tried)  # a tuple would be one place of several dimensions
         self._all.note([0], tokens.sum(axis=0, keepdims=True), tried.sum(axis=0, keepdims=True))
 
-    def note_time(self, rows: int, nodes: int, seconds: float, waited: float) -> None:
+    def note_time(self, rows: int, nodes: int, seconds: float, waited: float, *, alone: bool = True) -> None:
         """What a step really took, and how much of it went by until its outputs were there: a busy neighbour may have
-        disturbed the measurement at the start, or may disturb all steps now."""
-        at, size = min(rows, len(self._ms[0])) - 1, rows.bit_length()
-        host, before = (seconds - waited) * 1000, self._host_ms[size]
-        self._host_ms[size] += (LIVE if before else 1.0) * (min(host, 3 * before or host) - before)
+        disturbed the measurement at the start, or may disturb all steps now. alone: the host had no prefill pass to see
+        to beside it"""
+        if alone:
+            self._host_ms[_size(rows)].append((seconds - waited) * 1000)
         if waited > HOST_BOUND * seconds:
-            times = self._ms[self.choices.index(nodes)]
+            times, at = self._ms[self.choices.index(nodes)], self._at(rows)
             error = min(3.0, seconds * 1000 / (times[at] * self._pace)) - 1.0
             of_all, of_its_own = self._live
             self._pace *= 1.0 + of_all * error
             times[at] *= 1.0 + of_its_own * error
 
-    def choose(self, rows: Iterable[tuple[str, int | None]]) -> int:
-        """N for the rows (whose, and its slot; None: a row that decodes plainly)."""
+    def choose(self, rows: Iterable[tuple[str, int | None]], joining: int = 0) -> int:
+        """N for the rows (whose, and its slot; None: a row that decodes plainly). joining: rows that will decode with
+        them as soon as their prompts are read"""
         rows = list(rows)
         whose = tuple(name for name, _ in rows)
         if self._probing:
             self._probing -= 1
             return self.choices[min(self._now + 1, len(self.choices) - 1)]
         if self._steps % RECHOOSE == 0 or self._others(whose):
-            self._rows, self._now = whose, self._best([slot for _, slot in rows])
+            self._rows, self._now = whose, self._best([slot for _, slot in rows], joining)
         self._steps += 1
         self._since_probe += 1
         if self._since_probe >= PROBE and any(slot is not None for _, slot in rows):
@@ -139,18 +144,39 @@ class NodeBudget:
         before = self._rows
         return whose != before and CHANGED * len(set(whose).symmetric_difference(before)) >= len(whose)
 
-    def _best(self, rows: list[int | None]) -> int:
-        speeds = self.speeds(rows)
-        best = int(speeds.argmax())
-        return best if speeds[best] > KEEP * speeds[self._now] else self._now
+    def _best(self, rows: list[int | None], joining: int) -> int:
+        """The most tokens beyond what the same time is worth: where others join, at the speed of all of them, as all
+        wait for this step."""
+        tokens, times = self._tokens(rows), self._times(len(rows))
+        together = len(rows) + joining
+        worth = tokens - times * (tokens / self._times(together)).max() * together / len(rows)
+        best = int(worth.argmax())
+        enough = (1.0 - 1.0 / KEEP) * tokens[self._now]
+        return best if worth[best] - worth[self._now] > enough else self._now
 
     def speeds(self, rows: list[int | None]) -> np.ndarray:
         """(K) tokens per millisecond of these rows at each N."""
+        return self._tokens(rows) / self._times(len(rows))
+
+    def _tokens(self, rows: list[int | None]) -> np.ndarray:
+        """(K) of a step."""
         slots = [slot for slot in rows if slot is not None]
         everybody = self._all.curve([0], self._expected, ALL_WEIGHT)[0]
-        totals = self._own.curve(slots, everybody, OWN_WEIGHT).sum(axis=0) + (len(rows) - len(slots))
-        at, host_ms = min(len(rows), len(self._ms[0])) - 1, self._host_ms[len(rows).bit_length()]
-        return totals / np.array([max(times[at] * self._pace, host_ms) for times in self._ms])
+        return self._own.curve(slots, everybody, OWN_WEIGHT).sum(axis=0) + (len(rows) - len(slots))
+
+    def _times(self, rows: int) -> np.ndarray:
+        """(K) milliseconds of a step."""
+        at, seen = self._at(rows), self._host_ms[_size(rows)]
+        host_ms = statistics.median(seen) if len(seen) > HOST_STEPS // 2 else 0.0
+        return np.array([max(times[at] * self._pace, host_ms) for times in self._ms])
+
+    def _at(self, rows: int) -> int:
+        return min(self._step_rows(rows), len(self._ms[0])) - 1
+
+
+def _size(rows: int) -> int:
+    """Which of the numbers of rows between powers of two: what the host needs for one tells of the others."""
+    return (rows - 1).bit_length()
 
 
 def _columns(step_ms: Mapping[tuple[int, int], float], choices: Seq[int], slots: int) -> list[list[float]]:

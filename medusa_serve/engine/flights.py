@@ -48,6 +48,7 @@ class Flights:
         self._clock, self._take = clock, take
         self._flights: deque[Flight] = deque()
         self._landed = -math.inf
+        self._alone = True  # no prefill pass was started or read since the last step was
 
     def __len__(self) -> int:
         return len(self._flights)
@@ -55,6 +56,7 @@ class Flights:
     def prefill(self, chunks: tuple[PrefillChunk, ...]) -> None:
         if not chunks:
             return
+        self._alone = False
         started = self._clock()
         outputs, whole = start_rows(self._runner.prefill, self._runner.prefill, chunks)
         rows = [self._scheduler.running[chunk.slot] for chunk in chunks]
@@ -119,6 +121,8 @@ class Flights:
         if not flight.whole:
             self._metrics.retried()
         elif flight.nodes:
-            self._scheduler.note_decode(len(flight.rows), flight.nodes, seconds, waited)
+            self._scheduler.note_decode(len(flight.rows), flight.nodes, seconds, waited, alone=self._alone)
+            self._alone = True
         else:
             self._scheduler.note_prefill(sum(flight.counts), seconds)
+            self._alone = False

@@ -83,7 +83,7 @@ class Scheduler:
         runner = self._runner
         if self._budget is None and runner.step_ms:  # it may have timed its steps while it idled
             known = runner.node_choices, runner.step_ms, runner.expected, runner.num_slots
-            self._budget = NodeBudget(*known, shared=not runner.overlaps)
+            self._budget = NodeBudget(*known, shared=not runner.overlaps, step_rows=runner.step_rows)
         seq = self.waiting.popleft()
         slot, num_reused = self._choose_slot(seq)
         self._free.remove(slot)
@@ -169,7 +169,8 @@ class Scheduler:
     def _nodes(self, decoding: Iterable[Sequence]) -> int:
         if self._budget is not None:
             rows = [(seq.id, seq.slot if seq.speculates else None) for seq in decoding]
-            return self._budget.choose(rows) if rows else 1
+            joining = min(len(self.running) + len(self.waiting), len(self._all)) - len(rows)
+            return self._budget.choose(rows, joining) if rows else 1
         # with heads there are drafts as long as steps have nodes; the last step may not be read yet
         most = self._runner.node_choices[-1] - 1 if self._runner.has_heads else 0
         ready = [max(most, seq.draft_ready) for seq in decoding if seq.speculates]
@@ -197,10 +198,11 @@ class Scheduler:
         if kept:
             self._budget.note(*zip(*kept, strict=True))
 
-    def note_decode(self, rows: int, nodes: int, seconds: float, waited: float) -> None:
-        """A decode step of `rows` rows with trees of `nodes` took this long, `waited` of it for its outputs."""
+    def note_decode(self, rows: int, nodes: int, seconds: float, waited: float, *, alone: bool = True) -> None:
+        """A decode step of `rows` rows with trees of `nodes` took this long, `waited` of it for its outputs. alone: no
+        prefill pass was started or read meanwhile."""
         if self._budget is not None:
-            self._budget.note_time(rows, nodes, seconds, waited)
+            self._budget.note_time(rows, nodes, seconds, waited, alone=alone)
         if nodes == 1:
             self._plain_steps.append(seconds)
 

@@ -70,9 +70,13 @@ class StepGraphs:
         """Whether prefill passes can be captured: their attention must read lengths on the device."""
         return self._device_lengths
 
+    def rows(self, needed: int) -> int:
+        """Of the step that is captured for so many."""
+        return _power_of_two(needed, self._runner.num_slots)
+
     def _key(self, rows: int, width: int, shape: Shape, needs: Needs) -> tuple[Any, ...]:
         """Rows and width as they are captured."""
-        rows, columns = _power_of_two(rows, self._runner.num_slots), self._runner.tables.history.shape[1]
+        rows, columns = self.rows(rows), self._runner.tables.history.shape[1]
         # split-K attention reads lengths on the device: no width to choose, and one graph for all lengths
         width = columns if self._device_lengths else min(_power_of_two(max(width, MIN_WIDTH)), columns)
         return rows, width, shape, needs

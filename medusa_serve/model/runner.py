@@ -112,6 +112,10 @@ class ModelRunner:
         self._prompts[slot] = list(prompt_ids)
         self._owner[slot] += 1
 
+    def step_rows(self, rows: int) -> int:
+        """Rows of the step that is made for so many."""
+        return rows if self._graphs is None else self._graphs.rows(rows)
+
     def _put_admitted(self) -> None:
         """Newcomers enter the tables together: one transfer, however many they are."""
         if self._admitted:

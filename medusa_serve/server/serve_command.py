@@ -9,6 +9,7 @@ import os
 import secrets
 import shlex
 import threading
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,7 @@ def server_config(options: argparse.Namespace) -> tuple[ServerConfig, bool]:
 
 def serve_until_stopped(engine: EngineConfig, config: ServerConfig, *, as_json: bool, key_is_ours: bool) -> None:
     """Listen, load, tell, serve until Ctrl-C or SIGTERM. Raises what loading raises; the port is bound before it."""
+    from ..engine.collector import loaded_is_kept
     from .loading import BackgroundLoad
     from .serve import bind, serve, url_of
 
@@ -70,9 +72,11 @@ def serve_until_stopped(engine: EngineConfig, config: ServerConfig, *, as_json: 
     def load() -> Any:
         from ..llm import LLM
 
-        return LLM(engine)
+        llm = LLM(engine)
+        kept.enter_context(loaded_is_kept())
+        return llm
 
-    with bind(config) as sock:
+    with ExitStack() as kept, bind(config) as sock:
         url = url_of(sock)
         if not as_json:
             where = url if config.is_loopback else f"{url} (listening on {config.host}: use this machine's address)"

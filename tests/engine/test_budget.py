@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from medusa_serve.engine.budget import ALL_WEIGHT, OWN_WEIGHT, PROBE, NodeBudget
+from medusa_serve.engine.budget import ALL_WEIGHT, HOST_STEPS, OWN_WEIGHT, PROBE, NodeBudget
 
 CHOICES = (1, 4, 16)
 EXPECTED = (1.0, 2.0, 3.0)
@@ -12,8 +12,8 @@ FLAT = {(rows, nodes): 10.0 for rows in (1, 8) for nodes in CHOICES}  # nodes co
 BUSY = {(rows, nodes): 2.0 + rows * nodes for rows in (1, 8) for nodes in CHOICES}  # all that counts
 
 
-def budget(step_ms, expected=EXPECTED, slots=8, shared=False):
-    return NodeBudget(CHOICES, step_ms, expected, slots, shared=shared)
+def budget(step_ms, expected=EXPECTED, slots=8, **options):
+    return NodeBudget(CHOICES, step_ms, expected, slots, **options)
 
 
 def chosen(made, rows, steps=5):
@@ -97,6 +97,41 @@ def test_a_host_that_needs_more_than_the_device_makes_nodes_free():
     for _ in range(60):
         made.note_time(8, 16, 0.0035, waited=0.003)
     assert chosen(made, rows, steps=20) == 1
+
+
+def test_what_the_host_does_now_and_then_is_not_what_it_needs():
+    """It captures a step, collects garbage, or sees to prompts: 300 ms once, and 20 ms beside each prefill pass."""
+    made = budget({(1, 1): 1.0, (1, 4): 2.0, (1, 16): 4.0, (8, 1): 1.0, (8, 4): 2.2, (8, 16): 3.5})
+    rows = [(str(n), n) for n in range(8)]
+    for _ in range(5):
+        made.note_time(8, 1, 0.300, waited=0.0)
+        for _ in range(HOST_STEPS):
+            made.note_time(8, 1, 0.001, waited=0.0005)
+            made.note_time(8, 1, 0.020, waited=0.0, alone=False)
+            assert made.choose(rows) == 1
+
+
+def test_steps_that_are_made_for_some_numbers_of_rows_cost_what_those_cost():
+    """Five rows in a step of eight: 4 nodes would pay if it were a step of five."""
+    ms = {(1, 1): 1.0, (8, 1): 1.0, (1, 4): 1.0, (8, 4): 2.4, (1, 16): 9.0, (8, 16): 60.0}
+    rows = [(str(n), n) for n in range(5)]
+    assert chosen(budget(ms), rows) == 4
+    made = budget(ms, step_rows=lambda rows: 8 if rows > 4 else 4)
+    assert chosen(made, rows) == 1
+    for _ in range(60):
+        made.note_time(5, 4, 0.0012, waited=0.0012)
+    assert chosen(made, [(str(n), n) for n in range(7)]) == 4, "what five rows took tells of seven"
+
+
+def test_few_rows_that_many_wait_for_take_cheap_steps():
+    """One of 128 prompts is read: its large tree would keep all others waiting, who will give more in the same time."""
+    ms = {(1, 1): 1.0, (64, 1): 1.2, (1, 4): 1.3, (64, 4): 1.7, (1, 16): 1.5, (64, 16): 2.6}
+    first = [("a", 0)]
+    made = budget(ms, slots=128)
+    assert made.choose(first) == 16
+    assert made.choose([("b", 0)], joining=1) == 16, "a few do not matter"
+    assert made.choose([("c", 0)], joining=127) == 1
+    assert made.choose([(str(n), n) for n in range(127)], joining=1) == 4
 
 
 def test_a_step_tells_what_smaller_trees_would_have_given():

@@ -75,6 +75,14 @@ def test_where_steps_are_captured_all_but_the_largest_wait_until_the_engine_idle
     assert (again.asked, again.step_ms, again.to_time) == ([], runner.step_ms, None)
 
 
+def test_a_step_that_was_disturbed_takes_no_longer_than_a_larger_one(tmp_path):
+    """Else it would not be chosen any more, and so never be measured again."""
+    runner, time_step = Timed(), Timed().time_step
+    runner.time_step = lambda rows, nodes, repeats: 99.0 if (rows, nodes) == (4, 1) else time_step(rows, nodes)
+    time_steps(runner, "a model", tmp_path)
+    assert runner.step_ms[4, 1] == runner.step_ms[4, 4] == 8.0
+
+
 def test_where_the_memory_was_proven_all_of_them_wait(tmp_path):
     runner = Timed()
     runner.overlaps = True
