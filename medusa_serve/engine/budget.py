@@ -34,33 +34,38 @@ OWN_DECAY, ALL_DECAY = 0.95, 0.999  # of what was counted, each step of a row
 
 
 class Gains:
-    """Tokens per step by size of tree (K sizes), of each of some rows: sums that forget. tokens, weight (rows, K)"""
+    """Draft tokens that steps accepted, by size of tree (K sizes), of each of some rows: sums that forget. weight:
+    steps in which a tree of that size was tried · more: what it accepted then · less: what one of the next smaller size
+    would have, in the same steps: hard tokens and easy ones come in turns, so that no others tell what a larger tree
+    gains. All (rows, K)."""
 
-    __slots__ = ("decay", "tokens", "weight")
+    __slots__ = ("decay", "less", "more", "weight")
 
     def __init__(self, rows: int, sizes: int, decay: float) -> None:
-        self.tokens, self.weight, self.decay = np.zeros((rows, sizes)), np.zeros((rows, sizes)), decay
+        self.more, self.less, self.weight = np.zeros((3, rows, sizes))
+        self.decay = decay
 
     def forget(self, row: int) -> None:
-        self.tokens[row] = self.weight[row] = 0.0
+        self.more[row] = self.less[row] = self.weight[row] = 0.0
 
-    def note(self, rows: Any, tokens: np.ndarray, steps: np.ndarray) -> None:
-        """rows: which, B different ones · steps (B, K): how often a tree of that size was tried · tokens (B, K): what
-        it would have emitted then"""
+    def note(self, rows: Any, more: np.ndarray, less: np.ndarray, steps: np.ndarray) -> None:
+        """rows: which, B different ones · the others (B, K): what these steps add"""
         kept = self.decay**steps
-        self.tokens[rows] = self.tokens[rows] * kept + tokens
-        self.weight[rows] = self.weight[rows] * kept + steps
+        for sums, new in ((self.more, more), (self.less, less), (self.weight, steps)):
+            sums[rows] = sums[rows] * kept + new
 
     def curve(self, rows: Any, among: np.ndarray, doubt: float) -> np.ndarray:
         """(B, K) tokens per step. among (K): what is expected without them, which counts as much as `doubt` steps.
         Sizes that were tried little follow the curve behind them."""
-        tokens, weight = self.tokens[rows], self.weight[rows]
-        curve = np.ones_like(tokens)
+        more, less, weight = self.more[rows], self.less[rows], self.weight[rows]
+        curve = np.ones_like(more)
         for size in range(1, len(among)):
-            behind = among[size - 1] - 1.0
-            step = (curve[:, size - 1] - 1.0) / behind if behind > 0.0 else 1.0
-            guess = 1.0 + (among[size] - 1.0) * step
-            curve[:, size] = (guess * doubt + tokens[:, size]) / (doubt + weight[:, size])
+            known, behind = doubt * (among[size] - 1.0), doubt * (among[size - 1] - 1.0)
+            if behind > 0.0:
+                gain = (known + more[:, size]) / (behind + less[:, size])
+                curve[:, size] += (curve[:, size - 1] - 1.0) * gain
+            else:
+                curve[:, size] += (known + more[:, size]) / (doubt + weight[:, size])
         return curve
 
 
@@ -106,9 +111,10 @@ class NodeBudget:
         first = np.searchsorted(self._sizes, np.fromiter(chain.from_iterable(held_by), np.int64))
         held = np.bincount(row * sizes + first, minlength=rows * sizes).reshape(rows, sizes)
         tried = (self._sizes <= np.array(nodes)[:, None]).astype(float)
-        tokens = (1.0 + held.cumsum(axis=1)) * tried
-        self._own.note(list(slots), tokens, tried)  # a tuple would be one place of several dimensions
-        self._all.note([0], tokens.sum(axis=0, keepdims=True), tried.sum(axis=0, keepdims=True))
+        more, less = held.cumsum(axis=1) * tried, np.zeros((rows, sizes))
+        less[:, 1:] = more[:, :-1] * tried[:, 1:]
+        self._own.note(list(slots), more, less, tried)  # a tuple would be one place of several dimensions
+        self._all.note([0], *(part.sum(axis=0, keepdims=True) for part in (more, less, tried)))
 
     def note_time(self, rows: int, nodes: int, seconds: float, waited: float, *, alone: bool = True) -> None:
         """What a step really took, and how much of it went by until its outputs were there: a busy neighbour may have

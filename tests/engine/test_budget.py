@@ -138,10 +138,12 @@ def test_a_step_tells_what_smaller_trees_would_have_given():
     made = budget(FLAT)
     own = made._own
     made.note([3], [(4, 4, 16)], [16])  # three accepted, the last one only in the large tree
-    assert list(own.tokens[3]) == [1, 3, 4]
+    assert list(own.more[3]) == [0, 2, 3]
+    assert list(own.less[3]) == [0, 0, 2]
     made.note([3], [(4,)], [4])  # says nothing of 16
     assert list(own.weight[3]) == [pytest.approx(1.95), pytest.approx(1.95), 1]
-    assert list(own.tokens[3]) == [pytest.approx(1.95), pytest.approx(3 * 0.95 + 2), 4]
+    assert list(own.more[3]) == [0, pytest.approx(2 * 0.95 + 1), 3]
+    assert list(own.less[3]) == [0, 0, 2]
     made.note([3], [()], [1])
     assert list(own.weight[3, 1:]) == [pytest.approx(1.95), 1]
     made.begin(3)
@@ -159,9 +161,21 @@ def test_a_step_of_many_rows_counts_as_one_row_after_the_other():
         many.note(slots, held, nodes)
         for slot, mine, most in zip(slots, held, nodes, strict=True):
             single.note([slot], [mine], [most])
-    assert many._own.tokens[:, 1:] == pytest.approx(single._own.tokens[:, 1:], rel=1e-9)
-    assert many._own.weight[:, 1:] == pytest.approx(single._own.weight[:, 1:], rel=1e-9)
-    assert many._all.tokens[0, 1:] == pytest.approx(single._all.tokens[0, 1:], rel=0.01)
+    for name in ("more", "less", "weight"):
+        assert getattr(many._own, name)[:, 1:] == pytest.approx(getattr(single._own, name)[:, 1:], rel=1e-9)
+        assert getattr(many._all, name)[0, 1:] == pytest.approx(getattr(single._all, name)[0, 1:], rel=0.01)
+
+
+def test_a_larger_tree_that_was_tried_with_hard_tokens_alone_is_not_held_to_be_worse():
+    """A step of 16 nodes where nothing could be foreseen; with 4 nodes, easy ones before and after."""
+    made = budget(FLAT)
+    for _ in range(20):
+        made.note([0], [(4,)], [4])
+        made.note([0], [()], [16])
+        made.note([0], [(4,)], [4])
+    everybody = made._all.curve([0], made._expected, ALL_WEIGHT)
+    assert everybody[0, 1] == pytest.approx(1.68, abs=0.02), "two of three steps accepted one"
+    assert everybody[0, 2] - 1 == pytest.approx(2 * (everybody[0, 1] - 1)), "as calibrated: 2.0 to 1.0 draft tokens"
 
 
 @pytest.mark.parametrize(("truth", "best"), [((1.0, 1.0), 1), ((1.9, 2.0), 4), ((2.2, 4.5), 16)])
