@@ -1,7 +1,8 @@
 """How many nodes the next decode step verifies: as many as pay, by measured step times and live acceptance.
 
 A step of B rows takes t(B, N) and emits Σ E_i(N) tokens: the N with the most tokens per second is taken, N = 1 (plain
-decoding) always among them (as in SmartSpec and Sequoia: Liu et al., 2406.14066; Chen et al., 2402.12374). t(B, N) is
+decoding) always among them (as in SmartSpec and Sequoia: Liu et al., 2406.14066; Chen et al., 2402.12374). Where many
+prompts are still being read, a step's time is time in which all of them wait: it costs what they will emit. t(B, N) is
 what the device needs, or the host where that needs more: with many rows on a fast device, whatever N is. E_i(N) is
 counted, not assumed: a tree's nodes are drafted best first, so one step tells what every smaller tree would have
 accepted. What a larger one would is the calibrated curve through the live figure, until a probe looks.
@@ -91,7 +92,7 @@ class NodeBudget:
         self._ms = _columns(step_ms, self.choices, slots)  # by N, then by B - 1
         self._pace = 1.0  # times now over those
         self._live = (SHARED_PACE, SHARED_LIVE) if shared else (0.0, LIVE)
-        self._host_ms = [deque[float](maxlen=HOST_STEPS) for _ in range(slots.bit_length() + 1)]  # by log2 of B
+        self._host_ms = [deque[float](maxlen=HOST_STEPS) for _ in range(_size(slots) + 1)]  # by _size(B)
         self._all, self._own = Gains(1, len(self.choices), ALL_DECAY), Gains(slots, len(self.choices), OWN_DECAY)
         self._now = 0  # which choice
         self._rows: tuple[str, ...] = ()
@@ -159,10 +160,6 @@ class NodeBudget:
         best = int(worth.argmax())
         enough = (1.0 - 1.0 / KEEP) * tokens[self._now]
         return best if worth[best] - worth[self._now] > enough else self._now
-
-    def speeds(self, rows: list[int | None]) -> np.ndarray:
-        """(K) tokens per millisecond of these rows at each N."""
-        return self._tokens(rows) / self._times(len(rows))
 
     def _tokens(self, rows: list[int | None]) -> np.ndarray:
         """(K) of a step."""

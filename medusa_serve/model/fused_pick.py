@@ -198,16 +198,16 @@ if triton is not None:
                 weight = tl.exp(-distance)
                 whole = tl.sum(share * weight, axis=0)
                 count = vocab * 0 + ASIDE + 1  # more than there is room for: all tokens are looked at
-                if limited:
-                    most = tl.max(tl.where(distance < float("inf"), distance, 0.0), axis=0)
-                    level = _reach(distance, tl.full([TILE], 1.0, tl.float32), k.to(tl.float32), most)
-                    count = _set_aside(at, vocab, high, largest - level * temperature, mine, my_ids, ASIDE, TILE)
-                    count = tl.where(count < k, ASIDE + 1, count)
-                elif p < 1.0:
-                    # what is farther than `most` weighs less than half of 1 - p; sums in another order differ
-                    most = tl.maximum(tl.log(2.0 * vocab / ((1.0 - p) * whole)), 0.0)
-                    level = _reach(distance, weight, (p + 1e-4) * whole, most)
-                    count = _set_aside(at, vocab, high, largest - level * temperature, mine, my_ids, ASIDE, TILE)
+                if limited | (p < 1.0):
+                    if limited:
+                        weight, enough = tl.full([TILE], 1.0, tl.float32), k.to(tl.float32)
+                        most = tl.max(tl.where(distance < float("inf"), distance, 0.0), axis=0)
+                    else:  # what is farther than `most` weighs less than half of 1 - p
+                        enough = (p + 1e-4) * whole  # sums in another order differ
+                        most = tl.maximum(tl.log(2.0 * vocab / ((1.0 - p) * whole)), 0.0)
+                    level = largest - temperature * _reach(distance, weight, enough, most)
+                    count = _set_aside(at, vocab, high, level, mine, my_ids, ASIDE, TILE)
+                    count = tl.where(limited & (count < k), ASIDE + 1, count)
                 if count <= ASIDE:
                     token = _drawn(
                         mine, my_ids, count, vocab, temperature, k, p, floor, peak, whole, seed, position, True, FEW
