@@ -24,8 +24,9 @@ class CaptureFailed(RuntimeError):
 
 
 def capture(body: Callable[[], Any], device: torch.device, pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Run body, so that its kernels are compiled, and again into a graph; → the graph and what the second run gave.
-    Raises CaptureFailed, torch.OutOfMemoryError, and what body raises."""
+    """Run body, so that its kernels are compiled, and again into a graph; → the graph and what the last run gave. The
+    graph's pool is another one than `pool` where a broken capture was tried again. Raises CaptureFailed,
+    torch.OutOfMemoryError, and what body raises."""
     here = torch.cuda.current_stream(device)
     with TURN:
         side = _stream(device)
@@ -33,16 +34,29 @@ def capture(body: Callable[[], Any], device: torch.device, pool: Any) -> tuple[t
         with torch.cuda.stream(side):
             body()
         here.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                made = body()
-        except torch.AcceleratorError as error:
-            torch.cuda.set_stream(here)  # torch stays on the capture's where that cannot be ended
-            if "captur" not in str(error):
-                raise
-            raise CaptureFailed(str(error).splitlines()[0]) from error
-        return graph, made
+            return _captured(body, side, here, pool)
+        except CaptureFailed:  # torch's random numbers, too, are right again behind the next one that succeeds
+            return _captured(body, side, here, None)
+
+
+def _captured(
+    body: Callable[[], Any], side: torch.cuda.Stream, here: torch.cuda.Stream, pool: Any
+) -> tuple[torch.cuda.CUDAGraph, Any]:
+    graph, pool = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            made = body()
+    except torch.AcceleratorError as error:
+        torch.cuda.set_stream(here)  # torch stays on the capture's where that cannot be ended
+        # and believes that it is under way: its allocator would give nothing back to the driver any more, not even
+        # before it says that memory is short
+        torch._C._cuda_endAllocateToPool(side.device_index, pool)
+        torch._C._cuda_releasePool(side.device_index, pool)
+        if "captur" not in str(error):
+            raise
+        raise CaptureFailed(str(error).splitlines()[0]) from error
+    return graph, made
 
 
 def settle(device: torch.device) -> None:

@@ -264,15 +264,14 @@ class StepGraphs:
         runner.activity = f"capturing {what}"
         try:
             graph, facts = capture(body, runner.device, self._pool)
-            self._pool = self._pool or graph.pool()
+            self._pool = graph.pool()
             self._graphs[key] = (graph, facts)
             self._owed.pop(key, None)
             self._capture_ms = (time.perf_counter() - began) * 1000
-        except CaptureFailed:
-            self._failed[key] = self._failed.get(key, 0) + 1
-            raise
-        except Exception:
-            self._pool = None  # torch may think that it is still recorded to
+        except Exception as error:
+            self._pool = None  # a pool that a capture broke in takes no other
+            if isinstance(error, CaptureFailed):
+                self._failed[key] = self._failed.get(key, 0) + 1
             raise
         finally:
             runner.activity = None

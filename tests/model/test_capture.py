@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -32,29 +33,56 @@ def test_a_graph_gives_what_the_pass_gives(product):
     torch.testing.assert_close(out, a @ b)
 
 
-def test_who_waits_for_the_device_breaks_a_capture_that_succeeds_the_next_time(product):
-    a, b, body = product
-    here, calls = torch.cuda.current_stream(), []
+def disturbed(body: Callable[[], torch.Tensor], runs: tuple[int, ...]) -> Callable[[], torch.Tensor]:
+    """The pass, and in some of its runs another thread that waits for the device. The first run is no capture."""
+    calls = []
 
-    def disturbed() -> torch.Tensor:
+    def wait() -> None:
+        with contextlib.suppress(RuntimeError):  # the capture is broken whether or not this one is told
+            torch.cuda.synchronize()
+
+    def run() -> torch.Tensor:
         calls.append(0)
-        if len(calls) == 2:  # the first run is no capture
-
-            def wait() -> None:
-                with contextlib.suppress(RuntimeError):  # the capture is broken whether or not this one is told
-                    torch.cuda.synchronize()
-
+        if len(calls) in runs:
             thread = threading.Thread(target=wait)
             thread.start()
             thread.join()
         return body()
 
-    with pytest.raises(CaptureFailed):
-        capture(disturbed, a.device, None)
+    return run
+
+
+def test_who_waits_for_the_device_breaks_a_capture_that_succeeds_the_next_time(product):
+    a, b, body = product
+    here = torch.cuda.current_stream()
+    graph, out = capture(disturbed(body, (2,)), a.device, None)
     assert torch.cuda.current_stream() == here
-    graph, out = capture(body, a.device, None)
     graph.replay()
     torch.testing.assert_close(out, a @ b)
+    torch.randn(4, device="cuda")  # outside of captures again
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_memory_comes_back_behind_broken_captures(product, shared):
+    a, b, body = product
+    graphs = [capture(body, a.device, None)] if shared else []
+    pool = graphs[0][0].pool() if shared else None
+    here = torch.cuda.current_stream()
+    with pytest.raises(CaptureFailed):
+        capture(disturbed(body, (2, 3)), a.device, pool)
+    assert torch.cuda.current_stream() == here
+    before = torch.cuda.mem_get_info()[0]
+    held = torch.empty(512 * MIB, dtype=torch.uint8, device="cuda")
+    assert before - torch.cuda.mem_get_info()[0] > 256 * MIB
+    del held
+    give_back()
+    assert abs(before - torch.cuda.mem_get_info()[0]) < 32 * MIB
+    graphs.append(capture(body, a.device, None))
+    a.fill_(1.0)
+    for graph, out in graphs:
+        out.zero_()
+        graph.replay()
+        torch.testing.assert_close(out, a @ b)
 
 
 def test_threads_capture_in_turn(product):
