@@ -18,7 +18,7 @@ from .attention import View
 from .native import OPTIONS, bits_of, exponential, half, number_of, pointer, wide
 from .native_attend import BLOCK, QUERIES, scores_of, weigh
 from .native_ops import _rotate, _write_rows
-from .native_team import HEAD, run_in_team, team, thread_of
+from .native_team import HEAD, meet, run_in_team, share_of, team, thread_of
 
 TILE = QUERIES  # that read a key together
 LANES = 16
@@ -71,7 +71,7 @@ def rotated_attention(
     _, columns, kv_heads, value_dim = values.shape
     rows, new = view.positions.shape
     out = torch.empty(1, tokens, heads, value_dim, dtype=torch.bfloat16)
-    rotate_and_attend(
+    _rotate_and_attend(
         query.data_ptr(), query.stride(1), query.stride(2), key.data_ptr(), key.stride(1), key.stride(2),
         value.data_ptr(), value.stride(1), value.stride(2),
         cos.data_ptr(), cos.stride(1), sin.data_ptr(), sin.stride(1),
@@ -90,17 +90,21 @@ def attention_share() -> int:
 
     @cfunc(types.void(types.voidptr), cache=True, **OPTIONS)
     def body(task_at):
-        _attend_share(carray(task_at, (TASK,), np.int64), thread_of(task_at))
+        task = carray(task_at, (TASK,), np.int64)
+        if task[TURN]:
+            _turn_share(task, thread_of(task))
+        _attend_share(task, thread_of(task))
 
     return int(body.address or 0)
 
 
 @njit(inline="never", **OPTIONS)
-def _score(queries, q, keys_at, key_row, count, room, out_at):
-    """out[i, t] = q[i] · key t, of a tile's queries and the first `count` keys. q as native_attend.py has queries"""
+def _score(queries, q, keys_at, key_row, count, room, out_at, soon):
+    """out[i, t] = q[i] · key t, of a tile's queries and the first `count` keys. q as native_attend.py has queries ·
+    soon: where rows lie that are read next"""
     dim = q.shape[1]
     blocks = dim // BLOCK
-    scores_of(queries, q.ctypes.data, 4 * dim, keys_at, key_row, 0, count, blocks, out_at, 4 * room)
+    scores_of(queries, q.ctypes.data, 4 * dim, keys_at, key_row, 0, count, blocks, out_at, 4 * room, soon)
     if dim > blocks * BLOCK:
         for i in range(queries):
             out = carray(pointer(out_at + 4 * i * room), (count,), np.float32)
@@ -131,10 +135,10 @@ def _softmax(row, count, scale, lanes):
 
 
 @njit(inline="never", **OPTIONS)
-def _weigh(queries, weights_at, room, values_at, value_row, first, count, sums_at, dim):
+def _weigh(queries, weights_at, room, values_at, value_row, first, count, sums_at, dim, soon):
     """sums[i] += weights[i, t] · value t, of first ≤ t < count."""
     blocks = dim // BLOCK
-    weigh(queries, weights_at, 4 * room, values_at, value_row, first, count, blocks, sums_at, 4 * dim)
+    weigh(queries, weights_at, 4 * room, values_at, value_row, first, count, blocks, sums_at, 4 * dim, soon)
     if dim > blocks * BLOCK:
         for i in range(queries):
             sums = carray(pointer(sums_at + 4 * i * dim), (dim,), np.float32)
@@ -156,25 +160,86 @@ def _spot(d, dim):
     return d if d >= dim - dim % BLOCK else d - d % BLOCK + d % 2 * (BLOCK // 2) + d % BLOCK // 2
 
 
-# numbers of a task: what thread_of reads, then the arguments of _attend but for the last ones
-TASK = HEAD + 22
+# numbers of a task: what it begins with; as `fill_attention` has them; as `fill_turn` has them, the first one 0 where
+# queries are turned and keys and values in the slab
+TURN = HEAD + 22
+TASK = TURN + 14
+
+
+@njit(inline="always", **OPTIONS)
+def fill_attention(
+    task, query_at, query_row, query_head, query_new, keys_at, values_at, out_at,
+    slots_at, length_at, positions_at, positions_row, bits_at,
+    rows, new, heads, kv_heads, columns, dim, value_dim, room, scaling, window,
+):  # fmt: skip
+    """query_row, _head, _new: strides · bits_at: 0 where each query sees all columns up to its position"""
+    task[HEAD], task[HEAD + 1], task[HEAD + 2], task[HEAD + 3] = query_at, query_row, query_head, query_new
+    task[HEAD + 4], task[HEAD + 5], task[HEAD + 6], task[HEAD + 7] = keys_at, values_at, out_at, slots_at
+    task[HEAD + 8], task[HEAD + 9], task[HEAD + 10], task[HEAD + 11] = length_at, positions_at, positions_row, bits_at
+    task[HEAD + 12], task[HEAD + 13], task[HEAD + 14], task[HEAD + 15] = rows, new, heads, kv_heads
+    task[HEAD + 16], task[HEAD + 17], task[HEAD + 18], task[HEAD + 19] = columns, dim, value_dim, room
+    task[HEAD + 20], task[HEAD + 21], task[TURN] = np.int64(bits_of(np.float32(scaling))), window, 0
+
+
+@njit(inline="always", **OPTIONS)
+def fill_turn(
+    task, query_at, query_head, query_token, key_at, key_head, key_token, value_at, value_head, value_token,
+    cos_at, cos_row, sin_at, sin_row, columns_at,
+):  # fmt: skip
+    """What comes first: the queries of fill_attention lie one after the other, and keys behind them, once turned."""
+    task[TURN], task[TURN + 1], task[TURN + 2], task[TURN + 3] = query_at, query_head, query_token, key_at
+    task[TURN + 4], task[TURN + 5], task[TURN + 6], task[TURN + 7] = key_head, key_token, value_at, value_head
+    task[TURN + 8], task[TURN + 9], task[TURN + 10], task[TURN + 11] = value_token, cos_at, cos_row, sin_at
+    task[TURN + 12], task[TURN + 13] = sin_row, columns_at
 
 
 @njit(cache=True, nogil=True, **OPTIONS)
 def _attend(
     query_at, query_row, query_head, query_new, keys_at, values_at, out_at,
     slots_at, length_at, positions_at, positions_row, bits_at,
-    rows, new, heads, kv_heads, columns, dim, value_dim, room, scaling, window, threads, start, number, share,
+    rows, new, heads, kv_heads, columns, dim, value_dim, room, scaling, window, threads, team_at, share,
 ):  # fmt: skip
-    """query_row, _head, _new: strides · bits_at: 0 where each query sees all columns up to its position"""
-    task = np.array(
-        (threads, number, query_at, query_row, query_head, query_new, keys_at, values_at, out_at,
-         slots_at, length_at, positions_at, positions_row, bits_at,
-         rows, new, heads, kv_heads, columns, dim, value_dim, room, np.int64(bits_of(np.float32(scaling))), window),
-        np.int64,
+    task = np.empty(TASK, np.int64)
+    task[0], task[1] = threads, team_at
+    fill_attention(
+        task, query_at, query_row, query_head, query_new, keys_at, values_at, out_at,
+        slots_at, length_at, positions_at, positions_row, bits_at,
+        rows, new, heads, kv_heads, columns, dim, value_dim, room, scaling, window,
     )  # fmt: skip
-    run_in_team(start, share, task.ctypes.data, threads)
-    task[0] = 0  # Numba frees an array behind its last use, and of an address it does not know
+    run_in_team(task, share)
+
+
+@njit(inline="never", **OPTIONS)
+def _turn_share(task, thread):
+    """One thread's share of the tokens: rotary positions, and the slab's new rows."""
+    turned, keys_at, values_at, slots_at = task[HEAD], task[HEAD + 4], task[HEAD + 5], task[HEAD + 7]
+    rows, new, heads, kv_heads, columns, dim, value_dim = (
+        task[HEAD + 12], task[HEAD + 13], task[HEAD + 14], task[HEAD + 15], task[HEAD + 16], task[HEAD + 17],
+        task[HEAD + 18],
+    )  # fmt: skip
+    query_at, query_head, query_token, key_at, key_head, key_token = (
+        task[TURN], task[TURN + 1], task[TURN + 2], task[TURN + 3], task[TURN + 4], task[TURN + 5],
+    )  # fmt: skip
+    value_at, value_head, value_token, columns_at = task[TURN + 6], task[TURN + 7], task[TURN + 8], task[TURN + 13]
+    cos_row, sin_row = task[TURN + 10], task[TURN + 12]
+    first, end = share_of(rows * new, task, thread)
+    cos_at, sin_at = task[TURN + 9] + 2 * first * cos_row, task[TURN + 11] + 2 * first * sin_row
+    across = kv_heads * dim
+    turned_key = turned + 2 * rows * new * heads * dim
+    _rotate(
+        query_at + 2 * first * query_token, cos_at, sin_at, turned + 2 * first * heads * dim,
+        query_head, query_token, cos_row, sin_row, heads, end - first, dim,
+    )  # fmt: skip
+    _rotate(
+        key_at + 2 * first * key_token, cos_at, sin_at, turned_key + 2 * first * across,
+        key_head, key_token, cos_row, sin_row, kv_heads, end - first, dim,
+    )  # fmt: skip
+    _write_rows(
+        keys_at, slots_at, columns_at, turned_key, new * across, dim, across, first, end, kv_heads, new, dim, columns
+    )
+    apart = (new * value_token, value_head, value_token)
+    _write_rows(values_at, slots_at, columns_at, value_at, *apart, first, end, kv_heads, new, value_dim, columns)
+    meet(task)
 
 
 @njit(**OPTIONS)
@@ -206,10 +271,14 @@ def _attend_share(task, thread):
     weight, lanes = np.empty(TILE, np.float32), np.empty(LANES, np.float32)
     tiles = (new * group + TILE - 1) // TILE
     units = rows * kv_heads * tiles
-    for unit in range(units * thread // threads, units * (thread + 1) // threads):
+    unit, end = units * thread // threads, units * (thread + 1) // threads
+    while unit < end:
         b, kv, tile = unit // (kv_heads * tiles), unit // tiles % kv_heads, unit % tiles * TILE
         length, slot = lengths[b], slots[b] * columns * kv_heads
         keys, values = keys_at + 2 * (slot + kv) * dim, values_at + 2 * (slot + kv) * value_dim
+        unit += 1
+        after = min(unit, end - 1)  # whose keys are asked for while values are weighed
+        soon = keys_at + 2 * (slots[after // (kv_heads * tiles)] * columns * kv_heads + after // tiles % kv_heads) * dim
         reach, begin, shared, queries = 0, 0, columns, min(TILE, new * group - tile)
         for i in range(queries):
             n, head = _place(tile + i, group, kv)
@@ -224,7 +293,7 @@ def _attend_share(task, thread):
             reach = max(reach, length + n + 1 if bits_at else total[i])
             begin = max(begin, first[i])
             shared = min(shared, length if bits_at else total[i])
-        _score(queries, q, keys, key_row, reach, room, scratch_at)
+        _score(queries, q, keys, key_row, reach, room, scratch_at, values)
         for i in range(queries):
             n, _ = _place(tile + i, group, kv)
             scores_at, sum_at = scratch_at + 4 * i * room, sums_at + 4 * i * value_dim
@@ -236,8 +305,8 @@ def _attend_share(task, thread):
                         place += 1
             count = total[i] - first[i]
             weight[i] = _softmax(carray(pointer(scores_at + 4 * first[i]), (count,), np.float32), count, scale, lanes)
-            _weigh(one, scores_at, room, values, value_row, first[i], min(begin, shared), sum_at, value_dim)
-        _weigh(queries, scratch_at, room, values, value_row, begin, shared, sums_at, value_dim)
+            _weigh(one, scores_at, room, values, value_row, first[i], min(begin, shared), sum_at, value_dim, soon)
+        _weigh(queries, scratch_at, room, values, value_row, begin, shared, sums_at, value_dim, soon)
         for i in range(queries):
             n, head = _place(tile + i, group, kv)
             scores_at, sum_at, place = scratch_at + 4 * i * room, sums_at + 4 * i * value_dim, shared
@@ -246,14 +315,17 @@ def _attend_share(task, thread):
                     if (bits[b, n] >> j) & 1:
                         if place >= first[i]:
                             value = values + (length + j) * value_row
-                            _weigh(one, scores_at + 4 * place, room, value, value_row, one - 1, one, sum_at, value_dim)
+                            _weigh(
+                                one, scores_at + 4 * place, room, value, value_row, one - 1, one, sum_at, value_dim,
+                                soon,
+                            )  # fmt: skip
                         place += 1
             else:
                 start = max(first[i], shared)
-                _weigh(one, scores_at, room, values, value_row, start, total[i], sum_at, value_dim)
+                _weigh(one, scores_at, room, values, value_row, start, total[i], sum_at, value_dim, soon)
             for d in range(value_dim):
                 out[b, n, head, d] = half(sums[i, _spot(d, value_dim)] / weight[i])
-    scratch[0] = 0  # as in _attend
+    scratch[0] = 0  # as in run_in_team
 
 
 @njit(inline="always", **OPTIONS)
@@ -263,26 +335,22 @@ def _place(index, group, kv):
 
 
 @njit(cache=True, nogil=True, **OPTIONS)
-def rotate_and_attend(
+def _rotate_and_attend(
     query_at, query_head, query_token, key_at, key_head, key_token, value_at, value_head, value_token,
     cos_at, cos_row, sin_at, sin_row, keys_at, values_at, out_at,
     slots_at, length_at, positions_at, positions_row, columns_at, bits_at,
-    rows, new, heads, kv_heads, columns, dim, value_dim, width, scaling, window, threads, start, number, share,
+    rows, new, heads, kv_heads, columns, dim, value_dim, width, scaling, window, threads, team_at, share,
 ):  # fmt: skip
-    tokens = rows * new
-    scratch = np.empty(tokens * (heads + kv_heads) * dim, np.uint16)
-    turned = np.int64(scratch.ctypes.data)
-    turned_key = turned + 2 * tokens * heads * dim
-    _rotate(query_at, cos_at, sin_at, turned, query_head, query_token, cos_row, sin_row, heads, tokens, dim)
-    _rotate(key_at, cos_at, sin_at, turned_key, key_head, key_token, cos_row, sin_row, kv_heads, tokens, dim)
-    across = kv_heads * dim
-    _write_rows(keys_at, slots_at, columns_at, turned_key, new * across, dim, across, rows, kv_heads, new, dim, columns)
-    apart = (new * value_token, value_head, value_token)
-    _write_rows(values_at, slots_at, columns_at, value_at, *apart, rows, kv_heads, new, value_dim, columns)
-    _attend(
-        turned, new * heads * dim, dim, heads * dim, keys_at, values_at, out_at,
+    task, turned = np.empty(TASK, np.int64), np.empty(rows * new * (heads + kv_heads) * dim, np.uint16)
+    task[0], task[1] = threads, team_at
+    fill_attention(
+        task, turned.ctypes.data, new * heads * dim, dim, heads * dim, keys_at, values_at, out_at,
         slots_at, length_at, positions_at, positions_row, bits_at,
         rows, new, heads, kv_heads, columns, dim, value_dim, width + TILE, scaling, window,
-        threads, start, number, share,
     )  # fmt: skip
-    scratch[0] = 0  # as in _attend
+    fill_turn(
+        task, query_at, query_head, query_token, key_at, key_head, key_token, value_at, value_head, value_token,
+        cos_at, cos_row, sin_at, sin_row, columns_at,
+    )  # fmt: skip
+    run_in_team(task, share)
+    turned[0] = 0  # as in run_in_team

@@ -24,6 +24,7 @@ def _make_all() -> None:
     from .native_draft import block_share, linear_share
     from .native_products import product_share
     from .native_step import children_share, largest_share
+    from .native_tape import tape_share
 
-    for share in (attention_share, product_share, largest_share, children_share, block_share, linear_share):
+    for share in (attention_share, product_share, largest_share, children_share, block_share, linear_share, tape_share):
         share()

@@ -20,27 +20,32 @@ from .native_vectors import F32, I32, LANES, Vectors, same
 
 BLOCK = 2 * LANES  # places of a head that are read at once
 QUERIES = 4
-AHEAD = 16  # keys or values further on that are asked for: rows of a head lie apart, which the hardware follows badly
+AHEAD = 16  # keys further on that are asked for: rows of a head lie apart, which the hardware follows badly
 
 
 def _kernel(kind: Any, queries: int) -> Any:
     @intrinsic
-    def run(_, a, a_row, b, b_row, first, count, blocks, out, out_row):
+    def run(_, a, a_row, b, b_row, first, count, blocks, out, out_row, soon):
+        """soon: address of rows as b's that are read next; they are asked for meanwhile"""
+
         def generate(context, builder, signature, arguments):
             kind(builder, queries, *arguments).make()
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 9), generate
+        return types.void(*[types.int64] * 10), generate
 
     return run
 
 
 class _Kernel(Vectors):
-    def __init__(self, builder: Any, queries: int, a, a_row, b, b_row, first, count, blocks, out, out_row) -> None:
+    def __init__(
+        self, builder: Any, queries: int, a, a_row, b, b_row, first, count, blocks, out, out_row, soon
+    ) -> None:
         super().__init__(builder)
         self.queries = range(queries)
         self.a, self.a_row, self.b_at, self.b_row = a, a_row, b, b_row
-        self.first, self.count, self.blocks, self.out, self.out_row = first, count, blocks, out, out_row
+        self.first, self.count, self.blocks = first, count, blocks
+        self.out, self.out_row, self.soon = out, out_row, soon
 
     def block(self, address: Any, row: Any, size: Any, block: Any, bytes_of_block: int) -> Any:
         """Address of a row's block. size: bytes of a row"""
@@ -69,6 +74,7 @@ class _Scores(_Kernel):
             for k in range(number):
                 ahead = b.add(first, self.word(k + AHEAD))
                 self.ask_for(self.block(self.b_at, ahead, self.b_row, loop.index, 2 * BLOCK))
+                self.ask_for(self.block(self.soon, b.add(first, self.word(k)), self.b_row, loop.index, 2 * BLOCK))
             for i in self.queries:
                 query = self.block(self.a, self.word(i), self.a_row, loop.index, 4 * BLOCK)
                 for part in (0, 1):
@@ -110,7 +116,7 @@ class _Weighed(_Kernel):
                 b.store(self.load(place, self.floats, 4), total)
             with cgutils.for_range(b, b.sub(self.count, self.first)) as loop:
                 t = b.add(self.first, loop.index)
-                self.ask_for(self.block(self.b_at, b.add(t, self.word(AHEAD)), self.b_row, block.index, 2 * BLOCK))
+                self.ask_for(self.block(self.soon, t, self.b_row, block.index, 2 * BLOCK))
                 value = self.two_wide(self.block(self.b_at, t, self.b_row, block.index, 2 * BLOCK))
                 for i in self.queries:
                     weight = self.spread(self.at(self.at(self.a, i, self.a_row), t, self.word(4)), F32, self.floats)
@@ -125,15 +131,15 @@ def _for_any(kind: Any) -> Any:
     one, two, three, four = (_kernel(kind, queries) for queries in range(1, QUERIES + 1))
 
     @njit(inline="never", **OPTIONS)
-    def run(queries, a, a_row, b, b_row, first, count, blocks, out, out_row):
+    def run(queries, a, a_row, b, b_row, first, count, blocks, out, out_row, soon):
         if queries == 4:
-            four(a, a_row, b, b_row, first, count, blocks, out, out_row)
+            four(a, a_row, b, b_row, first, count, blocks, out, out_row, soon)
         elif queries == 3:
-            three(a, a_row, b, b_row, first, count, blocks, out, out_row)
+            three(a, a_row, b, b_row, first, count, blocks, out, out_row, soon)
         elif queries == 2:
-            two(a, a_row, b, b_row, first, count, blocks, out, out_row)
+            two(a, a_row, b, b_row, first, count, blocks, out, out_row, soon)
         else:
-            one(a, a_row, b, b_row, first, count, blocks, out, out_row)
+            one(a, a_row, b, b_row, first, count, blocks, out, out_row, soon)
 
     return run
 

@@ -23,6 +23,7 @@ from .tree import HeadNodes
 
 # the products of the heads, then two of each block of the cell
 MIX, START, READ_IN, READ_OUT, TO_HIDDEN, OUTPUT, CELL = range(7)
+CREW = 3  # numbers: threads, the team's functions, a product's share
 LINE = 6  # of a product: addresses of weights, scales and bias (0: none), inputs, outputs, bits
 EPSILON = 1e-6  # of heads.rms_norm
 
@@ -97,9 +98,9 @@ def _halves(address, count):
 
 
 # numbers of a task: a product's line, x, out, rows, the team
-LINEAR_TASK = LINE + 3 + 4
+LINEAR_TASK = LINE + 3 + CREW
 # the lines of a block's two products, then as `_block` names them
-BLOCK_TASK = 2 * LINE + 12 + 4
+BLOCK_TASK = 2 * LINE + 12 + CREW
 
 
 @lru_cache
@@ -133,9 +134,7 @@ def _linear(task):
 @njit(**OPTIONS)
 def _product(line, x_at, out_at, rows, crew):
     """With its bias."""
-    native_product(
-        x_at, line[0], line[1], out_at, rows, line[3], line[4], line[5], crew[0], crew[1], crew[2], crew[3]
-    )  # fmt: skip
+    native_product(x_at, line[0], line[1], out_at, rows, line[3], line[4], line[5], crew[0], crew[1], crew[2])
     if line[2]:
         bias = _halves(line[2], line[4])
         for row in range(rows):
@@ -187,10 +186,10 @@ def _run_linear(line, x_at, out_at, rows, crew):
     for i in range(LINE):
         task[i] = line[i]
     task[LINE], task[LINE + 1], task[LINE + 2] = x_at, out_at, rows
-    for i in range(4):
+    for i in range(CREW):
         task[LINE + 3 + i] = crew[i]
-    call(crew[4], task.ctypes.data)
-    task[0] = 0  # Numba frees an array behind its last use, and of an address it does not know
+    call(crew[CREW], task.ctypes.data)
+    task[0] = 0  # as in run_in_team
 
 
 @njit(**OPTIONS)
@@ -205,9 +204,9 @@ def _run_block(
     given[0], given[1], given[2], given[3], given[4] = states_at, norm, tokens_at, embedding_at, embed
     given[5], given[6], given[7], given[8], given[9] = constant_at, constants, each, spare, out_at
     given[10], given[11] = rows, width
-    for i in range(4):
+    for i in range(CREW):
         given[12 + i] = crew[i]
-    call(crew[5], task.ctypes.data)
+    call(crew[CREW + 1], task.ctypes.data)
     task[0] = 0
 
 
@@ -275,9 +274,9 @@ def _take_best(scores, row, first, end, count, chosen):
 @njit(cache=True, nogil=True, **OPTIONS)
 def _draft(
     hidden_at, pending_at, found_at, rows, count, pool, beams, ranks, tau_at, step_cost, never,
-    products, norms, ones_at, embedding_at, map_at, sizes, threads, start, number, share, children, linear, block,
+    products, norms, ones_at, embedding_at, map_at, sizes, threads, team_at, share, children, linear, block,
 ):  # fmt: skip
-    crew = (threads, start, number, share, linear, block)
+    crew = (threads, team_at, share, linear, block)
     hidden, width, inputs = sizes[0], sizes[1], sizes[3]
     widest, inner = np.int64(1), np.int64(0)
     for i in range(len(beams)):
@@ -325,7 +324,7 @@ def _draft(
         logits_at = _logits(products, norms, states_at, base_at, total, each, spare, sizes, places, crew)
         native_children(
             logits_at, tau_at + 4 * depth, ids_at, logp_at, places, 1, products[OUTPUT, 4], ranks,
-            threads, start, number, children,
+            threads, team_at, children,
         )  # fmt: skip
         more = beams[depth]
         for row in range(rows):
@@ -360,4 +359,4 @@ def _draft(
             for other in range(n):
                 if chosen[other] == above[row, best] - 1:
                     found[1, row, n] = other + 1
-    memory[0] = 0  # as in _run_linear
+    memory[0] = 0  # as in run_in_team

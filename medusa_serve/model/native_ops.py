@@ -47,7 +47,7 @@ def write_rows(slab: Tensor, slots: Tensor, columns: Tensor, rows: Tensor) -> No
     strides, at = rows.stride(), columns if columns.is_contiguous() else columns.contiguous()
     _write_rows(
         slab.data_ptr(), slots.data_ptr(), at.data_ptr(), rows.data_ptr(), strides[0], strides[1], strides[2],
-        batch, heads, new, dim, slab.shape[1],
+        0, batch * new, heads, new, dim, slab.shape[1],
     )  # fmt: skip
 
 
@@ -103,15 +103,16 @@ def _rotate(x_at, cos_at, sin_at, out_at, x_head, x_row, cos_row, sin_row, heads
 
 
 @njit(cache=True, **OPTIONS)
-def _write_rows(slab_at, slots_at, columns_at, rows_at, row, head, new_row, batch, heads, new, dim, capacity):
-    slots = carray(pointer(slots_at), (batch,), np.int64)
-    columns = carray(pointer(columns_at), (batch, new), np.int64)
-    for b in range(batch):
-        for n in range(new):
-            start = (slots[b] * capacity + columns[b, n]) * heads * dim
-            for h in range(heads):
-                source_at = rows_at + 2 * (b * row + h * head + n * new_row)
-                copy_halves(source_at, slab_at + 2 * (start + h * dim), dim)
+def _write_rows(slab_at, slots_at, columns_at, rows_at, row, head, new_row, first, end, heads, new, dim, capacity):
+    """first, end: which of the tokens"""
+    slots = carray(pointer(slots_at), (end // new + 1,), np.int64)
+    columns = carray(pointer(columns_at), (end,), np.int64)
+    for token in range(first, end):
+        b, n = token // new, token % new
+        start = (slots[b] * capacity + columns[token]) * heads * dim
+        for h in range(heads):
+            source_at = rows_at + 2 * (b * row + h * head + n * new_row)
+            copy_halves(source_at, slab_at + 2 * (start + h * dim), dim)
 
 
 @njit(cache=True, **OPTIONS)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .int4 import GROUP, Int4Linear
 from .int8 import Int8Linear
 from .native import OPTIONS
-from .native_team import HEAD, run_in_team, team, thread_of
+from .native_team import HEAD, meet, run_in_team, share_of, team, thread_of
 from .native_tile import HALF, PAIR, QUAD, UNIT, Int4Tile, Int8Tile, most_rows, tiles
 from .native_whole import FACTS, whole
 
@@ -135,7 +135,8 @@ def product_share() -> int:
 
     @cfunc(types.void(types.voidptr), cache=True, **OPTIONS)
     def body(task_at):
-        _share(carray(task_at, (TASK,), np.int64), thread_of(task_at))
+        task = carray(task_at, (TASK,), np.int64)
+        _share(task, thread_of(task))
 
     return int(body.address or 0)
 
@@ -143,30 +144,44 @@ def product_share() -> int:
 ROWS = most_rows()
 _4_tile, _8_tile = tiles(Int4Tile), tiles(Int8Tile)
 
-# numbers of a task: what thread_of reads, x, facts, packed, scales, out, rows, inputs, outputs, bits
-TASK = HEAD + 9
+# numbers of a task: what it begins with, then as `fill_product` has them
+TASK = HEAD + 10
+
+
+@njit(inline="always", **OPTIONS)
+def fill_product(task, x_at, packed, scales, out, rows, inputs, outputs, bits, numbers, facts):
+    """numbers, facts: addresses of room for the inputs as native_whole.py makes them"""
+    task[HEAD], task[HEAD + 1], task[HEAD + 2], task[HEAD + 3], task[HEAD + 4] = x_at, packed, scales, out, rows
+    task[HEAD + 5], task[HEAD + 6], task[HEAD + 7], task[HEAD + 8] = inputs, outputs, bits, numbers
+    task[HEAD + 9] = facts
 
 
 @njit(cache=True, **OPTIONS)
-def native_product(x_at, packed, scales, out, rows, inputs, outputs, bits, threads, start, number, share):
-    groups = inputs // GROUP
-    numbers, facts = np.empty(rows * inputs, np.int16), np.empty(rows * groups * FACTS, np.int32)
-    whole(x_at, rows * groups, numbers.ctypes.data, facts.ctypes.data)
-    task = np.array(
-        (threads, number, numbers.ctypes.data, facts.ctypes.data, packed, scales, out, rows, inputs, outputs, bits),
-        np.int64,
-    )
-    run_in_team(start, share, task.ctypes.data, threads)
-    numbers[0] = facts[0] = task[0]  # Numba frees an array behind its last use, and of an address it does not know
+def native_product(x_at, packed, scales, out, rows, inputs, outputs, bits, threads, team_at, share):
+    task = np.empty(TASK, np.int64)
+    task[0], task[1] = threads, team_at
+    numbers, facts = np.empty(rows * inputs, np.int16), np.empty(rows * (inputs // GROUP) * FACTS, np.int32)
+    fill_product(
+        task, x_at, packed, scales, out, rows, inputs, outputs, bits, numbers.ctypes.data, facts.ctypes.data
+    )  # fmt: skip
+    run_in_team(task, share)
+    numbers[0] = facts[0] = 0  # as in run_in_team
 
 
 @njit(**OPTIONS)
 def _share(task, thread):
-    """One thread's share of the output rows."""
-    threads, _, x, facts, packed, scales, out, rows, inputs, outputs, bits = (
-        task[0], task[1], task[2], task[3], task[4], task[5], task[6], task[7], task[8], task[9], task[10],
+    """One thread's share of the inputs, then of the output rows."""
+    threads, x, packed, scales, out, rows, inputs, outputs, bits, numbers, facts = (
+        task[0], task[HEAD], task[HEAD + 1], task[HEAD + 2], task[HEAD + 3], task[HEAD + 4], task[HEAD + 5],
+        task[HEAD + 6], task[HEAD + 7], task[HEAD + 8], task[HEAD + 9],
     )  # fmt: skip
     groups, units = inputs // GROUP, outputs // UNIT
+    first, last = share_of(rows, task, thread)
+    whole(
+        x + 2 * first * inputs, (last - first) * groups, numbers + 2 * first * inputs,
+        facts + 4 * FACTS * first * groups,
+    )  # fmt: skip
+    meet(task)
     weight_bytes, scale_bytes = inputs * UNIT * bits // 8, groups * UNIT * (4 if bits == 4 else 2)
     unit, end = units * thread // threads, units * (thread + 1) // threads
     while unit < end:
@@ -175,7 +190,11 @@ def _share(task, thread):
         while row < rows:
             left = rows - row
             count = -(-left // -(-left // ROWS))
-            a, t, o = x + 2 * row * inputs, facts + 4 * FACTS * row * groups, out + 2 * (row * outputs + unit * UNIT)
+            a, t, o = (
+                numbers + 2 * row * inputs,
+                facts + 4 * FACTS * row * groups,
+                out + 2 * (row * outputs + unit * UNIT),
+            )
             if bits == 4:
                 _4_tile(count, a, inputs, t, w, s, o, outputs)
             else:

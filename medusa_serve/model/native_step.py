@@ -40,7 +40,8 @@ def children_share() -> int:
 
     @cfunc(types.void(types.voidptr), cache=True, **OPTIONS)
     def body(task_at):
-        _children(carray(task_at, (CHILDREN_TASK,), np.int64), thread_of(task_at))
+        task = carray(task_at, (CHILDREN_TASK,), np.int64)
+        _children(task, thread_of(task))
 
     return int(body.address or 0)
 
@@ -51,7 +52,8 @@ def largest_share() -> int:
 
     @cfunc(types.void(types.voidptr), cache=True, **OPTIONS)
     def body(task_at):
-        _largest_of(carray(task_at, (TASK,), np.int64), thread_of(task_at))
+        task = carray(task_at, (TASK,), np.int64)
+        _largest_of(task, thread_of(task))
 
     return int(body.address or 0)
 
@@ -84,11 +86,10 @@ TASK = HEAD + 5
 
 
 @njit(cache=True, **OPTIONS)
-def _largest(logits_at, picked_at, best_at, count, vocab, threads, start, number, share):
+def _largest(logits_at, picked_at, best_at, count, vocab, threads, team_at, share):
     threads = threads if count > 1 else 1
-    task = np.array((threads, number, logits_at, picked_at, best_at, count, vocab), np.int64)
-    run_in_team(start, share, task.ctypes.data, threads)
-    task[0] = 0  # Numba frees an array behind its last use, and of an address it does not know
+    task = np.array((threads, team_at, logits_at, picked_at, best_at, count, vocab), np.int64)
+    run_in_team(task, share)
 
 
 @njit(**OPTIONS)
@@ -134,14 +135,11 @@ CHILDREN_TASK = HEAD + 8
 
 
 @njit(cache=True, **OPTIONS)
-def native_children(
-    logits_at, tau_at, ids_at, logp_at, count, beams, vocab, ranks, threads, start, number, share
-):  # fmt: skip
+def native_children(logits_at, tau_at, ids_at, logp_at, count, beams, vocab, ranks, threads, team_at, share):
     """tau (beams): of the places one after the other"""
     threads = threads if count > 1 else 1
-    task = np.array((threads, number, logits_at, tau_at, ids_at, logp_at, count, beams, vocab, ranks), np.int64)
-    run_in_team(start, share, task.ctypes.data, threads)
-    task[0] = 0  # as in _largest
+    task = np.array((threads, team_at, logits_at, tau_at, ids_at, logp_at, count, beams, vocab, ranks), np.int64)
+    run_in_team(task, share)
 
 
 @njit(**OPTIONS)

@@ -10,20 +10,25 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import carray, cfunc, njit, types
 from torch import Tensor, fx
 
 from . import native_ops
 from .attention import View
-from .canonical import attention_share, rotate_and_attend
+from .canonical import TASK as ATTENTION_TASK
+from .canonical import TILE, attention_share, fill_attention, fill_turn
+from .int4 import GROUP
 from .native import OPTIONS, copy_halves, half, pointer, wide
 from .native_ops import native_rms_norm, native_silu_times
-from .native_products import NativeInt4Linear, native_product, product_share
-from .native_team import team
+from .native_products import TASK as PRODUCT_TASK
+from .native_products import NativeInt4Linear, fill_product, product_share
+from .native_team import HEAD, call, meet, run_in_team, share_of, team, thread_of
+from .native_whole import FACTS as INPUT_FACTS
 
 NORM, PRODUCT, ADD, SILU_TIMES, ATTEND = range(5)
 FIELDS = 14  # of an operation
@@ -70,6 +75,7 @@ class Tape:
         self.buffers = np.array([[0, *starts[: len(self._widths) - 1]], self._widths], np.int64).T.copy()
         self.width = int(starts[-1])  # of the buffers between the input and the output
         self.ops, self.numbers = np.array(self._ops, np.int64), np.array(self._numbers)
+        self.room = max(_room(op) for op in self._ops)  # of a row of M, what an operation needs besides
         del self._inputs, self._attend, self._values, self._order
 
     def weights_of(self, inputs: list[Any]) -> np.ndarray:
@@ -184,6 +190,13 @@ class Tape:
             raise NoTape
 
 
+def _room(op: list[int]) -> int:
+    """Numbers of 16 bits for a row of M: a product's inputs as whole numbers, or turned queries and keys."""
+    if op[0] == PRODUCT:
+        return op[8] + 2 * INPUT_FACTS * (op[8] // GROUP)
+    return (op[12] + op[13]) * op[9] if op[0] == ATTEND else 0
+
+
 def view_facts(view: View, columns: int, cos: Tensor, sin: Tensor) -> np.ndarray:
     """(FACTS) int64: what attention reads of a pass, but the layer's keys and values. columns: of a slot"""
     rows, new = view.positions.shape
@@ -218,67 +231,127 @@ class TapeRun:
         inputs = np.zeros(len(keys), np.int64)
         for layer, hidden in kept.items():
             inputs[layer] = hidden.data_ptr()
-        width = self.tape.width + x.shape[2]  # every other layer's output lies between too
+        width = self.tape.width + x.shape[2] + self.tape.room  # every other layer's output lies between too
         if self._between.numel() < rows * width:
             self._between = torch.empty(rows * width, dtype=torch.bfloat16)
         _run(
             *self._at, *self._buffers, weights.ctypes.data, facts.ctypes.data, keys.data_ptr(), values.data_ptr(),
             x.data_ptr(), out.data_ptr(), self._between.data_ptr(), rows,
             len(keys), 2 * keys.stride(0), 2 * values.stride(0), self.tape.width, inputs.ctypes.data,
-            *team().given(), product_share(), attention_share(),
+            product_share(), attention_share(), *team().given(), tape_share(),
         )  # fmt: skip
         return out
+
+
+@lru_cache
+def tape_share() -> int:
+    """Address of the function that a thread runs: its share of every operation."""
+
+    @cfunc(types.void(types.voidptr), cache=True, **OPTIONS)
+    def body(task_at):
+        task = carray(task_at, (TASK,), np.int64)
+        _share(task, thread_of(task))
+
+    return int(body.address or 0)
+
+
+# numbers of a task: what it begins with, then as `_run` has them
+TASK = HEAD + 20
 
 
 @njit(cache=True, **OPTIONS)
 def _run(
     ops_at, count, numbers_at, buffers_at, num_buffers, weights_at, facts_at, keys_at, values_at,
-    x_at, out_at, between, rows, layers, keys_size, values_size, width_between, kept_at,
-    threads, start, number, product_share, attention_share,
+    x_at, out_at, between, rows, layers, keys_size, values_size, width, kept_at,
+    product_share, attention_share, threads, team_at, share,
 ):  # fmt: skip
+    task = np.array(
+        (threads, team_at, ops_at, count, numbers_at, buffers_at, num_buffers, weights_at, facts_at, keys_at,
+         values_at, x_at, out_at, between, rows, layers, keys_size, values_size, width, kept_at,
+         product_share, attention_share), np.int64,
+    )  # fmt: skip
+    run_in_team(task, share)
+
+
+@njit(**OPTIONS)
+def _share(task, thread):
+    """Of what looks at each row alone, a thread has the same rows throughout. Products and attention are shared out
+    anew; behind them, and behind what each thread does of its own rows first, all wait for each other."""
+    ops_at, count, numbers_at, buffers_at, num_buffers, weights_at, facts_at, keys_at, values_at, x_at, out_at = (
+        task[HEAD], task[HEAD + 1], task[HEAD + 2], task[HEAD + 3], task[HEAD + 4], task[HEAD + 5], task[HEAD + 6],
+        task[HEAD + 7], task[HEAD + 8], task[HEAD + 9], task[HEAD + 10],
+    )  # fmt: skip
+    between, rows, layers, keys_size, values_size, width_between, kept_at, product_share, attention_share = (
+        task[HEAD + 11], task[HEAD + 12], task[HEAD + 13], task[HEAD + 14], task[HEAD + 15], task[HEAD + 16],
+        task[HEAD + 17], task[HEAD + 18], task[HEAD + 19],
+    )  # fmt: skip
     ops = carray(pointer(ops_at), (count, FIELDS), np.int64)
     numbers = carray(pointer(numbers_at), (count,), np.float64)
     buffers = carray(pointer(buffers_at), (num_buffers, 2), np.int64)
     weights = carray(pointer(weights_at), (layers, count, 2), np.int64)
     facts = carray(pointer(facts_at), (FACTS,), np.int64)
     kept = carray(pointer(kept_at), (layers,), np.int64)
+    product, attention = np.empty(PRODUCT_TASK, np.int64), np.empty(ATTENTION_TASK, np.int64)
+    for i in range(HEAD):
+        product[i] = attention[i] = task[i]
     places = np.empty(num_buffers, np.int64)
     for i in range(num_buffers):
         places[i] = between + 2 * rows * buffers[i, 0]
     places[num_buffers - 1] = x_at
     spare = between + 2 * rows * width_between
+    room = spare + 2 * rows * buffers[0, 1]
+    first, end = share_of(rows, task, thread)
+    mine = end - first
     for step in range(layers * count):
         layer, i = step // count, step % count
         if i == 0:
             places[0] = places[num_buffers - 1]
             places[num_buffers - 1] = out_at if (layers - layer) % 2 else spare
             if kept[layer]:
-                copy_halves(places[0], kept[layer], rows * buffers[0, 1])
+                begin = 2 * first * buffers[0, 1]
+                copy_halves(places[0] + begin, kept[layer] + begin, mine * buffers[0, 1])
         op = ops[i]
         kind, width, out = op[0], op[8], places[op[7]]
         a, b, c = places[op[1]] + 2 * op[2], places[op[3]] + 2 * op[4], places[op[5]] + 2 * op[6]
         a_row, b_row, c_row = buffers[op[1], 1], buffers[op[3], 1], buffers[op[5], 1]
-        if kind == NORM:
-            native_rms_norm(a, weights[layer, i, 0], out, rows, width, numbers[i])
-        elif kind == PRODUCT:
-            outputs = buffers[op[7], 1]
-            native_product(
-                a, weights[layer, i, 0], weights[layer, i, 1], out, rows, width, outputs, op[9],
-                threads, start, number, product_share,
+        if kind == PRODUCT:
+            fill_product(
+                product, a, weights[layer, i, 0], weights[layer, i, 1], out, rows, width, buffers[op[7], 1], op[9],
+                room, room + 2 * rows * width,
             )  # fmt: skip
-        elif kind == ADD:
-            _add(a, b, out, rows * width)
-        elif kind == SILU_TIMES:
-            native_silu_times(a, a_row, b, b_row, out, rows, width)
-        else:
+            call(product_share, product.ctypes.data)
+            meet(task)
+        elif kind == ATTEND:
             dim, value_dim, window, heads, kv_heads = op[9], op[10], op[11], op[12], op[13]
-            rotate_and_attend(
-                a, dim, a_row, b, dim, b_row, c, value_dim, c_row, facts[0], facts[1], facts[2], facts[3],
+            fill_attention(
+                attention, room, facts[11] * heads * dim, dim, heads * dim,
                 keys_at + layer * keys_size, values_at + layer * values_size, out,
-                facts[4], facts[5], facts[6], facts[7], facts[8], facts[9],
-                facts[10], facts[11], heads, kv_heads, facts[12], dim, value_dim, facts[13], numbers[i], window,
-                threads, start, number, attention_share,
+                facts[4], facts[5], facts[6], facts[7], facts[9], facts[10], facts[11], heads, kv_heads, facts[12],
+                dim, value_dim, facts[13] + TILE, numbers[i], window,
             )  # fmt: skip
+            fill_turn(
+                attention, a, dim, a_row, b, dim, b_row, c, value_dim, c_row, facts[0], facts[1], facts[2], facts[3],
+                facts[8],
+            )  # fmt: skip
+            call(attention_share, attention.ctypes.data)
+            meet(task)
+        else:
+            _rows(
+                kind, a + 2 * first * a_row, a_row, b + 2 * first * b_row, b_row, weights[layer, i, 0],
+                out + 2 * first * width, mine, width, numbers[i],
+            )  # fmt: skip
+    product[0] = attention[0] = 0  # as in run_in_team
+
+
+@njit(inline="always", **OPTIONS)
+def _rows(kind, a, a_row, b, b_row, weight, out, rows, width, number):
+    """What looks at each row alone."""
+    if kind == NORM:
+        native_rms_norm(a, weight, out, rows, width, number)
+    elif kind == SILU_TIMES:
+        native_silu_times(a, a_row, b, b_row, out, rows, width)
+    else:
+        _add(a, b, out, rows * width)
 
 
 @njit(inline="always", **OPTIONS)

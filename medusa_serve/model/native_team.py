@@ -7,40 +7,43 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, njit, types
 
-from .native import OPTIONS, intrinsic
+from .native import OPTIONS, intrinsic, pointer
 from .workers import openmp_address
 
 VOID, ADDRESS, INT = ir.VoidType(), ir.IntType(8).as_pointer(), ir.IntType(32)
 
 
-HEAD = 2  # numbers that a task begins with: of threads, and the address of omp_get_thread_num
+HEAD = 2  # numbers that a task begins with: of threads, and the address of the team's functions
+FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num", "GOMP_barrier")
+START, NUMBER, BARRIER = range(3)
 
 
-class Team(NamedTuple):
-    """Addresses of OpenMP's functions, 0 where a kernel must do with one thread: start a team, which of it am I"""
+class Team:
+    """Of OpenMP's threads; one alone where a function is missing."""
 
-    start: int
-    number: int
+    def __init__(self, functions: list[int]) -> None:
+        """Addresses of FUNCTIONS; empty: none"""
+        self._functions = np.array(functions or [0] * len(FUNCTIONS), np.int64)
+        self._at, self._whole = self._functions.ctypes.data, bool(functions)
 
     def threads(self) -> int:
-        return torch.get_num_threads() if self.start else 1
+        return torch.get_num_threads() if self._whole else 1
 
-    def given(self) -> tuple[int, int, int]:
-        """To a kernel: threads, start, number."""
-        return self.threads(), self.start, self.number
+    def given(self) -> tuple[int, int]:
+        """To a kernel: what its task begins with."""
+        return self.threads(), self._at
 
 
 @lru_cache
 def team() -> Team:
-    start, number = openmp_address("GOMP_parallel"), openmp_address("omp_get_thread_num")
-    return Team(start, number) if start and number and _gives_what_is_asked() else Team(0, 0)
+    functions = [openmp_address(name) for name in FUNCTIONS]
+    return Team(functions if all(functions) and _gives_what_is_asked() else [])
 
 
 def _gives_what_is_asked() -> bool:
@@ -51,19 +54,38 @@ def _gives_what_is_asked() -> bool:
 
 
 @njit(inline="always", **OPTIONS)
-def run_in_team(start, share, task, threads):
-    """Call share(task), both addresses, in so many threads at once, and wait for all of them."""
-    if threads > 1:
-        _fork(start, share, task, threads)
+def run_in_team(task, share):
+    """Call share(address of the task) in as many threads as the task names, and wait for all of them."""
+    if task[0] > 1:
+        _fork(_function(task, START), share, task.ctypes.data, task[0])
     else:
-        call(share, task)
+        call(share, task.ctypes.data)
+    task[0] = 0  # Numba frees an array behind its last use, and of an address it does not know
 
 
 @njit(inline="always", **OPTIONS)
-def thread_of(task_at):
+def thread_of(task):
     """Which of the task's threads runs this."""
-    head = carray(task_at, (HEAD,), np.int64)
-    return _number(head[1]) if head[0] > 1 else 0
+    return _number(_function(task, NUMBER)) if task[0] > 1 else 0
+
+
+@njit(inline="always", **OPTIONS)
+def meet(task):
+    """Wait until all of the task's threads are here."""
+    if task[0] > 1:
+        _wait(_function(task, BARRIER))
+
+
+@njit(inline="always", **OPTIONS)
+def share_of(count, task, thread):
+    """(first, end) of a thread's part of so many; of a single one it is the first thread's."""
+    threads = task[0]
+    return (count * thread + threads - 1) // threads, (count * (thread + 1) + threads - 1) // threads
+
+
+@njit(inline="always", **OPTIONS)
+def _function(task, which):
+    return carray(pointer(task[1]), (len(FUNCTIONS),), np.int64)[which]
 
 
 @intrinsic
@@ -97,3 +119,12 @@ def _number(_, number):
         return builder.sext(builder.call(function, []), ir.IntType(64))
 
     return types.int64(types.int64), generate
+
+
+@intrinsic
+def _wait(_, barrier):
+    def generate(context, builder, signature, arguments):
+        builder.call(builder.inttoptr(arguments[0], ir.FunctionType(VOID, []).as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate

@@ -9,6 +9,7 @@ from medusa_serve.model.int4 import Int4Linear
 from medusa_serve.model.int8 import Int8Linear, quantize_linears
 from medusa_serve.model.native_products import NativeInt4Linear, NativeInt8Linear
 from medusa_serve.model.native_team import Team, team
+from medusa_serve.model.workers import openmp_address
 from tests.model.test_int4 import eight_bits, four_bits, linear
 
 SHAPES = [(16, 32), (48, 64), (192, 576), (80, 96), (2064, 64)]
@@ -50,7 +51,7 @@ def test_other_shapes_stay_torchs():
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("kind", [NativeInt4Linear, NativeInt8Linear])
 def test_no_row_sees_the_others(kind, threads, monkeypatch):
-    monkeypatch.setattr(Team, "threads", lambda self: threads if self.start else 1)
+    monkeypatch.setattr(Team, "threads", lambda self: threads)
     torch.manual_seed(0)
     layer, x = kind.of(linear(four_bits(208, 576))), torch.randn(70, 576)  # 13 units: no number of threads divides them
     together = layer(x)
@@ -64,7 +65,7 @@ def test_without_openmp_one_thread_does_it(monkeypatch):
     torch.manual_seed(0)
     layer, x = NativeInt4Linear.of(linear(four_bits(96, 64))), torch.randn(5, 64)
     wanted = layer(x)
-    monkeypatch.setattr(native_products, "team", lambda: Team(0, 0))
+    monkeypatch.setattr(native_products, "team", lambda: Team([]))
     assert native_products.team().threads() == 1
     assert torch.equal(layer(x), wanted)
 
@@ -89,6 +90,4 @@ def test_a_merged_product_is_the_separate_ones():
 
 
 def test_the_team_is_torchs():
-    found = team()
-    assert (found.start == 0) == (found.number == 0)
-    assert found.threads() == (torch.get_num_threads() if found.start else 1)
+    assert team().threads() == (torch.get_num_threads() if openmp_address("GOMP_barrier") else 1)

@@ -10,6 +10,7 @@ from medusa_serve.model.forward import TreeForward, decoder_layers
 from medusa_serve.model.int4 import Int4Linear, use_few_bits
 from medusa_serve.model.native_layers import NativeLayers
 from medusa_serve.model.native_products import NativeInt4Linear
+from medusa_serve.model.native_team import Team
 from tests.model.test_exact import COLUMNS, SLOTS, on_steps
 from tests.model.test_native_layers import passes
 from tests.tiny import tiny_model
@@ -52,6 +53,18 @@ def test_a_tape_is_its_graph(family, layers, hidden_inputs, calls, forward_of):
     for one, other in zip(got, passes(forward), strict=True):
         assert torch.equal(one, other)
     assert len(made) == 5 * calls
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_shares_of_any_number_of_threads_make_the_same(threads, forward_of, monkeypatch):
+    """Rows, outputs and heads do not divide by three."""
+    forward = forward_of("llama")
+    assert make_exact(forward, None, SLOTS).startswith("exact:")
+    monkeypatch.setattr(Team, "threads", lambda self: 2)
+    wanted = passes(forward)
+    monkeypatch.setattr(Team, "threads", lambda self: threads)
+    for one, other in zip(passes(forward), wanted, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
