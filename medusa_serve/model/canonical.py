@@ -244,7 +244,6 @@ def _turn_share(task, thread):
 
 @njit(**OPTIONS)
 def _attend_share(task, thread):
-    threads = task[0]
     query_at, query_row, query_head, query_new = task[HEAD], task[HEAD + 1], task[HEAD + 2], task[HEAD + 3]
     keys_at, values_at, out_at, slots_at, length_at = (
         task[HEAD + 4], task[HEAD + 5], task[HEAD + 6], task[HEAD + 7], task[HEAD + 8],
@@ -270,8 +269,7 @@ def _attend_share(task, thread):
     first, total = np.empty(TILE, np.int64), np.empty(TILE, np.int64)
     weight, lanes = np.empty(TILE, np.float32), np.empty(LANES, np.float32)
     tiles = (new * group + TILE - 1) // TILE
-    units = rows * kv_heads * tiles
-    unit, end = units * thread // threads, units * (thread + 1) // threads
+    unit, end = share_of(rows * kv_heads * tiles, task, thread)
     while unit < end:
         b, kv, tile = unit // (kv_heads * tiles), unit // tiles % kv_heads, unit % tiles * TILE
         length, slot = lengths[b], slots[b] * columns * kv_heads

@@ -263,15 +263,14 @@ class StepGraphs:
         runner, began = self._runner, time.perf_counter()
         runner.activity = f"capturing {what}"
         try:
-            graph, facts = capture(body, runner.device, self._pool)
+            pool, self._pool = self._pool, None  # one that a capture broke in takes no other
+            graph, facts = capture(body, runner.device, pool)
             self._pool = graph.pool()
             self._graphs[key] = (graph, facts)
             self._owed.pop(key, None)
             self._capture_ms = (time.perf_counter() - began) * 1000
-        except Exception as error:
-            self._pool = None  # a pool that a capture broke in takes no other
-            if isinstance(error, CaptureFailed):
-                self._failed[key] = self._failed.get(key, 0) + 1
+        except CaptureFailed:
+            self._failed[key] = self._failed.get(key, 0) + 1
             raise
         finally:
             runner.activity = None

@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numba import carray, cfunc, njit, types
+from numba.extending import register_jitable
 from torch import Tensor
 
 from .int4 import GROUP, Int4Linear
@@ -145,37 +146,40 @@ ROWS = most_rows()
 _4_tile, _8_tile = tiles(Int4Tile), tiles(Int8Tile)
 
 # numbers of a task: what it begins with, then as `fill_product` has them
-TASK = HEAD + 10
+TASK = HEAD + 9
 
 
 @njit(inline="always", **OPTIONS)
-def fill_product(task, x_at, packed, scales, out, rows, inputs, outputs, bits, numbers, facts):
-    """numbers, facts: addresses of room for the inputs as native_whole.py makes them"""
+def fill_product(task, x_at, packed, scales, out, rows, inputs, outputs, bits, room):
+    """room: address of `product_room` for each row"""
     task[HEAD], task[HEAD + 1], task[HEAD + 2], task[HEAD + 3], task[HEAD + 4] = x_at, packed, scales, out, rows
-    task[HEAD + 5], task[HEAD + 6], task[HEAD + 7], task[HEAD + 8] = inputs, outputs, bits, numbers
-    task[HEAD + 9] = facts
+    task[HEAD + 5], task[HEAD + 6], task[HEAD + 7], task[HEAD + 8] = inputs, outputs, bits, room
+
+
+@register_jitable
+def product_room(inputs):
+    """Numbers of 16 bits that a row's inputs take as native_whole.py makes them."""
+    return inputs + 2 * FACTS * (inputs // GROUP)
 
 
 @njit(cache=True, **OPTIONS)
 def native_product(x_at, packed, scales, out, rows, inputs, outputs, bits, threads, team_at, share):
     task = np.empty(TASK, np.int64)
     task[0], task[1] = threads, team_at
-    numbers, facts = np.empty(rows * inputs, np.int16), np.empty(rows * (inputs // GROUP) * FACTS, np.int32)
-    fill_product(
-        task, x_at, packed, scales, out, rows, inputs, outputs, bits, numbers.ctypes.data, facts.ctypes.data
-    )  # fmt: skip
+    room = np.empty(rows * product_room(inputs), np.int16)
+    fill_product(task, x_at, packed, scales, out, rows, inputs, outputs, bits, room.ctypes.data)
     run_in_team(task, share)
-    numbers[0] = facts[0] = 0  # as in run_in_team
+    room[0] = 0  # as in run_in_team
 
 
 @njit(**OPTIONS)
 def _share(task, thread):
     """One thread's share of the inputs, then of the output rows."""
-    threads, x, packed, scales, out, rows, inputs, outputs, bits, numbers, facts = (
-        task[0], task[HEAD], task[HEAD + 1], task[HEAD + 2], task[HEAD + 3], task[HEAD + 4], task[HEAD + 5],
-        task[HEAD + 6], task[HEAD + 7], task[HEAD + 8], task[HEAD + 9],
+    x, packed, scales, out, rows, inputs, outputs, bits, numbers = (
+        task[HEAD], task[HEAD + 1], task[HEAD + 2], task[HEAD + 3], task[HEAD + 4], task[HEAD + 5], task[HEAD + 6],
+        task[HEAD + 7], task[HEAD + 8],
     )  # fmt: skip
-    groups, units = inputs // GROUP, outputs // UNIT
+    groups, facts = inputs // GROUP, numbers + 2 * rows * inputs
     first, last = share_of(rows, task, thread)
     whole(
         x + 2 * first * inputs, (last - first) * groups, numbers + 2 * first * inputs,
@@ -183,7 +187,7 @@ def _share(task, thread):
     )  # fmt: skip
     meet(task)
     weight_bytes, scale_bytes = inputs * UNIT * bits // 8, groups * UNIT * (4 if bits == 4 else 2)
-    unit, end = units * thread // threads, units * (thread + 1) // threads
+    unit, end = share_of(outputs // UNIT, task, thread)
     while unit < end:
         w, s = packed + unit * weight_bytes, scales + unit * scale_bytes
         row = 0

@@ -12,7 +12,7 @@ from numba import carray, cfunc, njit, types
 from torch import Tensor
 
 from .native import OPTIONS, exponential, pointer, wide
-from .native_team import HEAD, run_in_team, team, thread_of
+from .native_team import HEAD, run_in_team, share_of, team, thread_of
 
 BLOCK = 1024  # numbers whose largest is looked for at once
 INFINITE = 0x7F80  # bfloat16's bits of infinity; above it is no number
@@ -94,10 +94,11 @@ def _largest(logits_at, picked_at, best_at, count, vocab, threads, team_at, shar
 
 @njit(**OPTIONS)
 def _largest_of(task, thread):
-    threads, count, vocab = task[0], task[HEAD + 3], task[HEAD + 4]
+    count, vocab = task[HEAD + 3], task[HEAD + 4]
     picked = carray(pointer(task[HEAD + 1]), (count,), np.int64)
     best = carray(pointer(task[HEAD + 2]), (count,), np.float32)
-    for place in range(count * thread // threads, count * (thread + 1) // threads):
+    first, end = share_of(count, task, thread)
+    for place in range(first, end):
         numbers = carray(pointer(task[HEAD] + 2 * place * vocab), (vocab,), np.uint16)
         picked[place], good = _argmax(numbers)
         best[place] = wide(numbers[picked[place]]) if good else np.float32(np.nan)
@@ -144,12 +145,13 @@ def native_children(logits_at, tau_at, ids_at, logp_at, count, beams, vocab, ran
 
 @njit(**OPTIONS)
 def _children(task, thread):
-    threads, logits_at = task[0], task[HEAD]
+    logits_at = task[HEAD]
     count, beams, vocab, ranks = task[HEAD + 4], task[HEAD + 5], task[HEAD + 6], task[HEAD + 7]
     taus = carray(pointer(task[HEAD + 1]), (beams,), np.float32)
     ids = carray(pointer(task[HEAD + 2]), (count, ranks), np.int64)
     logp = carray(pointer(task[HEAD + 3]), (count, ranks), np.float32)
-    for place in range(count * thread // threads, count * (thread + 1) // threads):
+    first, last = share_of(count, task, thread)
+    for place in range(first, last):
         numbers = carray(pointer(logits_at + 2 * place * vocab), (vocab,), np.uint16)
         best, where = logp[place], ids[place]
         best[:] = np.float32(-np.inf)

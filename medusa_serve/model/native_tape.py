@@ -22,13 +22,11 @@ from . import native_ops
 from .attention import View
 from .canonical import TASK as ATTENTION_TASK
 from .canonical import TILE, attention_share, fill_attention, fill_turn
-from .int4 import GROUP
 from .native import OPTIONS, copy_halves, half, pointer, wide
 from .native_ops import native_rms_norm, native_silu_times
 from .native_products import TASK as PRODUCT_TASK
-from .native_products import NativeInt4Linear, fill_product, product_share
+from .native_products import NativeInt4Linear, fill_product, product_room, product_share
 from .native_team import HEAD, call, meet, run_in_team, share_of, team, thread_of
-from .native_whole import FACTS as INPUT_FACTS
 
 NORM, PRODUCT, ADD, SILU_TIMES, ATTEND = range(5)
 FIELDS = 14  # of an operation
@@ -193,7 +191,7 @@ class Tape:
 def _room(op: list[int]) -> int:
     """Numbers of 16 bits for a row of M: a product's inputs as whole numbers, or turned queries and keys."""
     if op[0] == PRODUCT:
-        return op[8] + 2 * INPUT_FACTS * (op[8] // GROUP)
+        return product_room(op[8])
     return (op[12] + op[13]) * op[9] if op[0] == ATTEND else 0
 
 
@@ -316,8 +314,8 @@ def _share(task, thread):
         a_row, b_row, c_row = buffers[op[1], 1], buffers[op[3], 1], buffers[op[5], 1]
         if kind == PRODUCT:
             fill_product(
-                product, a, weights[layer, i, 0], weights[layer, i, 1], out, rows, width, buffers[op[7], 1], op[9],
-                room, room + 2 * rows * width,
+                product, a, weights[layer, i, 0], weights[layer, i, 1], out, rows, width, buffers[op[7], 1],
+                op[9], room,
             )  # fmt: skip
             call(product_share, product.ctypes.data)
             meet(task)
