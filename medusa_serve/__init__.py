@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "launch": ".notebook.launch",
-    "allow_nested_loop": ".notebook.loops",
+    "allow_nested_loop": ".notebook.nested_loop",
     "LLM": ".llm",
     "SamplingParams": ".types",
     "Completion": ".types",

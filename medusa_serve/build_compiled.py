@@ -14,9 +14,9 @@ def main() -> None:
     from .llm import _drafter
     from .model.build import hidden_inputs
     from .model.compiled import build_draft, build_pass
-    from .model.forward import PlugInError, TreeForward
-    from .model.loader import load_model
-    from .model.plan import plan_shapes
+    from .model.forward.tree_forward import PlugInError, TreeForward
+    from .model.loading.load import load_model
+    from .model.shapes import plan_shapes
 
     order = json.load(sys.stdin)
     config = EngineConfig(**order["config"])

@@ -13,25 +13,12 @@ import sys
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from . import __version__, heads_commands
-from .bench import (
-    acceptance,
-    decode,
-    drafting,
-    families,
-    load,
-    peers,
-    plot,
-    quant,
-    replicas,
-    same_text,
-    serve,
-    speed_table,
-    step,
-)
+from . import __version__
+from .bench import acceptance, decode, peers, plot, speed_table, step
+from .commands import heads as heads_commands
+from .commands import serve as serve_command
 from .config import DEFAULT_MODEL, DTYPES, EngineConfig
 from .errors import InvalidConfig, InvalidRequest, MedusaServeError
-from .server import serve_command
 from .server.config import ReplicasConfig
 from .types import Completion, SamplingParams
 
@@ -129,15 +116,8 @@ def _add_bench(commands: Any) -> None:
     engine.set_defaults(run=_bench, parser=engine)
     for module, name, text in (
         (acceptance, "acceptance", "tokens per step by category of prompt and size of tree"),
-        (drafting, "drafting", "what drafting costs, as a share of a plain step"),
         (peers, "peers", "tokens per second beside transformers and llama.cpp, in one run"),
-        (families, "families", "which families of models run with trees, on tiny random ones"),
-        (quant, "quant", "half precision and NF4 on a GPU: the planned memory, a step's time by nodes"),
-        (replicas, "replicas", "several copies of the model behind one address, and what happens when one dies"),
-        (load, "load", "a server under more load than it can take, and what must hold then"),
-        (serve, "serve", "an HTTP server under load: first token, time per token, percentiles"),
         (decode, "decode", "tokens per second by number of sequences, with and without speculation"),
-        (same_text, "same-text", "how often a greedy answer parts from plain decoding, and at which ties"),
         (step, "step", "a decode step by rows and nodes, beside the time that reading the weights takes"),
     ):
         _add_model_options(parser := add(name, text))
@@ -330,7 +310,7 @@ def _plan(options: argparse.Namespace) -> int:
         config = _engine_config(options)
     except InvalidConfig as error:
         _refuse(options, error)
-    from .model.memory import plan_of
+    from .model.loading.gpu_memory import plan_of
 
     plan = plan_of(config, options.memory)
     print(json.dumps(plan.to_dict()) if options.json else "\n".join(plan.lines()))
@@ -348,7 +328,7 @@ def _serve(options: argparse.Namespace) -> int:
     except InvalidConfig as error:
         _refuse(options, error)
     if options.replicas > 1:
-        from .server.replicas import serve_replicas
+        from .cluster.command import serve_replicas
 
         serve_replicas(engine, server, options.replicas, as_json=options.json, key_is_ours=key_is_ours)
         return 0
@@ -379,7 +359,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from .bench.engine import BenchConfig, bench_engine, table
+    from tests.campaigns.engine import BenchConfig, bench_engine, table
 
     try:
         config, bench = _engine_config(options), BenchConfig(tokens=options.tokens, rounds=options.rounds)

@@ -169,7 +169,7 @@ class LLM:
 
 def _loaded(config: EngineConfig, load: Callable[[EngineConfig], Any] | None = None) -> tuple[Any, Any, str, list[str]]:
     """(loaded, built, the heads' name, notes on them)"""
-    from .model.loader import load_model, memory_as_load_error
+    from .model.loading.load import load_model, memory_as_load_error
 
     loaded = (load or load_model)(config)
     with memory_as_load_error(config.model):
@@ -211,7 +211,7 @@ def _elsewhere(work: Callable[[], Result]) -> Result:
     threads are more than the cores, they sleep after every product instead of waiting for the next one, and the
     engine's steps take twice as long (measured on two cores). So does the calling thread give up its own."""
     if "torch" in sys.modules:
-        from .model.workers import give_up_workers
+        from .model.cpu.workers import give_up_workers
 
         give_up_workers()
     done: list[Result] = []
@@ -279,9 +279,9 @@ def _drafter(config: EngineConfig, loaded: Any) -> tuple[Any, str, list[str]]:
     """The heads in use: (drafter, name, notes). Raises LoadError."""
     if config.heads == "none" or config.tree == "off":
         return None, "none", [f"no heads ({'as asked' if config.heads == 'none' else 'the tree is off'})"]
-    from .model.beam import drafter_of
-    from .model.checkpoints import load_heads, own_heads
-    from .model.hub import heads_at, heads_of
+    from .model.drafting.drafters import drafter_of
+    from .model.drafting.files import load_heads, own_heads
+    from .model.loading.hub import heads_at, heads_of
 
     path: Path | None
     whose, preset = config.heads, PRESETS.get(config.model)
@@ -294,8 +294,8 @@ def _drafter(config: EngineConfig, loaded: Any) -> tuple[Any, str, list[str]]:
         path = heads_at(config.heads)
     if path is None:
         return None, "none", ["no heads (none ship for this model)"]
-    from .model.default_model import cache_folder
-    from .model.draft_cost import as_served
+    from .model.drafting.draft_formats import as_served
+    from .model.loading.default_model import cache_folder
 
     model = loaded.model
     hidden, vocab = model.config.get_text_config().hidden_size, model.get_input_embeddings().num_embeddings

@@ -12,8 +12,8 @@ import torch
 from medusa_serve.config import EngineConfig
 from medusa_serve.engine.batch_manager import BatchManager
 from medusa_serve.model.build import build_runner
-from medusa_serve.model.draft import StaticDrafter
-from medusa_serve.model.tree import most_probable
+from medusa_serve.model.drafting.draft import StaticDrafter
+from medusa_serve.model.drafting.tree import most_probable
 from medusa_serve.types import Completion, SamplingParams
 from tests.fakes import Collector, FakeCodec
 

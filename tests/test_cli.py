@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from medusa_serve import cli
+from medusa_serve.commands import serve as serve_command
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import LoadError
-from medusa_serve.server import serve_command
 from medusa_serve.types import Completion, Delta
 from tests.inprocess import main_while, stop
 from tests.tiny import save_tiny_folder
@@ -241,8 +241,8 @@ def test_heads_of_another_base_are_refused(
 ) -> None:
     import torch
 
-    from medusa_serve.model.checkpoints import save_heads
-    from medusa_serve.model.heads import HeadsInfo, MedusaHeads
+    from medusa_serve.model.drafting.files import save_heads
+    from medusa_serve.model.drafting.heads import HeadsInfo, MedusaHeads
 
     hidden, rows, ids = 32, 267, None
     if kind == "hidden size":

@@ -9,8 +9,8 @@ import torch
 
 from medusa_serve.config import EngineConfig
 from medusa_serve.engine import scheduler
-from medusa_serve.model.beam import SequentialDrafter
-from medusa_serve.model.heads import SequentialHeads
+from medusa_serve.model.drafting.drafters import SequentialDrafter
+from medusa_serve.model.drafting.heads import SequentialHeads
 from medusa_serve.types import SamplingParams
 from tests.oracles import NUM_HEADS, Oracle, engine, run
 from tests.tiny import VOCAB, greedy, tiny_model, tiny_prompts

@@ -5,16 +5,16 @@ import torch
 
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import EngineRestarting, GenerationFailed
-from medusa_serve.model import accept as accept_module
-from medusa_serve.model import attention as attention_module
-from medusa_serve.model import forward as forward_module
-from medusa_serve.model import native_tables
 from medusa_serve.model import runner as runner_module
 from medusa_serve.model import selftest as selftest_module
-from medusa_serve.model import tree as tree_module
 from medusa_serve.model.build import build_runner
-from medusa_serve.model.cache import SlotCache
-from medusa_serve.model.forward import PlugInError
+from medusa_serve.model.cpu import step as native_tables
+from medusa_serve.model.drafting import tree as tree_module
+from medusa_serve.model.forward import attention as attention_module
+from medusa_serve.model.forward import tree_forward as forward_module
+from medusa_serve.model.forward.slab import SlotCache
+from medusa_serve.model.forward.tree_forward import PlugInError
+from medusa_serve.model.sampling import accept as accept_module
 from medusa_serve.model.selftest import check, references
 from medusa_serve.types import SamplingParams
 from tests.fakes import Collector

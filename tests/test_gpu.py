@@ -11,9 +11,10 @@ import torch
 
 from medusa_serve.config import EngineConfig
 from medusa_serve.engine.scheduler import Scheduler
-from medusa_serve.model import attention, splitk
-from medusa_serve.model.beam import SequentialDrafter
-from medusa_serve.model.heads import SequentialHeads
+from medusa_serve.model.drafting.drafters import SequentialDrafter
+from medusa_serve.model.drafting.heads import SequentialHeads
+from medusa_serve.model.forward import attention
+from medusa_serve.model.gpu import attention as splitk
 from medusa_serve.types import SamplingParams
 from tests.oracles import engine, run
 from tests.tiny import greedy, tiny_model, tiny_prompts

@@ -13,11 +13,11 @@ import torch
 
 from medusa_serve import LLM, EngineConfig, SamplingParams, ServerConfig
 from medusa_serve.errors import ContextTooLong, GenerationFailed, InvalidConfig, InvalidRequest, LoadError
-from medusa_serve.model import loader
-from medusa_serve.model.beam import ParallelDrafter
-from medusa_serve.model.checkpoints import save_heads
-from medusa_serve.model.draft import MedusaDrafter
-from medusa_serve.model.heads import HeadsInfo, MedusaHeads, SequentialHeads
+from medusa_serve.model.drafting.draft import MedusaDrafter
+from medusa_serve.model.drafting.drafters import ParallelDrafter
+from medusa_serve.model.drafting.files import save_heads
+from medusa_serve.model.drafting.heads import HeadsInfo, MedusaHeads, SequentialHeads
+from medusa_serve.model.loading import load as loader
 from medusa_serve.server.app import create_app
 from tests.tiny import greedy, save_tiny_folder
 

@@ -7,7 +7,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, 
 
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import InvalidRequest
-from medusa_serve.model.noise import gumbel
+from medusa_serve.model.sampling.noise import gumbel
 from medusa_serve.types import SamplingParams
 from tests.model.rows import processors
 from tests.oracles import Oracle, engine, run

@@ -11,17 +11,20 @@ from typing import Any
 
 import pytest
 
-from medusa_serve.engine import flights, isolate
+from medusa_serve.engine import in_flight as flights
+from medusa_serve.engine import row_retry as isolate
 from medusa_serve.engine import sequence as sequence_module
 from medusa_serve.engine.batch_manager import BatchManager
+from medusa_serve.engine.deliveries import Outbox
 from medusa_serve.engine.metrics import Metrics
-from medusa_serve.engine.outbox import Outbox
 from medusa_serve.engine.scheduler import Scheduler
 from medusa_serve.errors import InvalidRequest
-from medusa_serve.server import auth, failures, streaming
-from medusa_serve.server.auth import KeyGuard
+from medusa_serve.server import streaming
 from medusa_serve.server.config import ServerConfig
-from medusa_serve.server.hosts import Hosts
+from medusa_serve.server.guard import error_replies as failures
+from medusa_serve.server.guard import keys as auth
+from medusa_serve.server.guard.hosts import Hosts
+from medusa_serve.server.guard.keys import KeyGuard
 
 from .engine.test_machine import run as run_machine
 from .server.corpus import CHAT, OWN, TEXT, cases
@@ -136,7 +139,7 @@ def numbers_are_not_looked_at(patch: pytest.MonkeyPatch) -> None:
 
 
 def an_unsupported_field_is_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("medusa_serve.server.openai_schemas.refuse", lambda body, neutral: None)
+    patch.setattr("medusa_serve.server.api.openai_schemas.refuse", lambda body, neutral: None)
 
 
 def a_stream_has_no_end(patch: pytest.MonkeyPatch) -> None:

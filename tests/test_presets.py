@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from medusa_serve import presets
 from medusa_serve.errors import LoadError
 from medusa_serve.llm import LLM
-from medusa_serve.model import hub
+from medusa_serve.model.loading import hub
 from medusa_serve.presets import PRESETS, VICUNA, Preset
 from medusa_serve.types import SamplingParams
 from tests.fake_hub import fake_hub
@@ -109,7 +109,7 @@ def test_heads_for_another_base_are_refused(base: Path, tmp_path: Path, monkeypa
     with pytest.raises(LoadError, match="hidden size"):
         LLM(str(other), heads=str(heads), **OPTIONS)
     # as large, but by their own word another model's: both are names of the hub
-    from medusa_serve.model.checkpoints import load_heads
+    from medusa_serve.model.drafting.files import load_heads
 
     sizes: Any = {"hidden_size": HIDDEN, "vocab_size": vocab_of(base), "dtype": torch.float32}
     with pytest.raises(LoadError, match=r"are for lmsys/vicuna-7b-v1\.3, and the model is mistralai/Mistral-7B"):
@@ -191,7 +191,7 @@ def test_vicunas_template_is_fastchats() -> None:
 @pytest.mark.network
 @pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.heads and not preset.joint])
 def test_published_heads_are_as_the_preset_says(name: str) -> None:
-    from medusa_serve.model.checkpoints import inspect_heads
+    from medusa_serve.model.drafting.files import inspect_heads
 
     preset = PRESETS[name]
     info = inspect_heads(hub.heads_of(preset))

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from medusa_serve import LLM, EngineConfig, SamplingParams
-from medusa_serve.bench.engine import BenchConfig, _served, bench_engine, read_prompts, table
-from medusa_serve.model.loader import load_model
-from medusa_serve.model.noise import gumbel
+from medusa_serve.bench.questions import read_prompts
+from medusa_serve.model.loading.load import load_model
+from medusa_serve.model.sampling.noise import gumbel
+from tests.campaigns.engine import BenchConfig, _served, bench_engine, table
 from tests.tiny import greedy
 
 pytestmark = pytest.mark.slow

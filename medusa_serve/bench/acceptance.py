@@ -90,7 +90,7 @@ def bench_acceptance(engine: EngineConfig, config: AcceptanceConfig) -> dict[str
     Raises LoadError: no heads, a file of other options in the way, a tree that the heads cannot fill.
     """
     from ..training.prompts import read_prompts, split
-    from .engine import machine
+    from .facts import machine
 
     heads = heads_path(engine)
     prompts = split(read_prompts(config.prompts), config.per_category)[1]
@@ -128,7 +128,7 @@ def _measure(
     """Add one tree's rows. The model is loaded again for each tree: seconds, against minutes of decoding."""
     from ..llm import LLM
     from ..training.pipeline import ProgressLine
-    from .engine import machine, rested
+    from .facts import machine, rested
 
     nodes = int(engine.tree)
     with rested(LLM(engine)) as llm:
@@ -233,7 +233,7 @@ def heads_digest(heads: Path) -> str:
 
     Without the provenance: what is told of the heads changes no draft.
     """
-    from ..model.checkpoint_files import read_tensors
+    from ..model.drafting.tensors import read_tensors
 
     found = read_tensors(heads, wanted=lambda name: False)
     config = {name: value for name, value in found.config.items() if name != "provenance"}

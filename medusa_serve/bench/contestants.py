@@ -20,7 +20,7 @@ from ..config import DEFAULT_MODEL, EngineConfig
 from ..types import Completion, Delta, SamplingParams
 
 if TYPE_CHECKING:
-    from ..model.loader import LoadedModel
+    from ..model.loading.load import LoadedModel
 
 Prompts = Sequence[Sequence[int]]
 LOOKUP_TOKENS = 10  # that prompt lookup proposes at once, as where it was first published
@@ -86,7 +86,7 @@ class Ours:
 
     def __init__(self, match: Match, config: EngineConfig) -> None:
         from ..llm import LLM
-        from .engine import rested
+        from .facts import rested
 
         self._llm = rested(LLM(replace(config, slots=config.slots or match.together)))
         told = self._llm.describe()
@@ -125,7 +125,7 @@ def plain(match: Match) -> Ours:
 
 def without_end(engine: EngineConfig, dtype: str) -> LoadedModel:
     """A model of its own (ours changes the modules it runs on) that knows no end of text."""
-    from ..model.loader import load_model
+    from ..model.loading.load import load_model
 
     loaded = load_model(replace(engine, dtype=dtype, quantize="none"), progress=False)
     loaded.model.generation_config.eos_token_id = None
@@ -254,7 +254,7 @@ class LlamaCpp:
 
 def gguf_of(model: str) -> Path:
     """The GGUF file behind a model in the cache. Raises LeftOut."""
-    from ..model.default_model import SMOLLM2, cache_folder
+    from ..model.loading.default_model import SMOLLM2, cache_folder
 
     if model != DEFAULT_MODEL:
         raise LeftOut("only the default model was made from a GGUF file")

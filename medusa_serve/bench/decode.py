@@ -150,8 +150,8 @@ class Engines(ExitStack):
         self._open: dict[str, LLM] = {}
 
     def get(self, tree: str) -> LLM:
-        from ..engine.collector import loaded_is_kept
         from ..llm import LLM
+        from ..server.gc_freeze import loaded_is_kept
 
         if tree not in self._open:
             if self._one_at_a_time:
@@ -163,7 +163,7 @@ class Engines(ExitStack):
 
     def rest(self) -> None:
         """Wait until all engines have done ahead what they can."""
-        from .engine import rested
+        from .facts import rested
 
         for llm in self._open.values():
             rested(llm)
@@ -193,7 +193,7 @@ def turns(config: DecodeConfig) -> Iterator[Turn]:
 def asked_prompts(llm: LLM, source: str | None, tokens: int) -> list[Question]:
     """As the server would send them, in an order in which categories mix; without those that do not fit."""
     from ..training import prompts as files
-    from .engine import read_prompts
+    from .questions import read_prompts
 
     if source is None:
         return _questions(llm, [files.Prompt(text) for text in read_prompts().questions], tokens)

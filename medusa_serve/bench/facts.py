@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import itertools
 import os
+import platform
 import re
 import shlex
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import __version__
-from .engine import machine
+
+if TYPE_CHECKING:
+    from ..llm import LLM
 
 
 def facts() -> dict[str, str | None]:
     """machine(), the processor, and the versions of what is compared; None for what is not installed."""
-    from ..model.measured import cpu_name
+    from ..model.weights.machine_cache import cpu_name
 
     try:
         llama = metadata.version("llama-cpp-python")
@@ -60,3 +64,28 @@ class Others:
         user, nice, system = map(int, first.split()[1:4])
         busy = (user + nice + system) / os.sysconf("SC_CLK_TCK")
         return busy, time.process_time(), time.perf_counter()
+
+
+REST_S = 600.0  # a machine that has compiled nothing before takes minutes
+
+
+def machine() -> dict[str, str]:
+    """What a figure must carry."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    versions = {name: metadata.version(name) for name in ("torch", "transformers")}
+    return {
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        **versions,
+    }
+
+
+def rested(llm: LLM) -> LLM:
+    """The same, once it has done what it leaves for when it idles: what is measured is how it serves from then on, and
+    nothing is compiled or captured beside it."""
+    llm.manager.wait_until_rested(REST_S)
+    return llm

@@ -58,7 +58,7 @@ def read_bytes(model: Any) -> int:
 
 
 def _tensors(module: Any) -> Iterator[torch.Tensor]:
-    from ..model.nf4 import scales_of
+    from ..model.weights.nf4 import scales_of
 
     for parameter in module.parameters():
         yield parameter

@@ -76,10 +76,10 @@ class Entry:
 
 def bench_peers(engine: EngineConfig, config: PeersConfig) -> dict[str, Any]:
     """The contest, with what it was run on. Raises LoadError: the model cannot be had, or nobody could run."""
-    from ..model.loader import load_model
+    from ..model.loading.load import load_model
     from ..training.distill import encode
-    from .engine import read_prompts
     from .facts import Others, command, facts
+    from .questions import read_prompts
 
     codec = load_model(replace(engine, quantize="none")).codec
     batches = batches_of([encode(codec, text) for text in read_prompts().questions], config)
@@ -137,7 +137,7 @@ def contest(entries: Sequence[Entry], batches: Sequence[Prompts], config: PeersC
 
 
 def _round(entries: Sequence[Entry], batches: Sequence[Prompts], tokens: int, *, counts: bool) -> None:
-    from ..model.workers import give_up_workers
+    from ..model.cpu.workers import give_up_workers
 
     seconds = {entry.name: 0.0 for entry in entries}
     for number, batch in enumerate(batches):

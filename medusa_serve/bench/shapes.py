@@ -38,10 +38,10 @@ def random_model(shape: str, engine: EngineConfig) -> Any:
     LoadError."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from ..model.capture import TURN
-    from ..model.loader import LoadedModel, _choose_device, _choose_numbers, _shrink
-    from ..model.nf4 import quantize_nf4
-    from ..model.split import spread
+    from ..model.forward.split import spread
+    from ..model.gpu.capture import TURN
+    from ..model.loading.load import LoadedModel, _choose_device, _choose_numbers, _shrink
+    from ..model.weights.nf4 import quantize_nf4
 
     notes: list[str] = []
     nobody: Any = None
@@ -96,10 +96,10 @@ def random_llm(engine: EngineConfig, shape: str) -> LLM:
 
 def random_drafter(model: Any) -> Any:
     """Sequential heads of the usual proportions, attached to the model, in the dtype that the engine would take."""
-    from ..model.beam import SequentialDrafter
-    from ..model.default_model import cache_folder
-    from ..model.draft_cost import make_fast
-    from ..model.heads import SequentialHeads
+    from ..model.drafting.draft_formats import make_fast
+    from ..model.drafting.drafters import SequentialDrafter
+    from ..model.drafting.heads import SequentialHeads
+    from ..model.loading.default_model import cache_folder
 
     hidden = model.config.hidden_size
     with _seeded(model.device):
@@ -124,8 +124,8 @@ def fixed_drafter() -> Any:
     """Drafts the same tokens in a tree of the same form at every step: trees of N nodes without heads."""
     import torch
 
-    from ..model.draft import StaticDrafter
-    from ..model.tree import most_probable
+    from ..model.drafting.draft import StaticDrafter
+    from ..model.drafting.tree import most_probable
 
     class FixedDrafter(StaticDrafter):
         def candidates(self, slots: Any, hidden: Any, pending: Any, length: Any, sampling: Any) -> Any:

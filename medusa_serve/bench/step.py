@@ -28,7 +28,7 @@ from .plot import step_table
 from .shapes import SHAPES, fixed_drafter, random_drafter, random_model
 
 if TYPE_CHECKING:
-    from ..model.loader import LoadedModel
+    from ..model.loading.load import LoadedModel
     from ..model.runner import ModelRunner
 
 Row = dict[str, Any]
@@ -90,7 +90,7 @@ class Block(NamedTuple):
 def bench_step(engine: EngineConfig, config: StepConfig) -> dict[str, Any]:
     """All cells with the floor. Raises LoadError: what cannot be loaded or does not fit, trees that cannot be
     filled."""
-    from ..model import splitk
+    from ..model.gpu import attention as splitk
 
     if config.attention == "auto":
         return _bench(engine, config)
@@ -158,7 +158,7 @@ def _plan(engine: EngineConfig, config: StepConfig, nodes: int, drafter: Any) ->
 def _loaded(engine: EngineConfig, config: StepConfig) -> tuple[LoadedModel, Any, str]:
     """(model, drafter, what the heads are called)."""
     from ..llm import _drafter
-    from ..model.loader import load_model
+    from ..model.loading.load import load_model
 
     if config.random is None:
         loaded = load_model(engine)
@@ -187,8 +187,8 @@ def measure(runner: ModelRunner, nodes: int, config: StepConfig) -> list[Block]:
 
 def plain_runner(runner: ModelRunner) -> ModelRunner:
     """A runner without heads over the same model and cache; they take turns in the same slots."""
-    from ..model.plan import Shape
     from ..model.runner import ModelRunner
+    from ..model.shapes import Shape
     from ..model.tables import SlotTables
 
     slots, columns = runner.tables.history.shape

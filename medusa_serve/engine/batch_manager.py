@@ -24,16 +24,16 @@ from ..errors import (
     ShuttingDown,
 )
 from ..types import Delta, EngineStatus, Runner, SamplingParams, Sink, StepOutput, TextCodec
-from .flights import Flights
-from .isolate import RowFailed
+from .deliveries import Outbox, tell_all
+from .detokenizer import Detokenizer, Silent
+from .in_flight import Flights
 from .metrics import Metrics, Outcome
-from .outbox import Outbox, tell_all
 from .pulse import Pulse, refuse_unless_ok
 from .quiet_log import QuietLogger
 from .restarts import Restarts
+from .row_retry import RowFailed
 from .scheduler import Scheduler
 from .sequence import Sequence, Took, token_limit
-from .text import Detokenizer, Silent
 
 log = QuietLogger(__name__)
 

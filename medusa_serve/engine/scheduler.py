@@ -9,7 +9,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from ..types import PrefillChunk, Runner, StepOutput
-from .budget import NodeBudget
+from .node_budget import NodeBudget
 from .sequence import Sequence, State
 
 MIN_REUSE = 16  # a shorter common prefix is not worth a slot's history

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from ..errors import ContextTooLong, GenerationFailed, InvalidRequest
 from ..types import Completion, Delta, FinishReason, SamplingParams, Sink, StepOutput, TokenLogprob
+from .detokenizer import Detokenizer, Silent
 from .metrics import Outcome
-from .text import Detokenizer, Silent
 
 DEFAULT_MAX_TOKENS = 256
 

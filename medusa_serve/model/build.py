@@ -14,24 +14,24 @@ import torch
 
 from ..config import EngineConfig
 from ..errors import LoadError
-from .attention import has_numba
-from .beam import SequentialDrafter
-from .capture import give_back
 from .compiled import compile_passes
-from .default_model import cache_folder
-from .draft import Drafter
+from .drafting.draft import Drafter
+from .drafting.drafters import SequentialDrafter
 from .exact import make_exact
-from .forward import PlainForward, PlugInError, TreeForward, kv_shapes, uses_alibi
-from .fuse import SOON, Fusing, fuses
-from .int4 import Int4Linear, int4_kind_of
-from .masked import MaskedForward
-from .memory import LEAST_CONTEXT, SLACK
-from .plan import expected_tokens, plan_context, plan_shapes, plan_slots
+from .forward.attention import has_numba
+from .forward.masked_forward import MaskedForward
+from .forward.split import layer_devices
+from .forward.tree_forward import PlainForward, PlugInError, TreeForward, kv_shapes, uses_alibi
+from .gpu.background import SOON, Fusing, fuses
+from .gpu.capture import give_back
+from .loading.default_model import cache_folder
+from .loading.gpu_memory import LEAST_CONTEXT, SLACK
 from .runner import ModelRunner
 from .selftest import check, references
-from .split import layer_devices
-from .step_times import time_steps, worth_timing
+from .shapes import expected_tokens, plan_context, plan_shapes, plan_slots
 from .tables import SlotTables
+from .timing import time_steps, worth_timing
+from .weights.int4 import Int4Linear, int4_kind_of
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _plug_in(
             notes.append(f"the tree is a mask for this model's own attention, because {first}; no step is captured")
         packed = partial(check, forward, prompts, wanted, slots, packed=True)
         if _may_trace(forward, config):
-            from .native_layers import native_layers
+            from .cpu.layers import native_layers
 
             with torch.inference_mode():
                 notes.append(native_layers(forward, packed))

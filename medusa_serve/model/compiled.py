@@ -25,19 +25,22 @@ import torch
 from torch import Tensor
 
 from ..config import EngineConfig
-from .attention import View, chain_view, tree_view
-from .filters import Sampling
-from .forward import PlugInError, TreeForward
-from .int4 import GROUP
-from .measured import cpu_name
-from .plan import Shape, heads_fill
+from .drafting.tree import HeadNodes, Tree
+from .forward.attention import View, chain_view, tree_view
+from .forward.tree_forward import PlugInError, TreeForward
+from .sampling.filters import Sampling
 from .selftest import TREE
-from .tree import HeadNodes, Tree
+from .shapes import Shape, heads_fill
+from .weights.int4 import GROUP
+from .weights.machine_cache import cpu_name
 
 MOST_NODES = 8  # of a tree whose pass is compiled: past it, products are most of the time
 BUILD_S = 900  # for all sizes together
 # whose code is in packages
-SOURCES = ("attention", "beam", "cache", "compiled", "draft", "forward", "heads", "int4", "int8", "output_layer")
+SOURCES = (
+    "forward/attention", "drafting/drafters", "forward/slab", "compiled", "drafting/draft", "forward/tree_forward",
+    "drafting/heads", "weights/int4", "weights/int8", "drafting/output_layer",
+)  # fmt: skip
 HISTORY = 40  # tokens before the trees of the check
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of the logits' norm
 SAME_DRAFTS = 0.8  # of the check's drafted nodes: rounding may swap near-ties

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import LoadError
-from .attention import chain_view, has_numba, tree_view
-from .forward import TreeForward
-from .tree import Tree
+from .drafting.tree import Tree
+from .forward.attention import chain_view, has_numba, tree_view
+from .forward.tree_forward import TreeForward
 
 SMALL = 4096  # multiplications up to which torch takes another kernel for a product
 PROMPT, TOKENS = 21, 4  # of the test's sequence: a prompt, and tokens decoded behind it

@@ -13,24 +13,24 @@ import torch
 
 from ..config import MAX_NODES
 from ..types import PrefillChunk, SamplingParams, StepOutput
-from .accept import Limits, Walk, accept, ended, pick_all
-from .attention import View, chain_view, has_numba, tree_view
-from .capture import TURN, CaptureFailed, give_back, settle
-from .draft import Drafter
-from .filters import Sampling
-from .forward import PlainForward, TreeForward
-from .graphs import StepGraphs
-from .logprobs import NUM_TOLD, read_logprobs
-from .lookup import lookup
-from .packed import BLOCK, FEW, Packed, Run, block_view, pack, rows_for
-from .plan import Shape, heads_fill, held_by
+from .cpu.workers import give_up_workers
+from .drafting.draft import Drafter
+from .drafting.lookup import lookup
+from .drafting.tree import assemble
+from .forward.attention import View, chain_view, has_numba, tree_view
+from .forward.prefill_blocks import BLOCK, FEW, Packed, Run, block_view, pack, rows_for
+from .forward.tree_forward import PlainForward, TreeForward
+from .gpu.capture import TURN, CaptureFailed, give_back, settle
+from .gpu.graphs import StepGraphs
+from .sampling.accept import Limits, Walk, accept, ended, pick_all
+from .sampling.filters import Sampling
+from .sampling.logprobs import NUM_TOLD, read_logprobs
+from .shapes import Shape, heads_fill, held_by
 from .tables import FACTS, PLAIN, Admission, Needs, SlotTables
 from .transfer import Started, to_device
-from .tree import assemble
-from .workers import give_up_workers
 
 if TYPE_CHECKING:
-    from .step_times import StepTimer
+    from .timing import StepTimer
 
 log = logging.getLogger(__name__)
 ROW_BUDGET = {"cpu": 16, "cuda": 256}  # rows × nodes of one pass, until step times are measured
@@ -42,11 +42,11 @@ PREFILL_ROWS = {"cpu": 1, "cuda": 64}  # prompts of one prefill pass; a CPU is b
 def _step_kernels(fused: bool, device: torch.device, forward: Any) -> Any:
     """What stands around a step's pass, a module; None: torch's operations."""
     if fused:
-        from . import fused_step
+        from .gpu import step as fused_step
 
         return fused_step
     if device.type == "cpu" and has_numba() and forward.supports_trees:
-        from . import native_tables
+        from .cpu import step as native_tables
 
         return native_tables
     return None

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from .attention import chain_view, tree_view
-from .forward import PlugInError, TreeForward
-from .tree import Tree
+from .drafting.tree import Tree
+from .forward.attention import chain_view, tree_view
+from .forward.tree_forward import PlugInError, TreeForward
 
 # Relative error ‖got - want‖ / ‖want‖ of one node's logits. A wrong mask bit or position gives errors near 1; models
 # that compute their softmax in float32 whatever their dtype are 1e-7 off.

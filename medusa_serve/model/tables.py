@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 
 from ..types import MAX_BIASES, SamplingParams
-from .accept import Limits, Walk
-from .filters import Sampling
-from .penalties import Penalties
+from .drafting.tree import HeadNodes
+from .sampling.accept import Limits, Walk
+from .sampling.filters import Sampling
+from .sampling.penalties import Penalties
 from .transfer import to_device
-from .tree import HeadNodes
 
 FACTS = 5  # of a row of a pass, before its tokens and their nodes: as of runner.step
 

@@ -14,10 +14,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import InvalidConfig, MedusaServeError
+from ..server.background_load import BackgroundLoad, ServedLLM
 from ..server.config import ServerConfig
-from ..server.loading import BackgroundLoad, ServedLLM
-from ..server.serve import Server as WebServer
-from ..server.serve import bind, url_of
+from ..server.listen import Server as WebServer
+from ..server.listen import bind, url_of
 
 THREAD = "medusa-server"
 LOADERS = "medusa-load"

@@ -15,14 +15,14 @@ from typing import Any
 from ..config import EngineConfig
 from ..errors import InvalidRequest, LoadError, MedusaServeError, ShuttingDown, TunnelError
 from ..server.config import ServerConfig
-from ..server.serve import CLOSE_S
+from ..server.listen import CLOSE_S
 from ..types import Completion, Delta, SamplingParams
-from . import colab, env, told
+from . import colab, env, summary
 from .background import Background, listen
-from .batching import Batching, one_and_many
-from .compare import Comparison, compare
+from .comparison import Comparison, compare
 from .logs import RingLog
-from .quota import Quota
+from .together import Batching, one_and_many
+from .tunnel.quota import Quota
 
 Prompt = str | Sequence[dict[str, str]]
 STOP_S = CLOSE_S + 12.0  # beyond the drain: the sockets', and a step that hangs
@@ -74,7 +74,7 @@ class Server:
             raise
         self.has_chat_template = llm.codec.has_chat_template
         self.name = llm.model_name
-        print(told.chosen(llm, time.monotonic() - began), flush=True)
+        print(summary.chosen(llm, time.monotonic() - began), flush=True)
 
     # ---- where it is -------------------------------------------------------------------------------------------------
 
@@ -113,7 +113,7 @@ class Server:
 
     def snippets(self) -> str:
         """Lines to copy that get an answer: curl, and the openai client."""
-        return told.snippets(self.public_url or self.url, self.api_key, self.name, self.has_chat_template)
+        return summary.snippets(self.public_url or self.url, self.api_key, self.name, self.has_chat_template)
 
     def __repr__(self) -> str:
         if self._stopped:
@@ -201,7 +201,7 @@ class Server:
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start, tokens per step, and memory."""
-        from ..model.gpu import memory
+        from ..model.loading.gpu_facts import memory
 
         counted = self._llm().manager.metrics.snapshot()
         steps = counted["steps"]
@@ -216,7 +216,7 @@ class Server:
 
     def panel(self) -> Any:
         """The panel: a widget, the same one each time."""
-        from .panel import Panel
+        from .panel.panel import Panel
 
         with self._lock:
             if self._panel is None:
@@ -252,8 +252,8 @@ class Server:
     def open_tunnel(self, *, token: str | None = None, domain: str | None = None) -> str:
         """A public https address of this server, through ngrok, which a second call gives again. Raises TunnelError;
         then no key is asked for that was not before."""
-        from ..model.default_model import cache_folder
-        from .tunnel import open_tunnel
+        from ..model.loading.default_model import cache_folder
+        from .tunnel.tunnel import open_tunnel
 
         with self._lock:
             if self._tunnel is None:
@@ -280,7 +280,7 @@ class Server:
 
     def stop(self) -> None:
         """Tunnel, open requests, socket, engine, memory, in this order. May be called twice."""
-        from ..model.gpu import free_bytes
+        from ..model.loading.gpu_facts import free_bytes
 
         with self._lock:
             if self._stopped:
@@ -288,13 +288,13 @@ class Server:
             before = free_bytes()
             in_time = self._end()
             after = free_bytes()
-        freed = f"; {told.gibibytes(after - before)} of GPU memory are free again" if before and after else ""
+        freed = f"; {summary.gibibytes(after - before)} of GPU memory are free again" if before and after else ""
         late = "" if in_time else " (a step hangs; its thread ends when that does)"
         print(f"stopped {self.name}{freed}{late}")
 
     def _end(self) -> bool:
         """Whether the web server's thread ended in time."""
-        from ..model.gpu import release
+        from ..model.loading.gpu_facts import release
 
         atexit.unregister(self.stop)
         self.close_tunnel()

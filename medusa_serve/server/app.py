@@ -10,26 +10,26 @@ from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 
 from ..errors import MedusaServeError, ModelLoading, Unavailable
-from .access_log import AccessLog
-from .auth import KeyGuard, Keys, secured
-from .body import BodyLimit
+from .api.generate import add_generate
+from .api.info import add_info
+from .api.metrics import CountAnswers, add_metrics
+from .api.openai import add_openai
+from .api.page import add_page
+from .api.schemas import Health, documented
+from .api.tgi import add_tgi
+from .background_load import BackgroundLoad, ServedLLM, loaded
 from .config import ServerConfig
-from .desk import Desk
-from .failures import LastResort, install
-from .generate import add_generate
-from .hosts import HostGuard, Hosts
-from .info import add_info
-from .loading import BackgroundLoad, ServedLLM, loaded
-from .metrics_page import CountAnswers, add_metrics
-from .openai import add_openai
-from .page import add_page
-from .rates import MINUTE, GuestLimits, Window
-from .request_id import RequestId
-from .schemas import Health, documented
+from .guard.access_log import AccessLog
+from .guard.body import BodyLimit
+from .guard.error_replies import LastResort, install
+from .guard.hosts import HostGuard, Hosts
+from .guard.keys import KeyGuard, Keys, secured
+from .guard.rates import MINUTE, GuestLimits, Window
+from .guard.request_id import RequestId
+from .guard.traffic import CountTraffic, Traffic
 from .streaming import Switchboard
-from .tgi import add_tgi
-from .traffic import CountTraffic, Traffic
-from .watch import Heartbeat, Watch
+from .submit import Desk
+from .timeouts import Heartbeat, Watch
 
 
 def create_app(source: ServedLLM | BackgroundLoad, config: ServerConfig) -> FastAPI:

@@ -17,8 +17,8 @@ from starlette.types import Receive, Scope, Send
 
 from ..errors import MedusaServeError, ShuttingDown
 from ..types import Completion, Delta, SamplingParams, Sink
-from .failures import log_crash
-from .watch import Watch
+from .guard.error_replies import log_crash
+from .timeouts import Watch
 
 if TYPE_CHECKING:
     from ..engine.batch_manager import BatchManager

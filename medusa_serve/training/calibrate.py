@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.noise import gumbel
-from ..model.tree import NUM_RANKS, RankPath, most_probable
+from ..model.drafting.tree import NUM_RANKS, RankPath, most_probable
+from ..model.sampling.noise import gumbel
 from .loss import Output
 
 SIZES = (4, 8, 16, 24, 32, 64)  # nodes, the root counts

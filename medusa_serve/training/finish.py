@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.checkpoints import save_heads
-from ..model.heads import Heads, HeadsInfo, SequentialHeads, num_parameters
-from ..model.tree import NUM_RANKS
+from ..model.drafting.files import save_heads
+from ..model.drafting.heads import Heads, HeadsInfo, SequentialHeads, num_parameters
+from ..model.drafting.tree import NUM_RANKS
 from .batches import Batch, in_order, make_batch
 from .calibrate import PAST_END, SAMPLED, Noise, Ranks, conditional_ranks, fit_tau, forecast, top_shares, true_ranks
 from .distill import first_loop

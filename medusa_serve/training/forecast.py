@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..config import EngineConfig
 from ..errors import LoadError
-from ..model.gpu import release
-from ..model.loader import load_to_answer
+from ..model.loading.gpu_facts import release
+from ..model.loading.load import load_to_answer
 from .distill import DistillConfig
 from .pipeline import DISTILL_SHARE, make_answers
 from .prompts import read_prompts, split

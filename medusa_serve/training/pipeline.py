@@ -17,7 +17,7 @@ import torch
 
 from ..config import EngineConfig
 from ..errors import InvalidConfig, LoadError
-from ..model.loader import LoadedModel, device_of, load_model, load_to_answer
+from ..model.loading.load import LoadedModel, device_of, load_model, load_to_answer
 from .distill import DistillConfig, Generate, Made, distill, engine_generate
 from .finish import Measured
 from .prompts import Prompt, read_prompts, split

@@ -19,14 +19,14 @@ import numpy as np
 from ..config import EngineConfig
 from ..engine.batch_manager import BatchManager
 from ..errors import MedusaServeError
-from ..model.beam import drafter_of
 from ..model.build import Built, build_runner
-from ..model.checkpoints import load_heads
-from ..model.default_model import cache_folder
-from ..model.draft import Drafter
-from ..model.draft_cost import as_served
-from ..model.plan import AUTO_NODES
-from ..model.workers import give_up_workers
+from ..model.cpu.workers import give_up_workers
+from ..model.drafting.draft import Drafter
+from ..model.drafting.draft_formats import as_served
+from ..model.drafting.drafters import drafter_of
+from ..model.drafting.files import load_heads
+from ..model.loading.default_model import cache_folder
+from ..model.shapes import AUTO_NODES
 from ..types import Completion, Delta, SamplingParams
 from .calibrate import SAMPLED
 from .distill import Job

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LoadError
-from ..model.forward import HiddenTap
-from ..model.heads import Heads, MedusaHeads, SequentialHeads
+from ..model.drafting.heads import Heads, MedusaHeads, SequentialHeads
+from ..model.forward.tree_forward import HiddenTap
 from .batches import Batch
 from .loss import Output
 from .shards import Answers

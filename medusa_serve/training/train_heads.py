@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from ..errors import LoadError
-from ..model.checkpoints import save_heads
-from ..model.heads import SequentialHeads, num_parameters
+from ..model.drafting.files import save_heads
+from ..model.drafting.heads import SequentialHeads, num_parameters
 from .batches import make_batch, plan_epoch, usable
 from .calibrate import forecast, top_shares
 from .finish import Measured, Subject, choose_held_out, describe, finish, measure
 from .hidden_store import HiddenStore, memory_to_spare
 from .loss import soft_loss
+from .optimizer_step import MAX_SKIPPED, Stepper, schedule
 from .shards import Answers
-from .step import MAX_SKIPPED, Stepper, schedule
 from .teacher import Teacher, draft_vocabulary, head_features, new_heads
 from .train_config import Report, TrainConfig
 

@@ -17,9 +17,9 @@ import pytest
 from medusa_serve import cli
 from medusa_serve.bench import acceptance
 from medusa_serve.bench.acceptance import Answer, heads_digest, rows_of, table
-from medusa_serve.model.heads import MedusaHeads
+from medusa_serve.model.drafting.heads import MedusaHeads
 from medusa_serve.presets import FAMILIES, shipped_heads
-from tests.test_heads_commands import HIDDEN, LONG, SHORT, chain_folder, chain_heads, saved
+from tests.commands.test_heads import HIDDEN, LONG, SHORT, chain_folder, chain_heads, saved
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -17,9 +17,9 @@ from medusa_serve.bench import decode
 from medusa_serve.bench.decode import DecodeConfig, Mode, Sample, Span, Turn, modes, ratios_of, row_of, together, turns
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import GenerationFailed, InvalidConfig, LoadError
-from medusa_serve.model.loader import Codec
+from medusa_serve.model.loading.load import Codec
 from medusa_serve.types import Completion, Delta
-from tests.test_heads_commands import chain_folder, chain_heads, saved
+from tests.commands.test_heads import chain_folder, chain_heads, saved
 from tests.tiny import tiny_tokenizer
 
 TOKENS = 16  # of an answer: the first comes from prefill, 15 from decode steps of 1 or 3

@@ -21,9 +21,9 @@ from medusa_serve.bench.contestants import CONTESTANTS, LeftOut, Match, Ours
 from medusa_serve.bench.peers import Entry, PeersConfig, batches_of, contest, rows_of, table
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import InvalidConfig, LoadError
-from medusa_serve.model import loader
-from medusa_serve.model.default_model import SMOLLM2
-from tests.test_heads_commands import chain_folder, chain_heads, saved
+from medusa_serve.model.loading import load as loader
+from medusa_serve.model.loading.default_model import SMOLLM2
+from tests.commands.test_heads import chain_folder, chain_heads, saved
 from tests.tiny import save_tiny_folder
 
 TOKENS = 13  # 12 after the first: four steps of three

@@ -21,10 +21,10 @@ from medusa_serve.bench.step import Block, StepConfig, plain_runner, rows_of, st
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import InvalidConfig, LoadError
 from medusa_serve.model.build import build_runner
-from medusa_serve.model.int4 import use_few_bits
+from medusa_serve.model.weights.int4 import use_few_bits
 from medusa_serve.types import StepOutput
+from tests.commands.test_heads import chain_folder, chain_heads, saved
 from tests.model.test_exact import on_steps
-from tests.test_heads_commands import chain_folder, chain_heads, saved
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")

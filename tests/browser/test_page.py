@@ -254,7 +254,7 @@ def test_a_stranger_cannot_frame_it(visit: Visit) -> None:
 
 
 def test_through_the_tunnel(visit: Visit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from medusa_serve.notebook.tunnel import open_tunnel
+    from medusa_serve.notebook.tunnel.tunnel import open_tunnel
     from tests.notebook.faked import FAKE
 
     monkeypatch.setenv("MEDUSA_FAKE_NGROK", str(tmp_path))

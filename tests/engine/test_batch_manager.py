@@ -7,10 +7,7 @@ import random
 import pytest
 
 from medusa_serve.engine.batch_manager import BatchManager
-from medusa_serve.errors import (
-    GenerationFailed,
-    InvalidRequest,
-)
+from medusa_serve.errors import GenerationFailed, InvalidRequest
 from tests.engine.turns import CODEC, NAN, POISON, Engine, at_rest, overlaps
 from tests.fakes import BOS, EOS, Collector, ManualClock
 

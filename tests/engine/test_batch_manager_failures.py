@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from medusa_serve.errors import (
-    ContextTooLong,
-    GenerationFailed,
-    InvalidRequest,
-    QueueFull,
-)
+from medusa_serve.errors import ContextTooLong, GenerationFailed, InvalidRequest, QueueFull
 from tests.engine.turns import CODEC, NAN, POISON, Engine, at_rest, overlaps
 from tests.fakes import BOS, FIRST_WORD, FakeCodec
 

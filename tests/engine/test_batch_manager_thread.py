@@ -9,12 +9,7 @@ import pytest
 
 from medusa_serve.engine import pulse
 from medusa_serve.engine.batch_manager import BatchManager
-from medusa_serve.errors import (
-    EngineDead,
-    EngineRestarting,
-    EngineStalled,
-    ShuttingDown,
-)
+from medusa_serve.errors import EngineDead, EngineRestarting, EngineStalled, ShuttingDown
 from tests.engine.turns import CODEC, Engine, at_rest, overlaps, until
 from tests.fakes import ManualClock
 

@@ -13,14 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from medusa_serve.config import EngineConfig
 from medusa_serve.engine.batch_manager import BatchManager
-from medusa_serve.errors import (
-    EngineRestarting,
-    EngineStalled,
-    GenerationFailed,
-    OutOfMemory,
-    QueueFull,
-    ShuttingDown,
-)
+from medusa_serve.errors import EngineRestarting, EngineStalled, GenerationFailed, OutOfMemory, QueueFull, ShuttingDown
 from medusa_serve.types import SamplingParams
 
 from ..fakes import BOS, Collector, FakeCodec, FakeRunner, ManualClock

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from medusa_serve.engine.detokenizer import Detokenizer
 from medusa_serve.engine.scheduler import NOTED, Plan, Scheduler, choose_nodes, common_prefix, cost_of_prefill
 from medusa_serve.engine.sequence import Sequence, State, token_limit
-from medusa_serve.engine.text import Detokenizer
 from medusa_serve.errors import ContextTooLong, InvalidRequest
 from medusa_serve.types import PrefillChunk, SamplingParams, StepOutput
 from tests.fakes import FakeCodec, FakeRunner

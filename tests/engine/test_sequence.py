@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from medusa_serve.engine.detokenizer import Detokenizer
 from medusa_serve.engine.sequence import Sequence, State
-from medusa_serve.engine.text import Detokenizer
 from medusa_serve.errors import GenerationFailed
 from medusa_serve.types import Delta, SamplingParams, StepOutput
 from tests.fakes import EOS, FakeCodec

@@ -135,7 +135,7 @@ def test_the_panel_answers_a_click(start: Start, model: str) -> None:
 
 
 def test_a_kernel_that_ends_leaves_nothing(start: Start, model: str, tmp_path: Path) -> None:
-    from medusa_serve.notebook.tunnel import require_key_at
+    from medusa_serve.notebook.tunnel.tunnel import require_key_at
 
     with start() as kernel:
         url = launched(kernel, model)

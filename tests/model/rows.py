@@ -9,7 +9,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from medusa_serve.model.filters import Sampling
+from medusa_serve.model.sampling.filters import Sampling
 
 SETTINGS = [
     {"temperature": 0.7},

@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 
-from medusa_serve.model.accept import Walk, accept, ended
-from medusa_serve.model.attention import tree_view
-from medusa_serve.model.filters import Sampling
-from medusa_serve.model.lookup import reference_lookup
-from medusa_serve.model.plan import Shape
-from medusa_serve.model.splitk import ancestor_bits
+from medusa_serve.model.drafting.lookup import reference_lookup
+from medusa_serve.model.drafting.tree import HeadNodes, Tree, assemble, most_probable
+from medusa_serve.model.forward.attention import tree_view
+from medusa_serve.model.gpu.attention import ancestor_bits
+from medusa_serve.model.sampling.accept import Walk, accept, ended
+from medusa_serve.model.sampling.filters import Sampling
+from medusa_serve.model.shapes import Shape
 from medusa_serve.model.tables import SlotTables
-from medusa_serve.model.tree import HeadNodes, Tree, assemble, most_probable
 from tests.oracles import DEFAULT_RANKS
 
 SLOTS, COLUMNS, VOCAB = 9, 200, 11

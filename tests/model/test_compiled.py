@@ -13,15 +13,15 @@ from medusa_serve.config import EngineConfig
 from medusa_serve.errors import InvalidConfig
 from medusa_serve.llm import _drafter
 from medusa_serve.model import compiled
-from medusa_serve.model.attention import chain_view, tree_view
 from medusa_serve.model.build import SLACK
 from medusa_serve.model.compiled import _greedy, compile_passes, compiler
-from medusa_serve.model.forward import PlugInError, TreeForward
-from medusa_serve.model.heads import SequentialHeads
-from medusa_serve.model.loader import load_model
-from medusa_serve.model.plan import Shape, heads_fill, plan_shapes
-from medusa_serve.model.tree import Tree
-from tests.test_heads_commands import saved
+from medusa_serve.model.drafting.heads import SequentialHeads
+from medusa_serve.model.drafting.tree import Tree
+from medusa_serve.model.forward.attention import chain_view, tree_view
+from medusa_serve.model.forward.tree_forward import PlugInError, TreeForward
+from medusa_serve.model.loading.load import load_model
+from medusa_serve.model.shapes import Shape, heads_fill, plan_shapes
+from tests.commands.test_heads import saved
 from tests.tiny import HIDDEN, save_tiny_folder
 
 SIZES = (1, 4)

@@ -5,17 +5,18 @@ import random
 import pytest
 import torch
 
-from medusa_serve.bench.families import tiny
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import LoadError
-from medusa_serve.model import attention, exact
-from medusa_serve.model.attention import chain_view, reference_attention, tree_view
+from medusa_serve.model import exact
 from medusa_serve.model.build import build_runner
-from medusa_serve.model.canonical import canonical_attention
-from medusa_serve.model.forward import TreeForward
-from medusa_serve.model.int4 import use_few_bits
-from medusa_serve.model.int8 import quantize_linears
-from medusa_serve.model.tree import Tree
+from medusa_serve.model.cpu.attention import canonical_attention
+from medusa_serve.model.drafting.tree import Tree
+from medusa_serve.model.forward import attention
+from medusa_serve.model.forward.attention import chain_view, reference_attention, tree_view
+from medusa_serve.model.forward.tree_forward import TreeForward
+from medusa_serve.model.weights.int4 import use_few_bits
+from medusa_serve.model.weights.int8 import quantize_linears
+from tests.campaigns.families import tiny
 from tests.tiny import VOCAB, tiny_model
 
 SLOTS, COLUMNS, COUNT = 3, 128, 40

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from medusa_serve import cli
-from tests.model.test_checkpoints import MAP, H, V, info_of, random_medusa
+from tests.model.drafting.test_files import MAP, H, V, info_of, random_medusa
 from tests.tiny import save_tiny_folder
 
 
@@ -78,7 +78,7 @@ def check(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     ids=str,
 )
 def test_every_kind_of_heads_loads_whole(kwargs: dict[str, Any], tmp_path: Path) -> None:
-    from medusa_serve.model.checkpoints import save_heads
+    from medusa_serve.model.drafting.files import save_heads
 
     heads, output = random_medusa(**kwargs), torch.nn.Linear(H, V, bias=False)
     heads.attach(output)
@@ -102,8 +102,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     """Heads as the reference trainer leaves them, tied to a base, become a folder that vLLM takes whole."""
     base = save_tiny_folder(tmp_path / "base")
     vocab = json.loads((base / "config.json").read_text())["vocab_size"]
-    from medusa_serve.model.checkpoints import save_heads
-    from medusa_serve.model.heads import MedusaHeads
+    from medusa_serve.model.drafting.files import save_heads
+    from medusa_serve.model.drafting.heads import MedusaHeads
 
     heads = MedusaHeads(32, 3, 1)
     heads.attach(torch.nn.Linear(32, vocab, bias=False))

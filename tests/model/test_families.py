@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from medusa_serve import cli
-from medusa_serve.bench.families import FAMILIES, FamiliesConfig, row_of, table
 from medusa_serve.errors import InvalidConfig
+from tests.campaigns.families import FAMILIES, FamiliesConfig, row_of, table
 
 STORED = Path(__file__).parents[2] / "notebooks/results/families.json"
 QUICK = ("llama", "qwen2", "gemma2", "phi", "gpt2", "opt", "falcon", "bloom", "mamba")  # the others are `-m slow`

@@ -9,7 +9,7 @@ import pytest
 
 import medusa_serve
 from medusa_serve.errors import LoadError
-from medusa_serve.model.gpu import free_bytes, gpu_facts
+from medusa_serve.model.loading.gpu_facts import free_bytes, gpu_facts
 from tests.tiny import save_tiny_folder
 
 from .conftest import threads

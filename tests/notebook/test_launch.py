@@ -21,7 +21,8 @@ import pytest
 
 import medusa_serve
 from medusa_serve.errors import InvalidConfig, InvalidRequest, LoadError, ShuttingDown
-from medusa_serve.model import gpu, loader
+from medusa_serve.model.loading import gpu_facts as gpu
+from medusa_serve.model.loading import load as loader
 from medusa_serve.notebook import background, env
 from medusa_serve.notebook.background import running
 from medusa_serve.types import EngineStatus

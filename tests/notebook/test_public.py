@@ -14,7 +14,7 @@ import medusa_serve
 from medusa_serve.errors import TunnelError
 from medusa_serve.notebook import colab, env
 
-from .test_tunnel import TOKEN, Fake, fake, httpx, wait_for
+from .tunnel.test_tunnel import TOKEN, Fake, fake, httpx, wait_for
 
 __all__ = ["fake"]
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from medusa_serve.server.schemas import MOST_SEED
+from medusa_serve.server.api.schemas import MOST_SEED
 
 MARK = "zqxj"  # stands in every value a client could find echoed
 OWN, TEXT, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"

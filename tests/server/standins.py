@@ -16,7 +16,7 @@ import pytest
 from medusa_serve.errors import InvalidRequest
 from medusa_serve.server.app import create_app
 from medusa_serve.server.config import ServerConfig
-from medusa_serve.server.serve import Server, bind, url_of
+from medusa_serve.server.listen import Server, bind, url_of
 from medusa_serve.types import Completion, Delta, EngineStatus, SamplingParams, TokenLogprob
 
 httpx = pytest.importorskip("httpx", reason="the server's tests need httpx: pip install -e '.[test]'")

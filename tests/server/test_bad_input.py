@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from medusa_serve.server.api.schemas import MOST_SEED
 from medusa_serve.server.config import ServerConfig
-from medusa_serve.server.schemas import MOST_SEED
 
 from .standins import HandLLM, ask, error_of
 

@@ -15,8 +15,8 @@ from medusa_serve.server.config import ServerConfig
 from medusa_serve.types import SamplingParams
 
 from ..tiny import save_tiny_folder
+from .api.test_generate import failing
 from .standins import HandLLM, HandManager, serving
-from .test_generate import failing
 
 openai = pytest.importorskip("openai", reason="the clients' tests need openai: pip install -e '.[test]'")
 

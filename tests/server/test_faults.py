@@ -16,7 +16,7 @@ import pytest
 
 from medusa_serve.errors import InvalidConfig
 from medusa_serve.server.config import ServerConfig
-from medusa_serve.server.serve import bind
+from medusa_serve.server.listen import bind
 from medusa_serve.server.streaming import Ticket
 from medusa_serve.types import Delta, SamplingParams
 

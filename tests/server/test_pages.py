@@ -5,8 +5,8 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from medusa_serve.server.background_load import BackgroundLoad
 from medusa_serve.server.config import ServerConfig
-from medusa_serve.server.loading import BackgroundLoad
 
 from ..fakes import FakeRunner
 from .standins import HandLLM, ask, wait_for

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from medusa_serve.errors import ShuttingDown
+from medusa_serve.server.api.generate import OwnVoice
 from medusa_serve.server.app import create_app
 from medusa_serve.server.config import ServerConfig
-from medusa_serve.server.generate import OwnVoice
 from medusa_serve.server.streaming import EventStream, Switchboard, Tickets
 from medusa_serve.types import Delta, SamplingParams
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from medusa_serve.model.heads import MedusaHeads
-from medusa_serve.model.noise import gumbel
-from medusa_serve.model.tree import most_probable
+from medusa_serve.model.drafting.heads import MedusaHeads
+from medusa_serve.model.drafting.tree import most_probable
+from medusa_serve.model.sampling.noise import gumbel
 from medusa_serve.training.calibrate import (
     NONE,
     PAST_END,

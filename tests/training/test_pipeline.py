@@ -10,13 +10,14 @@ import torch
 
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import InvalidConfig, LoadError
-from medusa_serve.model.loader import load_model
-from medusa_serve.training import campaign, pipeline
+from medusa_serve.model.loading.load import load_model
+from medusa_serve.training import pipeline
 from medusa_serve.training.distill import DistillConfig
 from medusa_serve.training.pipeline import answering, make_answers, train_from_prompts
 from medusa_serve.training.prompts import Prompt
 from medusa_serve.training.shards import read_answers
 from medusa_serve.training.train_heads import Run
+from tests.campaigns import make_heads as campaign
 from tests.tiny import save_tiny_folder
 
 SMALL = {"inner": 16, "readout": 8, "num_heads": 2, "draft_vocab": 100, "held_out": 8}

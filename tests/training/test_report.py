@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from medusa_serve.llm import LLM
-from medusa_serve.model.checkpoints import save_heads
-from medusa_serve.model.heads import HeadsInfo, SequentialHeads
-from medusa_serve.model.loader import load_model
+from medusa_serve.model.drafting.files import save_heads
+from medusa_serve.model.drafting.heads import HeadsInfo, SequentialHeads
+from medusa_serve.model.loading.load import load_model
 from medusa_serve.training import report
 from medusa_serve.training.report import engine_report
 from medusa_serve.training.train_heads import TrainConfig, train

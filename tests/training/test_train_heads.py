@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from medusa_serve.errors import InvalidConfig, LoadError
-from medusa_serve.model.checkpoints import load_heads
+from medusa_serve.model.drafting.files import load_heads
 from medusa_serve.training import train_heads
 from medusa_serve.training.batches import make_batch
 from medusa_serve.training.loss import soft_loss
-from medusa_serve.training.step import GROW, MAX_SKIPPED, Stepper
+from medusa_serve.training.optimizer_step import GROW, MAX_SKIPPED, Stepper
 from medusa_serve.training.teacher import Teacher, draft_vocabulary
 from medusa_serve.training.train_heads import Run, TrainConfig, schedule, train
 from tests.tiny import tiny_model

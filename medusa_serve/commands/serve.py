@@ -1,0 +1,137 @@
+"""`medusa-serve serve`: its options, the server from start to stop, what it prints. uvicorn comes with the server."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import secrets
+import shlex
+import threading
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..config import EngineConfig
+from ..server.config import ServerConfig
+
+if TYPE_CHECKING:
+    from ..llm import LLM
+
+EXAMPLE = "Explain photosynthesis to a child."
+
+
+# ---- options -----------------------------------------------------------------------------------------------------
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="any other host than the default needs a key")
+    group.add_argument("--port", type=int, default=8000, help="8000 by default; 0: any free one")
+    group.add_argument("--max-queue", type=int, default=64, metavar="N", help="requests that may wait for a slot")
+    about = "copies of the model behind one address, a GPU each (a part of the cores without one); needs Ray Serve"
+    group.add_argument("--replicas", type=int, default=1, metavar="N", help=about)
+    group.add_argument("--api-key", metavar="KEY", help="or MEDUSA_SERVE_API_KEY; made where one is needed")
+    about = "a further key to hand out, under limits per key; may be given several times; made without KEY"
+    group.add_argument("--guest-key", metavar="KEY", action="append", nargs="?", const="", default=[], help=about)
+    about = "a name of this server in Host headers; may be given several times (default: this machine's)"
+    group.add_argument("--access-log", action="store_true", help="one line a request on stderr, without text or keys")
+    group.add_argument("--allow-host", metavar="NAME", action="append", default=[], help=about)
+
+
+def server_config(options: argparse.Namespace) -> tuple[ServerConfig, bool]:
+    """(config, whether its key, if it has one, is made here). Raises InvalidConfig."""
+    given = options.api_key if options.api_key is not None else os.environ.get("MEDUSA_SERVE_API_KEY") or None
+    config = ServerConfig(
+        host=options.host,
+        port=options.port,
+        api_key=given,
+        guest_keys=tuple(key or secrets.token_urlsafe(32) for key in options.guest_key),
+        allowed_hosts=tuple(options.allow_host),
+        access_log=options.access_log,
+    )
+    if config.api_key is None and (config.guest_keys or not config.is_loopback):
+        config = replace(config, api_key=secrets.token_urlsafe(32))
+    return config, given is None
+
+
+# ---- from start to stop ------------------------------------------------------------------------------------------
+
+
+def serve_until_stopped(engine: EngineConfig, config: ServerConfig, *, as_json: bool, key_is_ours: bool) -> None:
+    """Listen, load, tell, serve until Ctrl-C or SIGTERM. Raises what loading raises; the port is bound before it."""
+    from ..server.background_load import BackgroundLoad
+    from ..server.gc_freeze import loaded_is_kept
+    from ..server.listen import bind, serve, url_of
+
+    if config.access_log:
+        logging.getLogger("medusa_serve.access").setLevel(logging.INFO)
+
+    def load() -> Any:
+        from ..llm import LLM
+
+        llm = LLM(engine)
+        kept.enter_context(loaded_is_kept())
+        return llm
+
+    with ExitStack() as kept, bind(config) as sock:
+        url = url_of(sock)
+        if not as_json:
+            where = url if config.is_loopback else f"{url} (listening on {config.host}: use this machine's address)"
+            _print(f"medusa_serve {__version__} at {where}, loading {engine.model} …", *_key_lines(config, key_is_ours))
+        source = BackgroundLoad(load)
+
+        def tell() -> None:
+            source.wait()
+            if source.state == "ready":
+                _print_ready(source.get(), url, config, as_json)  # type: ignore[arg-type]
+
+        threading.Thread(target=tell, name="medusa-tell", daemon=True).start()
+        try:
+            serve(source, config, sock=sock)
+            if source.state == "failed":
+                source.get()  # raises the reason
+        finally:
+            source.close()
+
+
+# ---- what it prints ----------------------------------------------------------------------------------------------
+
+
+def _key_lines(config: ServerConfig, key_is_ours: bool) -> list[str]:
+    if config.api_key is None:
+        return ["no key needed: loopback only"]
+    made = " (made for this run)" if key_is_ours else ""
+    guests = [f"key of a guest: {key}" for key in config.guest_keys]
+    return [f"key: {config.api_key}{made}, sent as `Authorization: Bearer …`", *guests]
+
+
+def _print_ready(llm: LLM, url: str, config: ServerConfig, as_json: bool) -> None:
+    key, guests = config.api_key, {"guest_keys": config.guest_keys} if config.guest_keys else {}
+    curl = curl_line(url, key, llm.codec.has_chat_template)
+    if as_json:
+        _print(json.dumps({"url": url, "api_key": key, **guests, "curl": curl, **llm.describe(), "notes": llm.notes}))
+        return
+    facts = ", ".join(f"{name} {_plain(value)}" for name, value in llm.describe().items())
+    _print(facts, *(f"  {note}" for note in llm.notes), "ready; try:", curl)
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
+
+def curl_line(url: str, key: str | None, has_chat_template: bool) -> str:
+    """A shell line that gets an answer from the server at `url`."""
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": EXAMPLE}]}
+    if not has_chat_template:
+        body = {"prompt": "Once upon a time"}
+    words = ["curl", "-s", f"{url}/generate", "-H", "Content-Type: application/json"]
+    if key is not None:
+        words += ["-H", f"Authorization: Bearer {key}"]
+    return shlex.join([*words, "-d", json.dumps({**body, "max_tokens": 64})])
+
+
+def _print(*lines: str) -> None:
+    print(*lines, sep="\n", flush=True)

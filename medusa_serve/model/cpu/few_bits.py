@@ -1,0 +1,62 @@
+"""int4.plain_few_bit_parts in one pass over the weights: torch goes over them ten times, a start's longest work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from ..weights.int4 import GROUP
+
+EXACT: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}  # no fast math: the numbers are torch's
+
+
+def four_bit_steps(weight: Tensor, near: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    """weight (out, in) float32 → steps (out, in) uint8 of 0 … 15, scale and lowest of each group (out, in / 32);
+    None: a weight lies further than `near` beside its step"""
+    return _found(weight, near, False)
+
+
+def eight_bit_steps(weight: Tensor, near: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The same of steps + 128 of -127 … 127; the lowest mean nothing."""
+    return _found(weight, near, True)
+
+
+def _found(weight: Tensor, near: float, eight: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+    rows, columns = weight.shape
+    steps = torch.empty(rows, columns, dtype=torch.uint8)
+    scale, low = (torch.empty(rows, columns // GROUP, dtype=torch.float32) for _ in range(2))
+    good = _fill(weight.contiguous().numpy(), np.float32(near), eight, steps.numpy(), scale.numpy(), low.numpy())
+    return (steps, scale, low) if good else None
+
+
+@njit(**EXACT)
+def _fill(weight, near, eight, steps, scales, lows):
+    """False: a weight lies beside its step. eight: its steps are counted from -128, else from the group's lowest"""
+    shift = np.float32(128 if eight else 0)
+    for row in range(weight.shape[0]):
+        for group in range(scales.shape[1]):
+            numbers = weight[row, group * GROUP : (group + 1) * GROUP]
+            out = steps[row, group * GROUP : (group + 1) * GROUP]
+            low, high = _ends(numbers)
+            scale = max(high, -low) / np.float32(127) if eight else (high - low) / np.float32(15)
+            zero = np.float32(0) if eight else low
+            divisor = max(scale, np.float32(1e-30))
+            for i in range(GROUP):
+                step = np.rint((numbers[i] - zero) / divisor)
+                if not abs(step * scale + zero - numbers[i]) <= near:
+                    return False
+                out[i] = np.uint8(step + shift)
+            scales[row, group], lows[row, group] = scale, low
+    return True
+
+
+@njit(inline="always", error_model="numpy")
+def _ends(numbers):
+    low, high = numbers[0], numbers[0]
+    for i in range(1, GROUP):
+        low, high = min(low, numbers[i]), max(high, numbers[i])
+    return low, high

@@ -1,0 +1,100 @@
+"""The KV slab: one tensor each for keys and values of all layers, addressed by slot.
+
+Invariant: between steps, columns 0 … length-1 of a slot hold the tokens of its sequence but the pending one. A pass
+over N tree nodes writes columns length … length+N-1, and only `commit` keeps some of them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from ..gpu import attention as splitk
+from .attention import has_numba
+
+LINE = 64  # bytes of a cache's line, where a slab begins
+
+
+class SlotCache:
+    """keys, values: (L, S, C, kv_heads, dim), zero-filled. C holds the context and the tree behind a full slot."""
+
+    def __init__(
+        self,
+        layers: list[tuple[int, int, int]],
+        slots: int,
+        columns: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """layers: (kv_heads, key dim, value dim) of each layer; all must agree (LoadError is the caller's)."""
+        kv_heads, key_dim, value_dim = layers[0]
+        shape = (len(layers), slots, columns, kv_heads)
+        self.keys = _zeros((*shape, key_dim), dtype, device)
+        self.values = _zeros((*shape, value_dim), dtype, device)
+        self._native = self.keys.device.type == "cpu" and dtype == torch.bfloat16 and has_numba()
+
+    def like(self, slots: int, columns: int) -> SlotCache:
+        """An empty one of the same layers."""
+        layers = [(self.keys.shape[3], self.keys.shape[4], self.values.shape[4])] * len(self.keys)
+        return SlotCache(layers, slots, columns, self.keys.dtype, self.keys.device)
+
+    def write(
+        self, layer: int, slots: torch.Tensor, columns: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put new rows into the slab and return the layer's part of it, (S, C, kv_heads, dim) each.
+
+        slots (B) · columns (B, N) · keys, values (B, kv_heads, N, dim)
+        """
+        key_slab, value_slab = self.keys[layer], self.values[layer]
+        if splitk.available(key_slab.device) and keys.stride(3) == 1 == values.stride(3):
+            splitk.write_rows(key_slab, value_slab, slots, columns, keys, values)
+            return key_slab, value_slab
+        if self._native and keys.stride(3) == 1 == values.stride(3):
+            from ..cpu.layer_ops import write_rows
+
+            write_rows(key_slab, slots, columns, keys)
+            write_rows(value_slab, slots, columns, values)
+            return key_slab, value_slab
+        key_slab[slots[:, None], columns] = keys.transpose(1, 2)
+        value_slab[slots[:, None], columns] = values.transpose(1, 2)
+        return key_slab, value_slab
+
+    def commit(self, slots: torch.Tensor, length: torch.Tensor, nodes: torch.Tensor) -> None:
+        """Move the accepted nodes' rows to the end of their sequences, for all layers at once.
+
+        slots (B) · length (B) · nodes (B, A): the path, the root first; entries behind its end may be anything, since
+        what lies behind a sequence's new length is never read.
+
+        Example, length 7, nodes 0 1 3 of a tree of 6:   columns  7 8 9 10 11 12      7 8 9
+                                                         hold     r a b  c  d  e  →   r a c
+        """
+        if nodes.shape[1] == 1:
+            return  # the root is in place
+        if self._native:
+            from ..cpu.layer_ops import move_rows
+
+            move_rows(self.keys, slots, length, nodes)
+            move_rows(self.values, slots, length, nodes)
+            return
+        steps = torch.arange(nodes.shape[1], device=nodes.device)
+        source, target = length[:, None] + nodes, length[:, None] + steps
+        at = slots[:, None]
+        self.keys[:, at, target] = self.keys[:, at, source]
+        self.values[:, at, target] = self.values[:, at, source]
+
+    def zero(self, slot: int) -> None:
+        """Wipe a slot whose numbers went bad: masked NaN rows of V would still give NaN."""
+        self.keys[:, slot].zero_()
+        self.values[:, slot].zero_()
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On a CPU pages that are taken when they are first written: torch.zeros writes them all, a second of a start."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    whole = torch.from_numpy(np.zeros(size + LINE, np.uint8))
+    start = -whole.data_ptr() % LINE
+    return whole[start : start + size].view(dtype).view(shape)

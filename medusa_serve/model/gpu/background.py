@@ -1,0 +1,70 @@
+"""What makes a GPU's steps faster and takes seconds: compiled layers, compiled heads, and the times of the steps that
+come of them. The first answers do not wait for it: an idle engine does it part by part (parts.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...config import EngineConfig
+from ..forward.trace import compiles, fuse_layers
+from ..timing import known_times, time_steps, try_largest
+from .compiled_heads import fuse_heads
+
+if TYPE_CHECKING:
+    from ..forward.tree_forward import TreeForward
+    from ..runner import ModelRunner
+
+SOON = "decoder layers are fused while the engine idles"
+
+
+def fuses(forward: TreeForward, config: EngineConfig) -> bool:
+    """Whether there is such work: where steps are captured, unless the layers are to run as they are."""
+    return forward.model.device.type == "cuda" and forward.can_capture and config.compile is not False
+
+
+class Fusing:
+    """The work for a runner whose slots are free whenever a part is done.
+
+    check: as selftest.check, of packed passes over slots 0 and 1, which are set aside for it · wanted: as of
+    fuse_layers · what: names the model among the step times that are kept in `cache`; "" times none
+    """
+
+    def __init__(
+        self, runner: ModelRunner, check: Callable[[], float], wanted: bool | None, what: str, cache: Path
+    ) -> None:
+        self._runner, self._check, self._wanted, self._what, self._cache = runner, check, wanted, what, cache
+        self._forward: Any = runner.forward
+
+    def prove(self) -> None:
+        """Before the first request: what is known of the steps to come. Raises torch.OutOfMemoryError where the
+        memory is not enough for the largest of them."""
+        if not self._what:
+            return
+        expected = self._name("compiled" if compiles(self._forward, self._wanted) else "merged")
+        self._runner.later_ms = known_times(self._runner, expected, self._cache)
+        if not self._runner.later_ms:
+            try_largest(self._runner)
+
+    def parts(self, notes: list[str]) -> Iterator[None]:
+        """Do it. In notes, SOON gives way to what came of it."""
+        runner, forward, drop = self._runner, self._forward, self._runner.drop_captures
+        told = [(yield from fuse_layers(forward, self._aside, drop, wanted=self._wanted))]
+        compiled, heads = forward.layers is not None and forward.layers.compiled, getattr(runner.drafter, "heads", None)
+        if compiled and heads is not None:
+            width = len(forward.hidden_inputs) * forward.model.config.get_text_config().hidden_size
+            told.append((yield from fuse_heads(heads, width, drop)))
+        if self._what:
+            kind = "plain" if forward.layers is None else "compiled" if compiled else "merged"
+            told.append(time_steps(runner, self._name(kind), self._cache, proven=True))
+        at = notes.index(SOON)
+        notes[at : at + 1] = told
+
+    def _aside(self) -> float:
+        with self._forward.aside():
+            return self._check()
+
+    def _name(self, kind: str) -> str:
+        """Times hold for one kind of layers."""
+        return f"{self._what}, layers {kind}"

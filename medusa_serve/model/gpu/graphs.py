@@ -1,0 +1,298 @@
+"""CUDA graphs of the whole step, one per (rows, shape, width, kind of sampling), captured on first use.
+
+A Hugging Face forward launches hundreds of small kernels; from Python that takes ten times as long as running them.
+Captured once and replayed, a step costs what the device needs. Capture happens on the batch manager's thread, between
+steps, in thread-local mode: a notebook's main thread may use CUDA meanwhile (as transformers' own batching does), and
+what it breaks by waiting for the whole device is captured later.
+
+A capture is a pause for all that decode. So an idle engine captures ahead, and a step that is missing is made by one of
+more rows until that has cost as much as the capture (the ski-rental rule).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..between import between
+from ..forward.prefill_blocks import MIN_BLOCKS, Packed, flat_size, pack, rows_for, views
+from ..tables import PLAIN, Needs
+from . import attention as splitk
+from .capture import CaptureFailed, capture, give_back, settle
+
+if TYPE_CHECKING:
+    from ..runner import ModelRunner
+    from ..shapes import Shape
+
+log = logging.getLogger(__name__)
+TRIES = 3  # captures of a pass that something else breaks; then it stays as it is
+PREPARED, MOST_GRAPHS = 2048, 96  # rows x nodes of a step, and graphs at all, up to which an idle engine captures more
+FIRST_GRAPHS = 24  # of them, before anybody has asked for anything
+PREFILL_BLOCKS = (8, 16, 32, 64)  # of the prefill passes among them
+MANY_BLOCKS = 32  # at least: of those for many prompts
+MIN_WIDTH = 256  # columns of keys read; doubled until the longest row fits
+
+
+class StepGraphs:
+    """Replays of runner.step over B rows, a power of two; rows that do not decode are inactive.
+
+    A row is any slot, so that a few sequences cost a few rows wherever they lie; but where attention reads neighbouring
+    slots as they lie (no split-K kernel), row i is slot i."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        device = runner.device
+        self._slots = torch.arange(runner.num_slots, device=device)
+        self._active = torch.zeros(runner.num_slots, dtype=torch.bool, device=device)
+        self._there: Any = None  # whose rows those two hold
+        # a graph and the facts that it writes; or, where it could not be captured, what makes them
+        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph | None, torch.Tensor | Callable[[], torch.Tensor]]] = {}
+        self._inputs: dict[tuple[int, int], torch.Tensor] = {}  # of prefill passes, by blocks and rows
+        self._seen: set[tuple[int, int, Needs]] = set()  # rows, width and needs of steps that were asked for
+        self._failed: dict[Any, int] = {}  # captures of it that something else broke
+        self._owed: dict[Any, float] = {}  # ms that others have cost in the place of a missing step
+        self._capture_ms = 0.0  # of the last capture
+        self._most = MOST_GRAPHS  # that an idle engine captures; 0 once the memory was full
+        self._pool: Any = None
+        cache = runner.forward.cache  # type: ignore[union-attr]
+        self._device_lengths = (
+            splitk.available(device) and max(cache.keys.shape[-1], cache.values.shape[-1]) <= splitk.MAX_DIM
+        )
+
+    @property
+    def packs(self) -> bool:
+        """Whether prefill passes can be captured: their attention must read lengths on the device."""
+        return self._device_lengths
+
+    def rows(self, needed: int) -> int:
+        """Of the step that is captured for so many."""
+        return _power_of_two(needed, self._runner.num_slots)
+
+    def _key(self, rows: int, width: int, shape: Shape, needs: Needs) -> tuple[Any, ...]:
+        """Rows and width as they are captured."""
+        rows, columns = self.rows(rows), self._runner.tables.history.shape[1]
+        # split-K attention reads lengths on the device: no width to choose, and one graph for all lengths
+        width = columns if self._device_lengths else min(_power_of_two(max(width, MIN_WIDTH)), columns)
+        return rows, width, shape, needs
+
+    def run(self, host_slots: list[int], width: int, shape: Shape, needs: Needs, active: bool = True) -> torch.Tensor:
+        """One step of these slots; → runner.step's facts, a line for each of them and more, overwritten by the next
+        step. active False: a step that changes nothing."""
+        needed = len(host_slots) if self._device_lengths else max(host_slots) + 1
+        key = self._key(needed, width, shape, needs)
+        self._seen.add((key[0], key[1], needs))
+        if active and key not in self._graphs:
+            key = self._stand_in(key)
+        rows = key[0]
+        made: Callable[[], torch.Tensor] = partial(self._play, key)
+        if active:
+            made = self._had(key, partial(self._have, key), self._body(key), _step_name(key))
+        else:
+            self._have(key)
+        self._put_rows(host_slots, rows, active)
+        return made()
+
+    def _put_rows(self, host_slots: list[int], rows: int, active: bool) -> None:
+        """Most steps have the rows of the one before."""
+        wanted = rows, active, host_slots
+        if self._there == wanted:
+            return
+        self._there, order, chosen = None, self._order(host_slots, rows), set(host_slots)
+        self._put(self._slots[:rows], torch.tensor(order))
+        self._put(self._active[:rows], torch.tensor([active and slot in chosen for slot in order]))
+        self._there = wanted
+
+    def _body(self, key: tuple[int, int, Shape, Needs]) -> Callable[[], torch.Tensor]:
+        rows, width, shape, needs = key
+        slots, on = self._slots[:rows], self._active[:rows]
+        return lambda: self._runner.step(slots, on, list(range(rows)), [0] * rows, width, shape, needs)
+
+    def _have(self, key: tuple[int, int, Shape, Needs]) -> None:
+        """Capture the step unless it is there."""
+        if key not in self._graphs:  # with every row inactive, neither warm-up nor capture changes a sequence
+            self._active.zero_()
+            self._there = None
+            self._capture(key, self._body(key), _step_name(key))
+
+    def _had(
+        self, key: Any, have: Callable[[], None], body: Callable[[], torch.Tensor], what: str
+    ) -> Callable[[], torch.Tensor]:
+        """What makes the facts of a pass: its replay, or the pass kernel by kernel where it could not be captured, for
+        want of memory for good, else this once."""
+        try:
+            have()
+        except (torch.OutOfMemoryError, CaptureFailed) as error:
+            if isinstance(error, CaptureFailed) and self._failed[key] < TRIES:
+                return body
+            log.warning("%s is not captured, and slower: %s", what.capitalize(), error)
+            self._graphs[key] = (None, body)
+        return partial(self._play, key)
+
+    def _play(self, key: Any) -> torch.Tensor:
+        graph, facts = self._graphs[key]
+        if graph is None:
+            return facts()  # type: ignore[operator]
+        graph.replay()
+        return facts  # type: ignore[return-value]
+
+    def _put(self, place: torch.Tensor, values: torch.Tensor) -> None:
+        place.copy_(values.pin_memory(), non_blocking=True)
+
+    def _stand_in(self, key: tuple[int, int, Shape, Needs]) -> tuple[int, int, Shape, Needs]:
+        """The step of the fewest more rows that is there, until that has cost a capture; else the step itself."""
+        rows, *rest = key
+        larger = [count for count, *others in self._graphs if others == rest and count > rows]
+        if not larger or not self._runner.step_ms:
+            return key
+        more = max(0.0, self._ms(min(larger), key[2].num_nodes) - self._ms(rows, key[2].num_nodes))
+        self._owed[key] = self._owed.get(key, 0.0) + more
+        return key if self._owed[key] > self._capture_ms else (min(larger), *rest)
+
+    def _ms(self, rows: int, nodes: int) -> float:
+        known = sorted((count, ms) for (count, n), ms in self._runner.step_ms.items() if n == nodes)
+        return between(known, rows)
+
+    def prepare(self, shapes: Iterable[Shape]) -> bool:
+        """Capture one pass that may be asked for; → whether there are more of them. All slots must be free: between
+        requests there is time, in the middle of an answer a capture is a pause."""
+        ahead = self._ahead(list(shapes))
+        make = next(ahead, None)
+        if make is not None:
+            try:
+                make()
+            except CaptureFailed as error:
+                log.info("A capture is tried again later: %s", error)
+            except torch.cuda.OutOfMemoryError as error:  # then each is captured when it is needed, and may fail there
+                log.warning("Nothing is captured ahead any more: %s", error)
+                self._most = 0
+        return next(ahead, None) is not None
+
+    def _ahead(self, shapes: list[Shape]) -> Iterator[Callable[[], None]]:
+        """What is to be captured: every shape for rows that were seen; before, for one row, all, and those between."""
+        for rows, width, needs in sorted(self._seen):
+            for shape in shapes:
+                if self._is_due((rows, width, shape, needs), MOST_GRAPHS):
+                    yield partial(self._have, (rows, width, shape, needs))
+        if not self._device_lengths:
+            return
+        width, all_rows = self._runner.tables.history.shape[1], self._runner.num_slots
+        between = [1 << power for power in range(1, (all_rows - 1).bit_length())]
+        for rows in dict.fromkeys([1, all_rows, *between]):
+            for shape in shapes:
+                if self._is_due((rows, width, shape, PLAIN), FIRST_GRAPHS):
+                    yield partial(self._have, (rows, width, shape, PLAIN))
+            for blocks in PREFILL_BLOCKS:
+                most = self._runner.prefill_rows
+                counts = (1, most) if blocks >= MANY_BLOCKS else (1,)
+                for rows in dict.fromkeys(rows_for(count, most) for count in counts):
+                    if self._is_due(("prefill", blocks, rows, PLAIN), FIRST_GRAPHS):
+                        yield partial(self._have_prefill, blocks, rows, PLAIN)
+
+    def _is_due(self, key: tuple[Any, ...], most: int) -> bool:
+        small = key[0] == "prefill" or key[0] * key[2].num_nodes <= PREPARED
+        small = small and self._failed.get(key, 0) < TRIES
+        return small and key not in self._graphs and len(self._graphs) < min(most, self._most)
+
+    def time(self, rows: int, shape: Shape, repeats: int) -> float:
+        """Milliseconds of a step of `rows` slots, none of which is active."""
+        runner = self._runner
+        self.run(list(range(rows)), runner.tables.history.shape[1], shape, PLAIN, active=False)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph = self._graphs[self._key(rows, runner.tables.history.shape[1], shape, PLAIN)][0]
+        assert graph is not None  # else `run` has raised
+        times = []
+        for _ in range(repeats):
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        return min(times)
+
+    def _order(self, host_slots: list[int], rows: int) -> list[int]:
+        """The slots of a step's rows, all different: these, then others that only fill the batch."""
+        if not self._device_lengths:
+            return list(range(rows))
+        taken = set(host_slots)
+        others = (slot for slot in range(self._runner.num_slots) if slot not in taken)
+        return [*host_slots, *islice(others, rows - len(host_slots))]
+
+    def lines(self, host_slots: list[int]) -> list[int]:
+        """Which lines of the facts are theirs."""
+        return list(range(len(host_slots))) if self._device_lengths else host_slots
+
+    def prefill(self, packed: Packed, needs: Needs) -> torch.Tensor:
+        """One packed prefill pass; → the facts of its R rows, overwritten by the next one."""
+        blocks, rows = len(packed.slots), len(packed.rows)
+        key, inputs = ("prefill", blocks, rows, needs), self._inputs_of(blocks, rows)
+        have, body = partial(self._have_prefill, blocks, rows, needs), self._prefill_body(inputs, needs)
+        made = self._had(key, have, body, f"a prefill of {blocks} blocks")
+        self._put(inputs.flat, packed.flat)
+        return made()
+
+    def _inputs_of(self, blocks: int, rows: int) -> Packed:
+        if (blocks, rows) not in self._inputs:
+            empty = torch.empty(flat_size(blocks, rows), dtype=torch.int64, device=self._runner.device)
+            self._inputs[blocks, rows] = empty
+        return views(self._inputs[blocks, rows], blocks, rows)
+
+    def _prefill_body(self, inputs: Packed, needs: Needs) -> Callable[[], torch.Tensor]:
+        return lambda: self._runner.prefill_step(inputs, self._runner.tables.history.shape[1], needs)
+
+    def _have_prefill(self, blocks: int, rows: int, needs: Needs) -> None:
+        """Capture the pass unless it is there; with no row in it, it changes nothing."""
+        runner, key = self._runner, ("prefill", blocks, rows, needs)
+        if key not in self._graphs:
+            inputs = self._inputs_of(blocks, rows)
+            inputs.flat.copy_(pack([], rows, runner.num_slots, least=blocks).flat)
+            self._capture(key, self._prefill_body(inputs, needs), f"a prefill of {blocks} blocks")
+
+    def blocks(self, least: int, rows: int, needs: Needs) -> int:
+        """Blocks of a prefill pass of `least`: the next captured size up to four times that, else a power of two."""
+        least = max(MIN_BLOCKS, _power_of_two(least))
+        sizes = (least, 2 * least, 4 * least)
+        return next((size for size in sizes if ("prefill", size, rows, needs) in self._graphs), least)
+
+    def _capture(self, key: Any, body: Callable[[], torch.Tensor], what: str) -> None:
+        runner, began = self._runner, time.perf_counter()
+        runner.activity = f"capturing {what}"
+        try:
+            pool, self._pool = self._pool, None  # one that a capture broke in takes no other
+            graph, facts = capture(body, runner.device, pool)
+            self._pool = graph.pool()
+            self._graphs[key] = (graph, facts)
+            self._owed.pop(key, None)
+            self._capture_ms = (time.perf_counter() - began) * 1000
+        except CaptureFailed:
+            self._failed[key] = self._failed.get(key, 0) + 1
+            raise
+        finally:
+            runner.activity = None
+
+    def drop(self) -> None:
+        """Forget every capture: the passes are no longer what was captured. No step may be under way."""
+        settle(self._runner.device)
+        self._graphs.clear()
+        self._owed.clear()
+        self._failed.clear()
+        self._pool, self._most = None, MOST_GRAPHS  # a pool ends with its last graph
+        give_back()
+
+    def close(self) -> None:
+        self._graphs.clear()
+        del self._runner
+
+
+def _step_name(key: tuple[int, int, Shape, Needs]) -> str:
+    return f"a step of {key[0]} rows × {key[2].num_nodes} nodes"
+
+
+def _power_of_two(least: int, most: int | None = None) -> int:
+    size = 1 << (least - 1).bit_length()
+    return size if most is None else min(size, most)

@@ -1,0 +1,137 @@
+"""What is chosen before serving: slots and context from memory, shapes of a step. Each choice comes with its reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ..config import MAX_NODES, EngineConfig
+from ..errors import LoadError
+from .drafting.draft import Drafter
+from .drafting.tree import most_probable, read_choices
+
+
+class Shape(NamedTuple):
+    """The static shape of a step: N nodes with the root, of which the last `num_lookup` are the lookup's chain."""
+
+    num_nodes: int
+    num_lookup: int
+    max_depth: int
+
+
+CPU_SLOTS, GPU_SLOTS = 8, 64
+CPU_CONTEXT, GPU_CONTEXT = 2048, 4096
+AUTO_NODES = {"cpu": (2, 4, 8, 16), "cuda": (4, 8, 16, 32, 64)}
+GPU_SHARE = 0.8  # of the free memory; the rest is for graphs, activations and logits,
+LEAST_REST = 768 * 2**20  # which take this much of a small GPU too
+
+
+def for_slots(free: int) -> int:
+    """Bytes for keys and values, of those that are free once weights and heads are loaded."""
+    return max(0, min(int(free * GPU_SHARE), free - LEAST_REST))
+
+
+def plan_context(config: EngineConfig, max_positions: int | None, device: torch.device) -> tuple[int, str]:
+    """Tokens of one sequence, with the reason. Raises LoadError when more is asked for than the model has."""
+    limit = max_positions or 2**22
+    if config.max_context is not None:
+        if config.max_context > limit:
+            raise LoadError(f"max_context {config.max_context} is more than the model's own {limit} positions.")
+        return config.max_context, "as asked"
+    default = GPU_CONTEXT if device.type == "cuda" else CPU_CONTEXT
+    return min(limit, default), "the model's" if limit <= default else f"the default on a {_kind(device)}"
+
+
+def plan_slots(config: EngineConfig, bytes_per_column: int, columns: int, device: torch.device) -> tuple[int, str]:
+    """Sequences that decode together, with the reason. Every slot costs `columns` × `bytes_per_column`. Raises
+    LoadError."""
+    if device.type != "cuda":
+        return (config.slots, "as asked") if config.slots else (CPU_SLOTS, "the default on a CPU")
+    free, _ = torch.cuda.mem_get_info(device)
+    fits = for_slots(free) // (columns * bytes_per_column)
+    if config.slots and config.slots > fits:
+        needed = config.slots * columns * bytes_per_column / 2**30
+        raise LoadError(
+            f"{config.slots} slots of {columns} tokens need {needed:.1f} GiB, but only {fits} fit; "
+            f"ask for fewer slots or a shorter context."
+        )
+    if fits < 1:
+        raise LoadError(f"not one slot of {columns} tokens fits into the GPU's free memory; ask for a shorter context.")
+    if config.slots:
+        return config.slots, "as asked"
+    return min(GPU_SLOTS, fits), "what fits into memory" if fits < GPU_SLOTS else "the default on a GPU"
+
+
+def plan_shapes(config: EngineConfig, drafter: Drafter | None, device: torch.device) -> dict[int, Shape]:
+    """The shapes of a step by node count, the plain one among them; sizes the drafter. Raises LoadError for a tree that
+    cannot be filled."""
+    plain = {1: Shape(1, 0, 0)}
+    if config.tree == "off" or not (drafter or config.lookup):
+        return plain
+    if config.tree != "auto" and not config.tree.isdigit():
+        return plain | _from_file(config, drafter)
+    sizes = AUTO_NODES[device.type] if config.tree == "auto" else (int(config.tree),)
+    if drafter is not None:
+        drafter.size(max(sizes) - 1, None)
+    shapes = {nodes: shape for nodes in sizes if (shape := _shape(nodes, drafter, config.lookup)) is not None}
+    if not shapes:
+        assert drafter is not None
+        raise LoadError(f"these heads fill at most {drafter.max_nodes + 1} nodes without the lookup.")
+    return plain | shapes
+
+
+def _from_file(config: EngineConfig, drafter: Drafter | None) -> dict[int, Shape]:
+    paths = read_choices(config.tree)
+    if drafter is None:
+        raise LoadError(
+            "a tree file places candidates of heads, and no heads are loaded: give --heads, or --tree auto or a number."
+        )
+    drafter.size(len(paths), paths)
+    chain = max(0, min((1 + len(paths)) // 4, MAX_NODES - 1 - len(paths))) if config.lookup else 0
+    nodes = 1 + len(paths) + chain
+    return {nodes: Shape(nodes, chain, max(drafter.max_depth, chain))}
+
+
+def _shape(nodes: int, drafter: Drafter | None, use_lookup: bool) -> Shape | None:
+    """N nodes: without heads one lookup chain, else a quarter for the lookup and the rest for the heads."""
+    if drafter is None:
+        return Shape(nodes, nodes - 1, nodes - 1)
+    chain = nodes // 4 if use_lookup else 0
+    spare = nodes - 1 - chain - drafter.max_nodes
+    if spare > 0 and not use_lookup:
+        return None
+    chain += max(0, spare)
+    return Shape(nodes, chain, max(drafter.max_depth, chain))
+
+
+def heads_fill(shape: Shape, max_nodes: int) -> int:
+    """How many nodes of a tree the heads fill, at most `max_nodes`."""
+    return max(0, min(shape.num_nodes - 1 - shape.num_lookup, max_nodes))
+
+
+def held_by(shapes: dict[int, Shape], nodes: int) -> tuple[int, ...]:
+    """For each node of a tree of N, the smallest N whose tree holds it: the heads' nodes stand best first, the chain's
+    behind them in their own order."""
+    heads = nodes - 1 - shapes[nodes].num_lookup
+    sizes = [(n, n - 1 - shape.num_lookup, shape.num_lookup) for n, shape in sorted(shapes.items()) if n <= nodes]
+    found = [next(n for n, first, _ in sizes if node <= first) for node in range(heads + 1)]
+    chain = range(1, shapes[nodes].num_lookup + 1)
+    return (*found, *(next(n for n, _, length in sizes if place <= length) for place in chain))
+
+
+def expected_tokens(choices: Sequence[int], drafter: Any) -> tuple[float, ...]:
+    """Tokens per step of a tree of each size: from the heads' calibration, else a curve like that of published heads
+    (1.5 with 4 nodes, 2.6 with 64)."""
+    ranks = getattr(drafter, "ranks", None)
+    if not ranks:
+        return tuple(1.0 + 0.26 * math.log2(n) for n in choices)
+    paths = most_probable(ranks, max(choices))
+    shares = [math.prod(ranks[depth][rank] for depth, rank in enumerate(path)) for path in paths]
+    return tuple(1.0 + sum(shares[: n - 1]) for n in choices)
+
+
+def _kind(device: torch.device) -> str:
+    return "GPU" if device.type == "cuda" else "CPU"

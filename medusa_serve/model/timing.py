@@ -1,0 +1,115 @@
+"""t(B, N): what a decode step of B rows with trees of N nodes takes on this machine, measured once and kept."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .gpu.capture import CaptureFailed
+from .weights.machine_cache import machine_key, recall, remember
+from .weights.number_format import SMALL
+
+if TYPE_CHECKING:
+    from .runner import ModelRunner
+
+log = logging.getLogger(__name__)
+TRIES = 5  # captures that something else breaks, until times are done without
+ROWS = {"cpu": (1, 4, 8), "cuda": (1, 8, 64, 256)}  # between and past them, times lie on lines
+REPEATS = 3  # of a cell
+MOST = {"cpu": 32, "cuda": 2048}  # rows x nodes of a step that is measured
+
+
+def worth_timing(runner: ModelRunner, weights: int) -> bool:
+    """Whether there is a choice of N that a measurement could make better."""
+    return len(runner.node_choices) > 2 and (runner.device.type == "cuda" or weights > SMALL)
+
+
+def time_steps(runner: ModelRunner, what: str, cache: Path, *, proven: bool = False) -> str:
+    """Fill `runner.step_ms`, from the cache where this machine measured `what` before; → a note. All slots must be
+    free. Where steps are captured they are measured while the engine idles (their kernels take a new machine a minute
+    to compile), but for the largest: it shows whether the memory is enough, unless that is `proven`."""
+    known = known_times(runner, what, cache)
+    if known:
+        runner.step_ms = known
+        return "steps were timed at an earlier start"
+    timer = StepTimer(runner, _cells(runner), cache, _key(runner, what))
+    if runner.overlaps:
+        if not proven:
+            timer.tried(_largest(runner))
+        runner.to_time = timer
+        return "steps are timed while the engine idles"
+    for _ in range(REPEATS):  # in rounds: a busy neighbour comes and goes within the seconds that they take
+        for cell in _cells(runner):
+            timer.tried(cell, repeats=1)
+    timer.turn()  # nothing is missing: it hands the times over
+    one = ", ".join(f"{n}: {runner.step_ms[1, n]:.1f}" for n in runner.node_choices)
+    return f"steps timed (one row, ms by nodes: {one})"
+
+
+def known_times(runner: ModelRunner, what: str, cache: Path) -> dict[tuple[int, int], float]:
+    """Those that this machine measured before; empty where it did not."""
+    known, cells = recall(cache, _key(runner, what)), _cells(runner)
+    if not isinstance(known, dict) or set(known) != {f"{b}x{n}" for b, n in cells}:
+        return {}
+    return {(b, n): float(known[f"{b}x{n}"]) for b, n in cells}
+
+
+def try_largest(runner: ModelRunner) -> None:
+    """Raises torch.OutOfMemoryError where the memory is not enough for the largest step."""
+    with contextlib.suppress(CaptureFailed):
+        runner.time_step(*_largest(runner), repeats=1)
+
+
+def _cells(runner: ModelRunner) -> list[tuple[int, int]]:
+    kind = runner.device.type
+    rows = sorted({min(count, runner.num_slots) for count in ROWS[kind]})
+    return [(b, n) for b in rows for n in runner.node_choices if b == 1 or b * n <= MOST[kind]]
+
+
+def _largest(runner: ModelRunner) -> tuple[int, int]:
+    return max(_cells(runner), key=lambda cell: cell[0] * cell[1])
+
+
+def _key(runner: ModelRunner, what: str) -> str:
+    return f"steps of {what}, {runner.num_slots} slots of {runner.max_context}: {machine_key(str(runner.device))}"
+
+
+class StepTimer:
+    """Measures cells (B, N) one by one; the runner gets the times when all are there."""
+
+    def __init__(self, runner: ModelRunner, cells: list[tuple[int, int]], cache: Path, key: str) -> None:
+        self._runner, self._cells, self._cache, self._key = runner, cells, cache, key
+        self._ms: dict[tuple[int, int], float] = {}
+        self._failed = 0
+
+    def tried(self, cell: tuple[int, int], repeats: int = REPEATS) -> bool:
+        """Measure a cell, whose least time counts; → whether that could be done. Raises CaptureFailed at the last
+        try."""
+        try:
+            ms = self._runner.time_step(*cell, repeats=repeats)
+            self._ms[cell] = min(ms, self._ms.get(cell, ms))
+        except CaptureFailed:
+            self._failed += 1
+            if self._failed == TRIES:
+                raise
+            return False
+        return True
+
+    def turn(self) -> bool:
+        """Measure the next cell; → whether there are more of them. All slots must be free."""
+        missing = [cell for cell in self._cells if cell not in self._ms]
+        if missing and (not self.tried(missing[0]) or len(missing) > 1):
+            return True
+        self._runner.step_ms = {cell: self._undisturbed(cell) for cell in self._cells}
+        rounded = {f"{b}x{n}": round(ms, 4) for (b, n), ms in self._runner.step_ms.items()}
+        problem = remember(self._cache, self._key, rounded)
+        if problem:
+            log.warning("Step times are measured again at the next start: %s.", problem)
+        return False
+
+    def _undisturbed(self, cell: tuple[int, int]) -> float:
+        """No step takes longer than one of as many rows and more nodes, unless something came between."""
+        rows, nodes = cell
+        return min(ms for (b, n), ms in self._ms.items() if b == rows and n >= nodes)

@@ -1,0 +1,239 @@
+"""The API of Hugging Face's text-generation-inference, so that huggingface_hub.InferenceClient(model=url) works: POST
+/, /generate with `inputs`, /generate_stream. Errors keep the one shape of this server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from typing import Annotated, Any, Literal
+
+from fastapi import Depends, FastAPI, Request, Response
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from ...engine.detokenizer import Detokenizer
+from ...errors import InvalidRequest
+from ...types import MAX_LOGPROBS, Completion, Delta, SamplingParams, TextCodec, TokenLogprob
+from ..guard.body import json_only
+from ..submit import Desk, Order, admit, ready, reply
+from .refused_fields import refuse, shown
+from .schemas import (
+    GENERATION,
+    MOST_SEED,
+    GenerateRequest,
+    Seed,
+    Strict,
+    Text,
+    Whole,
+    documented,
+    params_of,
+    shown_as,
+    stops_shown,
+)
+
+TGI_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "typical_p": (1,),
+    "watermark": (False,),
+    "truncate": (),
+    "grammar": (),
+    "adapter_id": (),
+    "decoder_input_details": (False,),
+}
+
+
+EVENTS = (
+    'Each is a token, `{"index", "token", "generated_text", "details"}`; the text and the details come with the last.'
+)
+
+
+class TgiParameters(Strict):
+    model_config = ConfigDict(json_schema_extra=lambda schema: shown(schema, TGI_NEUTRAL))
+
+    max_new_tokens: Whole | None = shown_as(None, minimum=1, maximum=2**31 - 1)
+    do_sample: bool | None = False
+    temperature: float | None = shown_as(None, minimum=0, maximum=100)
+    top_p: float | None = shown_as(None, exclusiveMinimum=0, maximum=1)
+    top_k: Whole | None = shown_as(None, minimum=0, maximum=2**31 - 1)
+    seed: Seed | None = shown_as(None, minimum=0, maximum=MOST_SEED)
+    stop: list[Text] | None = Field(default=None, json_schema_extra=stops_shown)
+    repetition_penalty: float | None = shown_as(None, exclusiveMinimum=0, maximum=100)
+    frequency_penalty: float | None = shown_as(None, minimum=-2, maximum=2)
+    return_full_text: bool | None = False
+    details: bool | None = True
+    top_n_tokens: Whole | None = shown_as(None, minimum=0, maximum=MAX_LOGPROBS)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _offered(cls, body: Any) -> Any:
+        refuse(body, TGI_NEUTRAL)
+        return {k: v for k, v in body.items() if k not in TGI_NEUTRAL} if isinstance(body, Mapping) else body
+
+    def sampling_params(self) -> SamplingParams:
+        """As TGI reads them: greedy, unless something asks for sampling. Raises InvalidRequest."""
+        warps = self.temperature not in (None, 1) or self.top_k or self.top_p not in (None, 1)
+        hot = bool(self.do_sample or warps)
+        given = {
+            "max_tokens": self.max_new_tokens,
+            "temperature": (1.0 if self.temperature is None else self.temperature) if hot else 0.0,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "seed": self.seed,
+            "stop": self.stop,
+            "repetition_penalty": self.repetition_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logprobs": self.top_n_tokens or 0,
+        }
+        return params_of(given, {"max_tokens": "max_new_tokens", "logprobs": "top_n_tokens"})
+
+
+class TgiRequest(Strict):
+    """`inputs` as it is, without a chat template."""
+
+    inputs: Text = shown_as(..., minLength=1)
+    parameters: TgiParameters | None = None
+    stream: bool | None = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unmixed(cls, body: Any) -> Any:
+        if isinstance(body, Mapping) and not {"prompt", "messages"}.isdisjoint(body):
+            raise InvalidRequest("inputs (with parameters) cannot be mixed with prompt or messages.", param="inputs")
+        return body
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> TgiRequest:
+        if not self.inputs:
+            raise InvalidRequest("inputs must not be empty.", param="inputs")
+        return self
+
+
+def _form(body: Any) -> str:
+    return "TgiRequest" if isinstance(body, Mapping) and "inputs" in body else "GenerateRequest"
+
+
+GenerateBody = Annotated[
+    Annotated[GenerateRequest, Tag("GenerateRequest")] | Annotated[TgiRequest, Tag("TgiRequest")],
+    Discriminator(_form),
+]
+
+
+class TgiToken(BaseModel):
+    id: int
+    text: str
+    logprob: float
+    special: bool
+
+
+class TgiDetails(BaseModel):
+    finish_reason: Literal["length", "eos_token", "stop_sequence"]
+    generated_tokens: int
+    seed: int
+    prefill: list[TgiToken]
+    tokens: list[TgiToken]
+    top_tokens: list[list[TgiToken]] | None = None
+    medusa: dict[str, Any]
+
+
+class TgiResponse(BaseModel):
+    generated_text: str
+    details: TgiDetails | None = None
+
+
+def add_tgi(app: FastAPI, desk: Desk) -> None:
+    options: dict[str, Any] = {
+        "dependencies": [Depends(json_only)],
+        "responses": documented(*GENERATION, events=EVENTS),
+    }
+
+    @app.post("/", response_model=list[TgiResponse], **options)
+    async def compatible(body: TgiRequest, request: Request) -> Response:
+        """Complete `inputs`, in a list of one, or with `stream` as events."""
+        return await answer_tgi(desk, body, request, stream=bool(body.stream), listed=True)
+
+    @app.post("/generate_stream", response_class=Response, **options)
+    async def generate_stream(body: TgiRequest, request: Request) -> Response:
+        """Complete `inputs` as events, one a token."""
+        return await answer_tgi(desk, body, request, stream=True)
+
+
+async def answer_tgi(desk: Desk, body: TgiRequest, request: Request, *, stream: bool, listed: bool = False) -> Response:
+    llm, parameters = ready(desk), body.parameters or TgiParameters()
+    order = Order(body.inputs, (parameters.sampling_params(),), "inputs")
+    tickets = await admit(desk, llm, [order], request)
+    return await reply(desk, tickets, TgiVoice(llm.codec, body.inputs, parameters, listed), request, stream=stream)
+
+
+class TgiVoice:
+    """One event a token, of one sequence; the texts of the tokens join to the generated text."""
+
+    def __init__(self, codec: TextCodec, inputs: str, parameters: TgiParameters, listed: bool) -> None:
+        self._codec, self._parameters, self._listed = codec, parameters, listed
+        self._before = inputs if parameters.return_full_text else ""
+        self._pieces = Pieces(codec, parameters.stop or ())
+        self._index = 0
+
+    def begin(self, num_choices: int) -> list[dict[str, Any]]:
+        return []
+
+    def say(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        texts = self._pieces.feed(delta.token_ids, delta.completion)
+        out = []
+        for token, text, told in zip(delta.token_ids, texts, delta.logprobs, strict=True):
+            self._index += 1
+            said = {"index": self._index, "token": self._token(token, text, told.logprob)}
+            if self._parameters.top_n_tokens:
+                said["top_tokens"] = self._top(told)
+            out.append({**said, "generated_text": None, "details": None})
+        if out:  # a step's tokens share an event's worth of facts: they stand in its first
+            out[0]["medusa"] = {"tokens": list(delta.tokens), "accepted": list(delta.accepted)}
+        if out and delta.completion is not None:
+            done = delta.completion
+            details = {name: value for name, value in self._details(done).items() if name not in ("prefill", "tokens")}
+            details["input_length"] = done.prompt_tokens
+            out[-1] |= {"generated_text": self._before + done.text, "details": details}
+        return out
+
+    def end(self) -> list[dict[str, Any]]:
+        return []
+
+    def whole(self, done: Seq[Completion]) -> Any:
+        said: dict[str, Any] = {"generated_text": self._before + done[0].text}
+        if self._parameters.details is not False:
+            texts = self._pieces.feed(done[0].token_ids, done[0])
+            triples = zip(done[0].token_ids, texts, done[0].logprobs, strict=True)
+            said["details"] = self._details(done[0])
+            said["details"]["tokens"] = [self._token(token, text, told.logprob) for token, text, told in triples]
+            if self._parameters.top_n_tokens:
+                said["details"]["top_tokens"] = [self._top(told) for told in done[0].logprobs]
+        return [said] if self._listed else said
+
+    def _details(self, done: Completion) -> dict[str, Any]:
+        reason = "length"
+        if done.finish_reason == "stop":
+            reason = "eos_token" if done.token_ids[-1] in self._codec.special_ids else "stop_sequence"
+        facts = {"finish_reason": reason, "generated_tokens": done.completion_tokens, "seed": done.seed}
+        return facts | {"prefill": [], "tokens": [], "medusa": done.to_dict()["medusa"]}
+
+    def _token(self, token: int, text: str, logprob: float) -> dict[str, Any]:
+        return {"id": token, "text": text, "logprob": logprob, "special": token in self._codec.special_ids}
+
+    def _top(self, told: TokenLogprob) -> list[dict[str, Any]]:
+        return [self._token(token, self._codec.token_text(token), value) for token, value in told.top]
+
+
+class Pieces:
+    """A sequence's text, token by token: what each made certain. The last one's is all the rest."""
+
+    def __init__(self, codec: TextCodec, stop: Seq[str]) -> None:
+        self._detokenizer = Detokenizer(codec, stop)
+        self._length = 0
+
+    def feed(self, ids: Seq[int], completion: Completion | None) -> list[str]:
+        texts = []
+        for place, token in enumerate(ids, 1):
+            if completion is not None and place == len(ids):
+                texts.append(completion.text[self._length :])
+            else:
+                texts.append(self._detokenizer.feed([token])[0])
+            self._length += len(texts[-1])
+        return texts
