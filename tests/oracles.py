@@ -1,5 +1,5 @@
-"""Drafters that are always right, always wrong or random, and an engine around a tiny model that a test steps by
-hand."""
+"""Drafters that are always right, always wrong or random, an engine around a tiny model that a test steps by hand, and
+the slow reference of the training's loss."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from medusa_serve.config import EngineConfig
 from medusa_serve.engine.batch_manager import BatchManager
 from medusa_serve.model.build import build_runner
 from medusa_serve.model.drafting.draft import StaticDrafter
 from medusa_serve.model.drafting.tree import most_probable
+from medusa_serve.training.loss import Output
 from medusa_serve.types import Completion, SamplingParams
 from tests.fakes import Collector, FakeCodec
 
@@ -101,3 +103,18 @@ def run(manager: BatchManager, jobs: list[tuple[list[int], SamplingParams]], joi
         if last.error is not None:
             raise last.error
     return [last.completion for last in lasts]
+
+
+def plain_loss(
+    features: Tensor, teacher: Tensor, offset: Tensor, output: Output, weights: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """The loss of training/loss.py with every logit at once, gradients by autograd; arguments as soft_loss."""
+    rows, depths, _ = features.shape
+    log_q = output.log_probs(features)  # (R, D, V')
+    p = output.log_probs(teacher, temperature).exp()
+    total = features.new_zeros(())
+    for row in range(rows):
+        for depth in range(depths):
+            if row + depth < rows and int(offset[row + depth]) >= depth:
+                total = total - weights[depth] * (p[row + depth] * log_q[row, depth]).sum()
+    return total / rows

@@ -301,8 +301,7 @@ def agreement(heads: Heads, hidden_inputs: Sequence[int], loaded: LoadedModel, a
         features = features_of(heads, hidden, batch.tokens(heads.max_depth))
         columns = [rank_column(heads, x, depth, depth, batch, answers.vocab_size) for depth, x in enumerate(features)]
         others = [elsewhere(heads, features[0], by, columns[0], batch, answers.vocab_size) for by in PLACES]
-    looped = np.zeros(len(answers), bool)
-    return Agreement(Ranks(torch.stack(columns, dim=1).cpu().numpy(), answers.answer_len - 1, looped), others)
+    return Agreement(Ranks(torch.stack(columns, dim=1).cpu().numpy(), answers.answer_len - 1), others)
 
 
 def elsewhere(heads: Any, features: Tensor, by: int, own: Tensor, batch: Batch, vocab: int) -> Elsewhere:

@@ -1,14 +1,14 @@
 """From answers to batches: which positions heads learn from, and what each depth must say there.
 
-A sequence x_0 … x_{T-1} whose answer begins at x_p gives n = T - p - 1 rows, one for each state the runner ever drafts
-from. Row i is the base's hidden state h_t at t = p - 1 + i:
+A sequence x_0 … x_{T-1} with an answer from x_p on gives n = T - p - 1 rows: one for each hidden state that the model
+runner drafts from. Row i is the base's hidden state h_t at t = p - 1 + i:
 
-    h_t has produced the pending token x_{t+1}      so the first row is the prompt's last token, as after prefill
-    depth d (from 0) drafts x_{t+2+d}               in the answer for i + d < n; EOS counts, the prompt never
-    its teacher is the base at t + 1 + d            that is, the hidden state of row i + d, one position further
+    h_t has produced the pending token x_{t+1}      so the first row is at the prompt's last token, as after prefill
+    depth d (from 0) drafts x_{t+2+d}               for i + d < n, so only tokens of the answer, EOS included
+    its teacher is the base at t + 1 + d            that is one position after row i + d
 
-Rows of a sequence stand side by side, so the teacher of (row g, depth d) is row g + d's: no index table is needed.
-Together n rows and their teachers are n + 1 states that follow one another, from h_{p-1} on.
+The rows of a sequence follow one another, so (row g, depth d) has the teacher of row g + d: no index table is needed.
+Together the n rows and their teachers need n + 1 states, from h_{p-1} on.
 """
 
 from __future__ import annotations
@@ -25,22 +25,21 @@ from .shards import Answers
 
 @dataclass(frozen=True)
 class Batch:
-    """ids, (B, S) with zeros behind a sequence's end, or the text of all answers (N) · for the R rows: at (R) index
-    into the flattened ids of t · place (R) i, and left (R) n - i: depth d has a target where d < left · sequence (B)
-    numbers within the answers."""
+    """ids: (B, S), zeros after a sequence's end, or the tokens of all answers (N) · at (R): where t is in the flattened
+    ids · offset (R): i · left (R): n - i, depth d has a target where d < left · sequence (B): numbers of the answers"""
 
     ids: Tensor
     at: Tensor
-    place: Tensor
+    offset: Tensor
     left: Tensor
     sequence: np.ndarray
 
     def to(self, device: torch.device) -> Batch:
-        ids, at, place, left = (x.to(device, non_blocking=True) for x in (self.ids, self.at, self.place, self.left))
-        return Batch(ids, at, place, left, self.sequence)
+        ids, at, offset, left = (x.to(device, non_blocking=True) for x in (self.ids, self.at, self.offset, self.left))
+        return Batch(ids, at, offset, left, self.sequence)
 
     def tokens(self, depths: int, first: int = 1) -> Tensor:
-        """(R, depths): x_{t+first} and those after it; whatever stands there behind the end. first 1: the pending
+        """(R, depths): x_{t+first} and the tokens after it; after a sequence's end, any tokens. first 1: the pending
         token and the true drafts; first 2: the targets."""
         flat = self.ids.flatten()
         index = self.at[:, None] + first + torch.arange(depths, device=flat.device)
@@ -53,14 +52,12 @@ def usable(answers: Answers, max_length: int) -> np.ndarray:
 
 
 def spread(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Runs of these lengths (B), `total` elements side by side → which run each is in, and its place there (total).
-
-    `total` is given, so that a device is not waited for.
-    """
+    """Sequences of `counts` (B) rows, one after another, `total` in all → each row's sequence and its offset in it,
+    (total) both. The caller gives `total`, so that nothing waits for the device."""
     ends = counts.cumsum(0)
     index = torch.arange(total, device=counts.device)
-    run = torch.searchsorted(ends, index, right=True)
-    return run, index - (ends - counts)[run]
+    sequence = torch.searchsorted(ends, index, right=True)
+    return sequence, index - (ends - counts)[sequence]
 
 
 def make_batch(answers: Answers, numbers: np.ndarray) -> Batch:
@@ -72,13 +69,13 @@ def make_batch(answers: Answers, numbers: np.ndarray) -> Batch:
         ids[row, : lengths[row]] = answers.sequence(number)
     counts = torch.from_numpy(answers.answer_len[numbers].astype(np.int64) - 1)
     first = torch.from_numpy(np.arange(len(numbers)) * width + answers.prompt_len[numbers] - 1)
-    run, place = spread(counts, int(counts.sum()))
-    return Batch(torch.from_numpy(ids), first[run] + place, place, counts[run] - place, numbers)
+    row, offset = spread(counts, int(counts.sum()))
+    return Batch(torch.from_numpy(ids), first[row] + offset, offset, counts[row] - offset, numbers)
 
 
 def plan_epoch(answers: Answers, numbers: np.ndarray, batch_rows: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The batches of an epoch: all sequences in a random order, cut where `batch_rows` would be exceeded (but one
-    sequence at least). A function of its arguments alone, so that a resumed run sees the same batches."""
+    """The batches of an epoch: all sequences in a random order, at most `batch_rows` rows in a batch, or one sequence.
+    The result depends on the arguments alone, so that a resumed run sees the same batches."""
     order = np.random.default_rng([seed, epoch]).permutation(numbers)
     ends = np.cumsum(answers.answer_len[order] - 1)
     batches, start, before = [], 0, 0
@@ -95,8 +92,7 @@ def by_length(answers: Answers, numbers: np.ndarray) -> np.ndarray:
 
 
 def in_order(answers: Answers, numbers: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Batches of these sequences in the order given, each `batch_tokens` with its padding at most (but one sequence
-    at least)."""
+    """Batches of these sequences in the order given: at most `batch_tokens` with the padding, or one sequence."""
     start = widest = 0
     for end, length in enumerate(answers.length[numbers].tolist()):
         widest = max(widest, length)

@@ -1,7 +1,7 @@
-"""What the heads are worth: ranks of the true tokens, calibration, and a forecast of acceptance with static trees.
+"""How good heads are: ranks of the true tokens, calibration, and a forecast of acceptance with static trees.
 
-A forecast walks given answers with one tree of rank paths for all steps; the engine draws a better tree for each step
-(model/beam.py), so it mostly accepts more than is forecast here. report.py asks the engine itself.
+A forecast walks given answers with one tree of rank paths for all steps. The engine makes a better tree for each step,
+so it mostly accepts more than the forecast says. report.py asks the engine itself.
 """
 
 from __future__ import annotations
@@ -19,28 +19,22 @@ from ..model.sampling.noise import gumbel
 from .loss import Output
 
 SIZES = (4, 8, 16, 24, 32, 64)  # nodes, the root counts
-SAMPLED = 0.7  # the temperature whose acceptance is told beside the greedy one
+SAMPLED = 0.7  # acceptance is reported at this temperature and greedily
 FIT_ROWS = 2048  # rows that fit a tau: its error is then about 2 %
-TAUS = tuple(0.05 * 200 ** (i / 26) for i in range(27))  # 0.05 … 10, between which a fit looks
+TAUS = tuple(0.05 * 200 ** (i / 26) for i in range(27))  # 0.05 … 10: a fit looks in this range
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """rank (R, D): where the true token stands among a depth's candidates, 0 best; NONE where it cannot be drafted;
-    PAST_END behind the sequence's end · count (B): rows of each sequence, side by side · looped (B): the answer is a
-    loop."""
+    """rank (R, D): the true token's rank among a depth's candidates, 0 is the best; NONE where it cannot be drafted;
+    PAST_END after the sequence's end · count (B): rows of each sequence, which follow one another in `rank`"""
 
     rank: np.ndarray
     count: np.ndarray
-    looped: np.ndarray
-
-    def joined(self, other: Ranks) -> Ranks:
-        pairs = ((self.rank, other.rank), (self.count, other.count), (self.looped, other.looped))
-        return Ranks(*(np.concatenate(pair) for pair in pairs))
 
     def chosen(self, sequences: np.ndarray) -> Ranks:
         """Only the sequences where the mask (B) is true."""
-        return Ranks(self.rank[np.repeat(sequences, self.count)], self.count[sequences], self.looped[sequences])
+        return Ranks(self.rank[np.repeat(sequences, self.count)], self.count[sequences])
 
 
 NONE, PAST_END = 1 << 30, -1
@@ -72,7 +66,7 @@ def true_ranks(
     noise: Noise | None = None,
 ) -> Tensor:
     """(R, D) ranks of the targets (R, D; base ids) among the candidates that `features` (R, D, H) give, with the noise
-    of sampled answers where there is some. Equal logits are ranked by their index, as good as any."""
+    of sampled answers if there is any. Equal logits are ranked by their index."""
     index = _draft_index(token_map, vocab, targets)
     ids = torch.arange(output.weight.shape[0], device=targets.device) if token_map is None else token_map
     out = torch.empty_like(targets)
@@ -101,7 +95,7 @@ def _draft_index(token_map: Tensor | None, vocab: int, targets: Tensor) -> Tenso
 
 
 def top_shares(ranks: Ranks, top: int) -> list[float]:
-    """Per depth, the share of all positions whose true token is among the first `top` candidates."""
+    """Per depth, the share of all positions that have their true token among the first `top` candidates."""
     out = []
     for column in ranks.rank.T:
         there = column[column != PAST_END]
@@ -110,20 +104,20 @@ def top_shares(ranks: Ranks, top: int) -> list[float]:
 
 
 def conditional_ranks(ranks: Ranks, num_ranks: int = NUM_RANKS) -> list[list[float]]:
-    """P(rank r at depth d is right | the tokens before were among their depths' candidates), never rising in r."""
+    """P(rank r at depth d is right | the tokens before it were candidates of their depths), never rising in r."""
     alive = np.ones(len(ranks.rank), bool)
     table = []
     for column in ranks.rank.T:
         alive = alive & (column != PAST_END)
         counts = np.bincount(column[alive & (column < num_ranks)], minlength=num_ranks)[:num_ranks]
-        shares = np.maximum(counts / max(1, int(alive.sum())), 1e-6)  # a tree may still need so unlikely a node
+        shares = np.maximum(counts / max(1, int(alive.sum())), 1e-6)  # a large tree may need such nodes
         table.append([float(share) for share in np.minimum.accumulate(shares)])
         alive = alive & (column < num_ranks)
     return table
 
 
 def accepted(ranks: np.ndarray, paths: Sequence[RankPath]) -> np.ndarray:
-    """(R, D) ranks → (R): how many draft tokens a tree of these paths has right at each row."""
+    """(R, D) ranks → (R): how many draft tokens of a tree of these paths are right at each row."""
     index = {(): 0} | {path: number for number, path in enumerate(paths, 1)}
     width = max((path[-1] for path in paths), default=0) + 1
     child = np.zeros((len(index), width + 1), np.int64)  # 0: no such node; the last column takes all other ranks
@@ -142,14 +136,14 @@ def accepted(ranks: np.ndarray, paths: Sequence[RankPath]) -> np.ndarray:
 
 
 def tokens_per_step(ranks: Ranks, paths: Sequence[RankPath]) -> float:
-    """Acceptance with this static tree, by walking each held-out answer as the engine would: a step that has `a` draft
-    tokens right emits a + 1 and goes on from there. (completion tokens - 1) / steps; the root's own token counts."""
-    gain = accepted(ranks.rank, paths)
+    """Acceptance with this static tree, (completion tokens - 1) / steps. It walks each held-out answer as the engine
+    would: a step with num_accepted right draft tokens emits num_accepted + 1 and goes on from there."""
+    num_accepted = accepted(ranks.rank, paths)
     steps = first = 0
     for count in ranks.count.tolist():
         row = 0
         while row < count:
-            row += int(gain[first + row]) + 1
+            row += int(num_accepted[first + row]) + 1
             steps += 1
         first += count
     return float(ranks.count.sum()) / steps if steps else 1.0
@@ -171,11 +165,11 @@ def fit_tau(
     noise: Noise | None = None,
     depth: int = 0,
 ) -> float:
-    """The temperature at which softmax(log q / tau), or softmax((log q / T + G) / tau) of sampled answers, predicts the
-    true tokens best: what turns a depth's scores into probabilities, so that nodes of all depths compare.
+    """The temperature tau at which softmax(log q / tau) predicts the true tokens best; for sampled answers
+    softmax((log q / T + G) / tau). It makes probabilities of a depth's scores, so that nodes of all depths compare.
 
-    features (R, H), targets (R; base ids) of one depth. A tau below 1: the heads' order is surer than q says. 1.0
-    without rows.
+    features (R, H), targets (R; base ids) of one depth. With tau < 1 the heads are right more often than q says.
+    Returns 1.0 if there are no rows.
     """
     index = _draft_index(token_map, vocab, targets)
     rows = (index >= 0).nonzero()[:, 0]
@@ -193,7 +187,7 @@ def fit_tau(
 
 
 def _lowest(costs: Sequence[float]) -> float:
-    """The tau of least cost: the foot of the parabola through the best of TAUS and its neighbours, in log tau."""
+    """The tau of least cost: the minimum of the parabola, in log tau, through the best of TAUS and its neighbours."""
     at = min(range(1, len(costs) - 1), key=lambda i: costs[i])  # one minimum: the costs are convex in 1 / tau
     before, here, after = costs[at - 1 : at + 2]
     bend = before - 2 * here + after

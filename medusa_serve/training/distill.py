@@ -1,7 +1,7 @@
 """The model's own answers to prompts, at mixed temperatures: what the heads learn from.
 
-Self-distillation: heads draft what this very model says next, so its own answers are the best text to learn from
-(Medusa, Cai et al. 2024, §3.1.3). They come from the project's own engine, many sequences at a time.
+Self-distillation: heads draft what this model says next, so its own answers are the best text to learn from (Medusa,
+Cai et al. 2024, §3.1.3). The serving engine makes them, many sequences at a time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from .prompts import Prompt
 from .shards import done_indexes, open_folder, write_shard
 
 ENCODE = 512  # prompts that are tokenized at once
-LOOP = 8  # tokens; an answer in which some run of so many stands three times is a loop
+LOOP = 8  # tokens; an answer that has the same 8 tokens in a row three times is a loop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,9 @@ class DistillConfig:
     temperatures  prompt i gets one of them, by its index and the seed; 0 is greedy
     max_tokens    of an answer
     max_prompt    longer prompts (in tokens) are left out
-    seconds       stop starting and finishing answers after so long; None: all prompts
-    cut_loops     an answer is cut where a run of 8 tokens begins for the third time: loops are easy and would flatter
-    shard_answers answers of a shard: what a killed run loses at most
+    seconds       after this time no answer is begun or finished; None: all prompts are answered
+    cut_loops     an answer ends where 8 tokens begin for the third time: loops are easy, heads would look too good
+    shard_answers answers in a shard: a killed run loses at most this many
     """
 
     temperatures: tuple[float, ...] = (0.0, 0.3, 0.7, 1.0)
@@ -56,7 +56,7 @@ class DistillConfig:
 
 
 class Job(NamedTuple):
-    """One answer to make: a function of the prompt's index and the config, whoever makes it and in whatever order."""
+    """One answer to make. It depends only on the prompt's index and the config, not on the order of the work."""
 
     prompt: int
     seed: int
@@ -65,7 +65,7 @@ class Job(NamedTuple):
 
 
 class Made(NamedTuple):
-    """How far a run has come; `seconds` and the counts are of this run."""
+    """How far a run is; `seconds` and the counts are of this run alone."""
 
     answers: int
     tokens: int
@@ -78,7 +78,7 @@ class Made(NamedTuple):
         return f"answers {self.answers}/{self.total}  tokens {self.tokens:,}  {rate:,.0f} tokens/s"
 
 
-# Answers as they finish, in any order. The iterator may be closed early; it then gives up what is under way.
+# Answers as they finish, in any order. When the iterator is closed early, it cancels the unfinished answers.
 Generate = Callable[[Iterator[Job]], Iterator[tuple[Job, Sequence[int]]]]
 
 
@@ -108,7 +108,7 @@ def distill(
                 rows.append((*job, ids))
             made = Made(made.answers + 1, made.tokens + len(ids), time.monotonic() - started, made.total)
             if len(rows) >= config.shard_answers:
-                full, rows = rows, []  # first: an interrupt behind the writing must not write them again
+                full, rows = rows, []  # first: an interrupt after the writing must not write them again
                 write_shard(out, full)
             progress(made)
             if config.seconds is not None and made.seconds > config.seconds:
@@ -123,24 +123,17 @@ def distill(
 
 
 def describe(config: DistillConfig, prompts: Sequence[Prompt], model_name: str, vocab_size: int) -> dict[str, Any]:
-    """What must agree for a run to go on in the same folder; the time limit and the shard size may change."""
+    """What must be equal for a run to go on in the same folder; the time limit and the shard size may change."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(prompt.text.encode("utf-8", "surrogatepass") + b"\0")
-    return {
-        "model": model_name,
-        "vocab_size": vocab_size,
-        "prompts": digest.hexdigest(),
-        "temperatures": list(config.temperatures),
-        "max_tokens": config.max_tokens,
-        "max_prompt": config.max_prompt,
-        "cut_loops": config.cut_loops,
-        "seed": config.seed,
-    }
+    options = {name: value for name, value in asdict(config).items() if name not in ("seconds", "shard_answers")}
+    options["temperatures"] = list(config.temperatures)
+    return {"model": model_name, "vocab_size": vocab_size, "prompts": digest.hexdigest(), **options}
 
 
 def jobs(codec: TextCodec, prompts: Sequence[Prompt], config: DistillConfig, done: Iterable[int]) -> Iterator[Job]:
-    """The jobs that are left. Prompts that the template refuses or that are too long are passed over."""
+    """The jobs that are left. Prompts that the template refuses or that are too long are skipped."""
     skip = set(done)
     left = [index for index in range(len(prompts)) if index not in skip]
     for start in range(0, len(left), ENCODE):
@@ -153,13 +146,13 @@ def jobs(codec: TextCodec, prompts: Sequence[Prompt], config: DistillConfig, don
 
 
 def encode(codec: TextCodec, text: str) -> list[int]:
-    """A prompt as the server would send it: with the chat template where there is one. Heads trained on another
-    template than they serve accept little."""
+    """A prompt as the server would send it: with the chat template if there is one. Heads that were trained on another
+    template have a low acceptance."""
     return codec.encode_chat([{"role": "user", "content": text}]) if codec.has_chat_template else codec.encode(text)
 
 
 def first_loop(ids: Sequence[int]) -> int | None:
-    """Where a run of 8 tokens begins for the third time; None where none does."""
+    """Where 8 tokens in a row begin for the third time; None if that never happens."""
     count: dict[tuple[int, ...], int] = {}
     for start in range(len(ids) - LOOP + 1):
         run = tuple(ids[start : start + LOOP])
@@ -170,7 +163,7 @@ def first_loop(ids: Sequence[int]) -> int | None:
 
 
 def engine_generate(manager: Any, max_tokens: int) -> Generate:
-    """Answers by a running batch manager (LLM.manager): the queue is kept full, a refused prompt is passed over."""
+    """Answers by a running batch manager (LLM.manager): the queue is kept full, a refused prompt is skipped."""
 
     def generate(todo: Iterator[Job]) -> Iterator[tuple[Job, Sequence[int]]]:
         inbox: queue.SimpleQueue[list[tuple[str, Delta]]] = queue.SimpleQueue()
@@ -185,7 +178,7 @@ def engine_generate(manager: Any, max_tokens: int) -> Generate:
                     except QueueFull:
                         if not open_jobs:
                             raise
-                        break  # the rest follows as ours finish
+                        break  # the others follow when some of these are finished
                     except InvalidRequest:
                         pass  # too long for this context
                     job = next(todo, None)

@@ -1,4 +1,4 @@
-"""The end of a training: measure the heads on held-out answers, calibrate, report through the engine, save."""
+"""After the last step: measure the heads on held-out answers, calibrate, report through the engine, save."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,23 +19,20 @@ from ..model.drafting.heads import Heads, HeadsInfo, SequentialHeads, num_parame
 from ..model.drafting.tree import NUM_RANKS
 from .batches import Batch, in_order, make_batch
 from .calibrate import PAST_END, SAMPLED, Noise, Ranks, conditional_ranks, fit_tau, forecast, top_shares, true_ranks
-from .distill import first_loop
 from .report import EngineReport, engine_report
 from .shards import Answers
 from .teacher import Teacher, head_features
+from .train_config import TrainConfig
 
-if TYPE_CHECKING:
-    from .train_heads import TrainConfig
-
-TAU_ROWS = 8192  # rows that a calibration of tau looks at
-KEPT = 2**28  # bytes of the held-out answers' hidden states
+TAU_ROWS = 8192  # rows for a calibration of tau
+KEPT = 2**28  # bytes for the held-out answers' hidden states
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What trained heads do on held-out answers: shares per depth, acceptance by nodes as forecast with static trees
-    (greedy, and at T = 0.7 where there are such answers) and as the serving engine has it, and the calibration that was
-    saved with them. path: of the heads' file."""
+    """Trained heads on held-out answers: shares per depth, acceptance by nodes as forecast with static trees (greedy,
+    and at T = 0.7 if there are such answers) and as measured in the serving engine, and the calibration that is saved
+    with the heads. path: of the heads' file."""
 
     path: str
     loss: float
@@ -52,30 +49,28 @@ class Measured:
     @property
     def lines(self) -> list[str]:
         """For a person."""
-        told = [("the engine, greedy", self.engine.greedy), (f"the engine at T = {SAMPLED}", self.engine.sampled)]
-        told += [("forecast with static trees, greedy", self.greedy), (f"the same at T = {SAMPLED}", self.sampled)]
-        rows = [(name, "  ".join(f"{nodes}: {x:.2f}" for nodes, x in values.items())) for name, values in told]
+        shown = [("the engine, greedy", self.engine.greedy), (f"the engine at T = {SAMPLED}", self.engine.sampled)]
+        shown += [("forecast with static trees, greedy", self.greedy), (f"the same at T = {SAMPLED}", self.sampled)]
+        rows = [(name, "  ".join(f"{nodes}: {x:.2f}" for nodes, x in values.items())) for name, values in shown]
         lines = [f"  {name:36}{row}" for name, row in rows if row]
         return [f"The heads are in {self.path}.", "Tokens per step by tree nodes, on held-out prompts:", *lines]
 
 
 def sampled_ones(answers: Answers, numbers: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Those of the numbers whose answers were sampled near T = 0.7, and True; where there are none, those sampled at
-    whatever T there is, and False."""
+    """The numbers of the answers at T = 0.7, and True. If there are none: of the answers at any T > 0, and False."""
     temperature = answers.temperature[numbers]
     near = np.abs(temperature - SAMPLED) < 1e-4
     return (numbers[near], True) if near.any() else (numbers[temperature > 0], False)
 
 
 def choose_held_out(answers: Answers, numbers: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(held out, training) sequence numbers: at most a tenth is held out, half of it greedy answers and half answers
-    near T = 0.7 (or at what T there is), in a fixed random order, greedy first. Greedy ones alone say what greedy
-    decoding accepts."""
+    """(held out, training) sequence numbers. At most a tenth is held out: half greedy answers, half answers at T = 0.7
+    (or at any T > 0), in a fixed random order, greedy first. Only greedy answers show what greedy decoding accepts."""
     order = np.random.default_rng(2024).permutation(numbers)
     count = max(1, min(count, len(order) // 10))
     greedy = order[answers.temperature[order] == 0]
     chosen = [greedy[: max(1, count // 2)], sampled_ones(answers, order)[0][: count // 2]]
-    if not len(greedy):  # nothing greedy at hand: any answers, then
+    if not len(greedy):  # no greedy answers: take any
         chosen = [order[:count]]
     held = np.concatenate(chosen)
     return held, np.setdiff1d(numbers, held)
@@ -83,9 +78,9 @@ def choose_held_out(answers: Answers, numbers: np.ndarray, count: int) -> tuple[
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: heads on the base that they hang on, by its answers. size: tokens of a pass · autocast: the
-    context of one; loaded heads need none, as they are in the base's dtype · kept: by an answer's number what heads
-    read at its rows, as far as KEPT bytes go: a training measures the same answers again and again."""
+    """What is measured: heads on their base, by the base's answers. size: tokens of a pass · autocast: the context of a
+    pass; loaded heads need none, they are in the base's dtype · kept: an answer's number → what heads read at its rows,
+    up to KEPT bytes: a training measures the same answers many times."""
 
     heads: Heads
     teacher: Teacher
@@ -107,7 +102,7 @@ class Subject:
 
 class Rows(NamedTuple):
     """Some answers as the heads see them. lengths: rows of each answer · features (R, D, H) · targets (R, D) base ids ·
-    left (R): depths with a target · noise: of sampled answers"""
+    left (R): depths with a target · noise: of sampled answers, else None"""
 
     chosen: np.ndarray
     lengths: np.ndarray
@@ -118,7 +113,7 @@ class Rows(NamedTuple):
 
 
 def passes(subject: Subject, numbers: np.ndarray, *, sampled: bool) -> Iterator[Rows]:
-    """These answers in order, a batch at a time. sampled: all of them are, each with its own seed and temperature."""
+    """These answers in order, batch by batch. sampled: all are sampled, each with its own seed and temperature."""
     heads, teacher, answers = subject.heads, subject.teacher, subject.answers
     for chosen in in_order(answers, numbers, subject.size):
         batch, lengths = make_batch(answers, chosen).to(teacher.device), answers.answer_len[chosen] - 1
@@ -127,31 +122,27 @@ def passes(subject: Subject, numbers: np.ndarray, *, sampled: bool) -> Iterator[
         noise = None
         if sampled:
             first = answers.prompt_len[chosen] + 1  # position of the first drafted token, after the pending one
-            facts = (answers.temperature[chosen], answers.seed[chosen], first)
-            warmth, seed, start = (torch.from_numpy(np.repeat(x, lengths)).to(teacher.device) for x in facts)
-            noise = Noise(warmth, seed, start + batch.place)
+            given = (answers.temperature[chosen], answers.seed[chosen], first)
+            heat, seed, start = (torch.from_numpy(np.repeat(x, lengths)).to(teacher.device) for x in given)
+            noise = Noise(heat, seed, start + batch.offset)
         yield Rows(chosen, lengths, features, batch.tokens(heads.max_depth, first=2), batch.left, noise)
 
 
 def measure(subject: Subject, numbers: np.ndarray, *, sampled: bool = False) -> Ranks:
-    """Ranks of the true tokens in these answers, in order of the numbers. sampled: all of these answers were, and are
-    ranked with each one's own noise."""
-    answers, token_map, vocab = subject.answers, subject.heads.token_map, subject.teacher.vocab_size
-    output, parts = subject.teacher.output(token_map), []
+    """Ranks of the true tokens in these answers, in order of the numbers. sampled: all these answers are sampled, and
+    each is ranked with its own noise."""
+    token_map, vocab = subject.heads.token_map, subject.teacher.vocab_size
+    output, ranks, lengths = subject.teacher.output(token_map), [], []
     for rows in passes(subject, numbers, sampled=sampled):
-        ranks = true_ranks(rows.features, rows.targets, rows.left, output, token_map, vocab, rows.noise)
-        said = [answers.sequence(n)[int(answers.prompt_len[n]) :].tolist() for n in rows.chosen]
-        looped = np.array([first_loop(answer) is not None for answer in said])
-        parts.append(Ranks(ranks.cpu().numpy(), rows.lengths, looped))
-    joined = parts[0]
-    for part in parts[1:]:
-        joined = joined.joined(part)
-    return joined
+        found = true_ranks(rows.features, rows.targets, rows.left, output, token_map, vocab, rows.noise)
+        ranks.append(found.cpu().numpy())
+        lengths.append(rows.lengths)
+    return Ranks(np.concatenate(ranks), np.concatenate(lengths))
 
 
 def calibrate_tau(subject: Subject, numbers: np.ndarray, *, sampled: bool) -> list[float]:
-    """Per depth, tau from a part of these greedy answers, or noise_tau from sampled ones; rows whose earlier tokens
-    were no candidates are left out."""
+    """Per depth, tau from the first of these greedy answers, or noise_tau from sampled ones. A row is left out once a
+    token before the depth was no candidate."""
     parts: list[Rows] = []
     for rows in passes(subject, numbers, sampled=sampled):
         parts.append(rows)
@@ -179,7 +170,7 @@ def finish(
     subject: Subject,
     held_out: np.ndarray,
     config: TrainConfig,
-    facts: dict[str, Any],
+    known: dict[str, Any],
     *,
     trial: Path,
     serving: Any = None,
@@ -190,22 +181,22 @@ def finish(
 ) -> Measured:
     """Measure, calibrate, save into config.out with provenance.
 
-    seconds: for the engine's answers · trial: a folder where the engine finds the heads before config.out exists, so
-    that after an interruption here the same command still goes on · serving: the base as that engine has it, None: as
-    the teacher
+    known: provenance that the training knows, with its loss · seconds: for the engine's answers · trial: a folder
+    where the engine finds the heads before config.out exists, so that the same command can go on after an interruption
+    here · serving: the base that the engine runs, None: the teacher's
     """
     heads, teacher, answers = subject.heads, subject.teacher, subject.answers
-    cold = held_out[answers.temperature[held_out] == 0]
-    cold = cold if len(cold) else held_out
-    warm, near = sampled_ones(answers, held_out)
-    greedy = measure(subject, cold)
+    greedy_ones = held_out[answers.temperature[held_out] == 0]
+    greedy_ones = greedy_ones if len(greedy_ones) else held_out
+    drawn, near = sampled_ones(answers, held_out)
+    greedy = measure(subject, greedy_ones)
     table = conditional_ranks(greedy)
-    tau = calibrate_tau(subject, cold, sampled=False)
-    noise_tau = calibrate_tau(subject, warm, sampled=True) if len(warm) else None
-    sampled = forecast(measure(subject, warm, sampled=True)) if near else {}
+    tau = calibrate_tau(subject, greedy_ones, sampled=False)
+    noise_tau = calibrate_tau(subject, drawn, sampled=True) if len(drawn) else None
+    sampled = forecast(measure(subject, drawn, sampled=True)) if near else {}
     ahead = forecast(greedy, table)
     provenance = {
-        **facts,
+        **known,
         "static_trees_greedy": {str(n): round(x, 3) for n, x in ahead.items()},
         f"static_trees_T{SAMPLED}": {str(n): round(x, 3) for n, x in sampled.items()},
         "machine": machine(teacher.device),
@@ -220,10 +211,10 @@ def finish(
         max_positions=max_positions, seconds=seconds,
     )  # fmt: skip
     note(said)
-    provenance |= engine.facts()
+    provenance |= engine.provenance()
     path = save_heads(heads, replace(info, provenance=provenance), config.out)
     shares = top_shares(greedy, 1), top_shares(greedy, 5)
-    return Measured(str(path), float(facts["loss"]), *shares, ahead, sampled, engine, table, tau, noise_tau, provenance)
+    return Measured(str(path), float(known["loss"]), *shares, ahead, sampled, engine, table, tau, noise_tau, provenance)
 
 
 def describe(

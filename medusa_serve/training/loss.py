@@ -1,10 +1,10 @@
-"""Soft labels without K × T × V logits: rows go through the output layer in chunks, forward and back at once.
+"""Soft labels without K × T × V logits: rows go through the output layer in chunks, forward and backward together.
 
 The teacher of (row g, depth d) is the base's own distribution at row g + d (see batches.py), so each chunk of teacher
-rows is computed once and serves all depths. It is restricted to the draft vocabulary and renormalised: the heads can
-only rank what they can draft. The gradient of the cross-entropy in the logits is softmax(student) - teacher, so no
-graph is kept here; the caller sends the gradient in the features back through the heads' body. Cross-entropy against
-the teacher's distribution, not its sample, is Hydra's and EAGLE's "soft" loss (Ankner et al. 2024; Li et al. 2024).
+rows is computed once for all depths. It is restricted to the draft vocabulary and renormalised: the heads can only rank
+what they can draft. The gradient of the cross-entropy by the logits is softmax(student) - teacher, so no graph is kept
+here; the caller sends the gradient by the features back through the heads' body. Cross-entropy against the teacher's
+distribution, not its sample, is Hydra's and EAGLE's "soft" loss (Ankner et al. 2024; Li et al. 2024).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CHUNK = {"cpu": 1 << 23, "cuda": 1 << 26}  # logits of a chunk: a few fp32 copie
 
 class Output(NamedTuple):
     """The shared output layer over the draft vocabulary: weight (V', H), bias (V') or None, and the base's soft cap
-    of its logits (Gemma), which both sides get."""
+    of its logits (Gemma) or None; it applies to student and teacher."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -38,7 +38,7 @@ class Output(NamedTuple):
         """logits (R, V') → (R, V') float32 (float64 stays)."""
         if self.softcap is not None or temperature != 1.0:
             return torch.softmax(self.capped(logits) / temperature, dim=-1)
-        # the cast is part of it: fp16 logits on a GPU are read once
+        # the cast is a part of softmax, so fp16 logits on a GPU are read once
         return torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     def capped(self, logits: Tensor) -> Tensor:
@@ -46,14 +46,13 @@ class Output(NamedTuple):
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def chunk(self) -> int:
-        """Rows that go through at once."""
+        """Rows of a chunk."""
         return max(1, CHUNK.get(self.weight.device.type, CHUNK["cuda"]) // self.weight.shape[0])
 
 
 class Loss(NamedTuple):
-    """grad (R, D, H) of the loss in the features, times `scale` · total: Σ over depths of weight × cross-entropy, a
-    number per row (it is divided by the rows) · per_depth (D) mean cross-entropies; the last two NaN unless asked for.
-    """
+    """grad (R, D, H): of the loss by the features, times `scale` · total: Σ over depths of weight × cross-entropy,
+    divided by the rows · per_depth (D): mean cross-entropies. Without `value`, total and per_depth are NaN."""
 
     total: Tensor
     per_depth: Tensor
@@ -64,7 +63,7 @@ class Loss(NamedTuple):
 def soft_loss(
     features: Tensor,
     teacher: Tensor,
-    place: Tensor,
+    offset: Tensor,
     output: Output,
     weights: Tensor,
     *,
@@ -75,9 +74,9 @@ def soft_loss(
 ) -> Loss:
     """Depth-weighted cross-entropy of students against teachers, and its gradient.
 
-    features (R, D, H) of the heads · teacher (R, H): the base's hidden states one position after the rows · place (R):
-    index of a row in its sequence; (row g, depth d) counts where place[g + d] >= d, that is, both lie in one sequence
-    · weights (D) · scale multiplies the gradient (fp16) · temperature of the teacher · value: the loss itself too
+    features (R, D, H) of the heads · teacher (R, H): the base's hidden states one position after the rows · offset (R):
+    number of a row in its sequence; (row g, depth d) counts if offset[g + d] >= d: both rows are of one sequence
+    · weights (D) · scale multiplies the gradient (fp16) · temperature: of the teacher · value: compute the loss too
     """
     rows, depths, _ = features.shape
     step = chunk or output.chunk()
@@ -90,25 +89,25 @@ def soft_loss(
             low = max(start, depth)
             mine, p = slice(low - depth, end - depth), target[low - start :]
             z = output.logits(features[mine, depth])
-            q, counted = output.probs(z), place[low:end] >= depth
+            q, counted = output.probs(z), offset[low:end] >= depth
             if value:
                 sums[depth] += (_cross_entropy(output.capped(z), q, p) * counted).sum()
             slope = _difference(q, p, output.weight.dtype)
             if output.softcap is not None:  # d tanh
                 slope *= 1.0 - (output.capped(z) / output.softcap).square()
-            # a row's weight is a factor of its gradient too, which is much narrower than the slope
+            # the weight multiplies the gradient, which has far fewer columns than the slope
             grad[mine, depth] = (slope @ output.weight).to(grad.dtype) * (counted * weights[depth])[:, None]
     per_row = max(rows, 1)
-    grad *= scale / per_row  # afterwards: in fp16 the small slopes would vanish before the product
+    grad *= scale / per_row  # after the product: in fp16 small slopes would become zero before it
     if not value:
         sums.fill_(torch.nan)
         return Loss(sums.sum(), sums, grad)
-    counts = torch.stack([(place >= depth).sum() for depth in range(depths)])
+    counts = torch.stack([(offset >= depth).sum() for depth in range(depths)])
     return Loss((sums * weights).sum() / per_row, sums / counts.clamp(min=1), grad)
 
 
 def _cross_entropy(z: Tensor, q: Tensor, p: Tensor) -> Tensor:
-    """-Σ p log q of each row, for q = softmax(z): as Σ p = 1 it is logsumexp(z) - Σ p z, and log q is never made.
+    """-Σ p log q of each row, for q = softmax(z): as Σ p = 1, it is logsumexp(z) - Σ p z, and log q is never computed.
     All (R, V') → (R)."""
     most, at = z.max(dim=-1)
     normaliser = most - q.gather(-1, at[:, None])[:, 0].log()
@@ -118,18 +117,3 @@ def _cross_entropy(z: Tensor, q: Tensor, p: Tensor) -> Tensor:
 def _difference(q: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
     """q - p in `dtype`, q overwritten or cast in the same pass."""
     return q.sub_(p) if q.dtype == dtype else torch.sub(q, p, out=torch.empty_like(q, dtype=dtype))
-
-
-def plain_loss(
-    features: Tensor, teacher: Tensor, place: Tensor, output: Output, weights: Tensor, temperature: float = 1.0
-) -> Tensor:
-    """The slow reference: every logit at once, gradients by autograd."""
-    rows, depths, _ = features.shape
-    log_q = output.log_probs(features)  # (R, D, V')
-    p = output.log_probs(teacher, temperature).exp()
-    total = features.new_zeros(())
-    for row in range(rows):
-        for depth in range(depths):
-            if row + depth < rows and int(place[row + depth]) >= depth:
-                total = total - weights[depth] * (p[row + depth] * log_q[row, depth]).sum()
-    return total / rows

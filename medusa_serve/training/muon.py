@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024; Liu et al., 2502.16982) for stacks of matrices: momentum, made orthogonal.
 
-torch.optim.Muon is the same for single matrices and in bfloat16 alone, whose products a CPU without instructions for
-them computes eight times slower than float32's, and it knows no step that is to be skipped. A test holds both equal.
+torch.optim.Muon is the same for single matrices, but computes in bfloat16 only: a CPU without bfloat16 instructions is
+eight times slower with it than with float32. It also cannot skip a step. A test holds both equal.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from torch import Tensor
 MOMENTUM = 0.95
 # of the quintic Newton-Schulz iteration: as steep at zero as it can be, and ends with singular values of 0.7 to 1.2
 COEFFICIENTS, ROUNDS = (3.4445, -4.7750, 2.0315), 5
-EPS = 1e-7  # norm at least
+EPS = 1e-7  # the least norm
 RMS = 0.2  # of AdamW's updates, so that both learn at one rate
 
 
 class Muon:
-    """moments: as the stacks, momentum of their gradients"""
+    """moments: momentum of the gradients, shaped as the stacks"""
 
     def __init__(self, stacks: Iterable[Tensor], weight_decay: float, dtype: torch.dtype) -> None:
-        """stacks: parameters (…, out, in) · dtype: that of the products"""
+        """stacks: parameters (…, out, in) · dtype: of the matrix products"""
         self.stacks, self.weight_decay, self.dtype = list(stacks), weight_decay, dtype
         self.moments = [torch.zeros_like(stack) for stack in self.stacks]
 
     @torch.no_grad()
     def step(self, lr: float, found: Tensor, divisor: Tensor) -> None:
-        """Learn from the stacks' gradients over `divisor`; nothing changes where `found` is one. Both () float, on the
-        device, which is not waited for."""
+        """Learn from the stacks' gradients, divided by `divisor`; nothing changes if `found` is one. Both are () float
+        on the device; nothing waits for it."""
         good = 1.0 - found
         for stack, moment in zip(self.stacks, self.moments, strict=True):
             assert stack.grad is not None

@@ -1,5 +1,5 @@
-"""The optimizer's step, which never waits for the device: a step whose gradients are not finite changes nothing and is
-counted, both on the device."""
+"""The optimizer's step. It never waits for the device: if gradients are not finite, the step changes nothing and is
+counted, all on the device."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..errors import LoadError
 from ..model.drafting.heads import Heads
 from .muon import Muon
 
-CLIP, FLOOR = 1.0, 0.02  # gradient norm at most; the learning rate ends at this share of its peak
-MAX_SKIPPED = 50  # steps in a row without finite gradients: something is wrong for good
-HALF_SCALE, MAX_SCALE, GROW = 2.0**12, 2.0**20, 500  # of fp16 gradients; it doubles after so many good steps in a row
+CLIP, FLOOR = 1.0, 0.02  # the largest gradient norm; the learning rate ends at this share of its peak
+MAX_SKIPPED = 50  # steps in a row without finite gradients: the training stops
+HALF_SCALE, MAX_SCALE, GROW = 2.0**12, 2.0**20, 500  # of fp16 gradients; it doubles after GROW good steps
 GAUGES = ("loss", "skipped", "bad", "good", "scale")
 
 
 class Stepper:
-    """Muon for the matrices of the heads, AdamW for all else, the first at the second's learning rate: the default
-    model's heads had 3.02 tokens per step after 2,500, AdamW's alone 2.93.
+    """Muon for the matrices of the heads, AdamW for the other parameters, both at one learning rate. After 2,500 steps
+    the default model's heads had 3.02 tokens per step, and 2.93 with AdamW alone.
 
-    On the device, numbers each: loss (a moving average) · skipped · bad and good, steps in a row · scale, by which the
-    gradients that `step` finds are too large, against underflow in fp16."""
+    Numbers on the device: loss (a moving average) · skipped · bad and good: steps in a row · scale: the gradients that
+    `step` finds are this many times too large, against underflow in fp16."""
 
     def __init__(self, heads: Heads, lr: float, weight_decay: float, dtype: torch.dtype) -> None:
         """dtype: of the heads' body, the base's"""
@@ -35,7 +35,7 @@ class Stepper:
         matrices: list[Tensor] = []
         for name, parameter in named.items():
             (vectors if parameter.dim() < 2 or name.endswith("bias") else matrices).append(parameter)
-        # fused: the one that takes found_inf and grad_scale, as torch.amp.GradScaler gives them
+        # only fused AdamW takes found_inf and grad_scale, which torch.amp.GradScaler sets too
         self.adamw: Any = torch.optim.AdamW(vectors, lr=lr, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
         self.muon = Muon(matrices, weight_decay, dtype)
         device = self.parameters[0].device
@@ -44,7 +44,7 @@ class Stepper:
         self.scale = torch.full((), HALF_SCALE if dtype == torch.float16 else 1.0, device=device)
 
     def step(self, lr: float, loss: Tensor) -> None:
-        """Clip, learn and forget the gradients. loss: NaN where it was not computed."""
+        """Clip, learn and forget the gradients. loss: NaN if it was not computed."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / self.scale
         found = (~norm.isfinite()).float()
@@ -77,8 +77,7 @@ class Stepper:
             raise LoadError(f"{int(self.bad)} training steps in a row gave no finite numbers in {self.dtype}.")
 
     def state(self) -> dict[str, Any]:
-        gauges = {name: getattr(self, name) for name in GAUGES}
-        return {"adamw": self.adamw.state_dict(), "moments": self.muon.moments, **gauges}
+        return {"adamw": self.adamw.state_dict(), "moments": self.muon.moments} | {g: getattr(self, g) for g in GAUGES}
 
     def load(self, state: dict[str, Any]) -> None:
         self.adamw.load_state_dict(state["adamw"])

@@ -1,4 +1,4 @@
-"""From prompts to heads in one call: load the model, make its answers, train, and say what came out.
+"""From prompts to heads in one call: load the model, make its answers, train, and report.
 
 train_from_prompts("smollm2-135m", "prompts.txt", minutes=20, out="my-heads")
 """
@@ -23,9 +23,10 @@ from .finish import Measured
 from .prompts import Prompt, read_prompts, split
 from .report import running
 from .shards import read_answers
-from .train_heads import Report, TrainConfig, check_output, is_out_of_memory, state_path, train
+from .train_config import Report, TrainConfig
+from .train_heads import check_output, is_out_of_memory, state_path, train
 
-DISTILL_SHARE = {"cpu": 0.25, "cuda": 0.4}  # of the minutes, for answers: a CPU learns from few of those it can make
+DISTILL_SHARE = {"cpu": 0.25, "cuda": 0.4}  # of the minutes, for answers; a CPU makes more than it can learn from
 SLOTS = {"cpu": 16, "cuda": 512}
 PREFILL_TOKENS = 16384
 MIN_PROMPTS = 2  # one to train on and one to measure on
@@ -35,7 +36,7 @@ Note = Callable[[str], None]
 
 @contextmanager
 def answering(loaded: LoadedModel, config: DistillConfig, slots: int) -> Iterator[Generate]:
-    """The serving engine without heads, lookup and text, its prefill passes packed full."""
+    """The serving engine without heads, lookup and text, with full prefill passes."""
     context = config.max_prompt + config.max_tokens
     limit = min(context, loaded.max_positions or context)
     plain = EngineConfig(
@@ -61,7 +62,7 @@ def make_answers(
     slots: int | None = None,
     note: Note = print,
 ) -> Made:
-    """Distil into the folder `out`, halving the slots while they do not fit; goes on where an earlier run stopped."""
+    """Distil into the folder `out`, and go on where an earlier run stopped. Halve the slots until they fit."""
     vocab = loaded.model.get_input_embeddings().num_embeddings
     slots, line, deadline = slots or SLOTS[loaded.device.type], ProgressLine(), None
     if config.seconds is not None:
@@ -101,12 +102,12 @@ def train_from_prompts(
     note: Note = print,
     **options: Any,
 ) -> Measured:
-    """Answers for DISTILL_SHARE of the minutes, training for the rest, then calibration and a report through the engine
-    (a tenth of the training's time, 20 seconds at most); the heads are in `out`, ready for --heads.
+    """Make answers for DISTILL_SHARE of the minutes, train for the rest, then calibrate and report through the engine
+    (a tenth of the training's time, at most 20 seconds). The heads are in `out`, ready for --heads.
 
-    answers: a folder to keep the answers in (default: `<out>.answers`, which is left there for another try), of
-    answer_tokens at most. options: TrainConfig's fields. Given again after an interruption, it goes on: answers that
-    are there are not made again.
+    answers: the folder of the answers (default: `<out>.answers`); it stays there for another training · answer_tokens:
+    of an answer, at most · options: TrainConfig's fields. The same call after an interruption goes on: answers that
+    exist are not made again. Raises InvalidConfig and LoadError.
     """
     if not minutes > 0:
         raise InvalidConfig("minutes must be positive.", param="minutes")
@@ -119,13 +120,13 @@ def train_from_prompts(
     check_output(config)  # before anything is loaded
     training, _ = split(read_prompts(prompts))
     if len(training) < MIN_PROMPTS:
-        raise LoadError(f"{prompts} holds too few prompts to train on: {len(training)} beside those held out.")
+        raise LoadError(f"{prompts} holds too few prompts to train on: {len(training)} and the held-out ones.")
     folder = Path(answers or f"{str(out).rstrip('/')}.answers")
     serving = load_to_answer(source)
-    if not under_way(out):  # it must not see other answers than it began with
+    if not under_way(out):  # a training that goes on needs the answers it began with
         config_of_answers = DistillConfig(seconds=60 * minutes * share, max_tokens=answer_tokens)
         make_answers(serving, training, folder, config_of_answers, note=note)
-    # heads learn from the weights that were asked for, whatever the answers came from
+    # heads learn from the weights that the user named, even if the answers came from quantized ones
     loaded = load_model(source) if serving.weights and source.quantize == "none" else serving
     line = ProgressLine()
 
@@ -139,12 +140,12 @@ def train_from_prompts(
 
 
 def under_way(out: str | Path) -> bool:
-    """Whether a training into this folder was interrupted, and goes on when it is asked for again."""
+    """Whether a training into this folder was interrupted; the same call goes on with it."""
     return state_path(str(out)).is_file()
 
 
 class ProgressLine:
-    """One line on stderr that is rewritten on a terminal, and printed now and then elsewhere (a notebook, a log)."""
+    """One line on stderr. A terminal shows it in place; elsewhere (a notebook, a log) it is printed now and then."""
 
     def __init__(self, every: float = 0.5, every_elsewhere: float = 15.0) -> None:
         self._tty = sys.stderr.isatty()
@@ -158,7 +159,7 @@ class ProgressLine:
             print(f"\r{text}\x1b[K" if self._tty else text, end="" if self._tty else "\n", file=sys.stderr, flush=True)
 
     def leave(self) -> None:
-        """What was shown stays, and what follows begins a line."""
+        """Keep the line as it is; what is printed next begins a new line."""
         if self._tty and self._shown:
             print(file=sys.stderr, flush=True)
 

@@ -14,10 +14,10 @@ from typing import IO, Any
 
 from ..errors import LoadError
 
-HELD_OUT_OF = 100  # one prompt of so many, by its hash, never trains
+HELD_OUT_OF = 100  # one prompt of 100, chosen by its hash, never trains
 PER_CATEGORY = 25
-SHINGLE = 8  # words; a shared run of so many is no chance
-COMMON = 20  # a shingle of more training prompts than this is a template's text, not the prompt's own
+SHINGLE = 8  # words; two texts do not share 8 words in a row by chance
+COMMON = 20  # a run of words in more training prompts than this belongs to a template
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class Prompt:
 def read_prompts(source: str | Path) -> list[Prompt]:
     """All prompts of a file or a `datasets` id, in order; empty ones are left out. Raises LoadError naming the source.
 
-    A file holds one prompt a line, or is JSONL with `prompt` (and maybe `source` and `category`) when its name says
-    .jsonl or .json; .gz and .xz are unpacked. Anything that is no file is an id for the library `datasets`.
+    A file holds one prompt a line. A .jsonl or .json file holds objects with `prompt` and perhaps `source` and
+    `category`. .gz and .xz are unpacked. If there is no such file, the source is an id for the library `datasets`.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -63,12 +63,10 @@ def _read_file(path: Path) -> list[Prompt]:
 
 
 def _open(path: Path) -> IO[str]:
-    # utf-8-sig: editors of one system write a byte order mark, which is no part of the first prompt
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")
+    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
+    # utf-8-sig: some editors write a byte order mark, which is not part of the first prompt
+    lines: IO[str] = openers.get(path.suffix, open)(path, "rt", encoding="utf-8-sig")
+    return lines
 
 
 def _parse(line: str, path: Path, number: int) -> Prompt:
@@ -90,7 +88,7 @@ def _read_dataset(name: str) -> list[Prompt]:
         ) from error
     try:
         rows: Iterable[Any] = load_dataset(name, split="train")
-    except Exception as error:  # the library and the hub's client raise types of many kinds
+    except Exception as error:  # the library and the hub's client raise errors of many types
         raise LoadError(f"The data set {name} cannot be read: {type(error).__name__}: {error}") from error
     return list(_dataset_prompts(rows, name))
 
@@ -103,18 +101,15 @@ def _dataset_prompts(rows: Iterable[Any], name: str) -> Iterator[Prompt]:
         yield Prompt(text, name, str(row.get("category", "")))
 
 
-# ---- the split -------------------------------------------------------------------------------------------------------
-
-
 def is_held_out(text: str) -> bool:
     """Whether this prompt belongs to the evaluation: sha256 of its UTF-8 bytes mod 100 is 0."""
     return int(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), 16) % HELD_OUT_OF == 0
 
 
 def split(prompts: Sequence[Prompt], per_category: int = PER_CATEGORY) -> tuple[list[Prompt], list[Prompt]]:
-    """(training, evaluation): a function of the prompts' texts, never of their order.
+    """(training, evaluation). It depends on the prompts' texts, never on their order.
 
-    Held-out prompts that are near-duplicates of a training prompt, or beyond `per_category` (by hash), are in neither.
+    Near-duplicates of a training prompt are in neither, nor are held-out prompts after `per_category` (by hash).
     """
     training = [prompt for prompt in prompts if not is_held_out(prompt.text)]
     held = list({prompt.text: prompt for prompt in prompts if is_held_out(prompt.text)}.values())
@@ -132,11 +127,9 @@ def split(prompts: Sequence[Prompt], per_category: int = PER_CATEGORY) -> tuple[
 
 
 def near_duplicates(texts: Sequence[str], others: Iterable[str]) -> set[int]:
-    """Indexes of the texts that one of `others` nearly repeats.
-
-    That is: the same set of words, or more than half of a text's runs of 8 words stand in `others`. Runs that stand in
-    more than 20 of them are a template's text (a task's instructions) and are left out, unless nothing else remains.
-    """
+    """Indexes of the texts that one of `others` nearly repeats: it has the same set of words, or more than half of a
+    text's runs of 8 words are in `others`. Runs in more than 20 of them are a template's text (a task's instructions)
+    and do not count, unless a text has no other runs."""
     own = [shingles(words(text)) for text in texts]
     bags: dict[frozenset[str], list[int]] = {}
     for index, text in enumerate(texts):

@@ -1,7 +1,7 @@
 """The report at the end of a training: the serving engine answers held-out prompts with the heads just saved.
 
-Nothing is forecast here, as it is in calibrate.py. The heads are read from their folder and draft a tree of each step's
-own as they do in the server, and no lookup drafts beside them.
+This is a measurement, where calibrate.py makes a forecast. The heads are read from their folder and draft a new tree
+at each step as they do in the server; lookup is off.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from .calibrate import SAMPLED
 from .distill import Job
 from .shards import Answers
 
-NODES = 8  # of the smaller tree; the larger one is the largest that a server takes by itself
-PROMPTS, TOKENS = 32, 96  # prompts at most, and tokens of an answer
-SLOTS = {"cpu": 1, "cuda": 8}  # answered at once; each has its own whole tree, so company changes no acceptance
-SECONDS = 20.0  # after so long, both trees together, no more prompts are begun
-PATIENCE = 20.0  # seconds more that a tree's last answers have before they are given up
+NODES = 8  # of the smaller tree; the larger one is the largest that a server chooses
+PROMPTS, TOKENS = 32, 96  # the most prompts, and tokens of an answer
+SLOTS = {"cpu": 1, "cuda": 8}  # answered at once; each has its own tree, so this does not change the acceptance
+SECONDS = 20.0  # for both trees; after them no prompt is begun
+PATIENCE = 20.0  # seconds more for a tree's last answers, then they are cancelled
 
 
 @dataclass(frozen=True)
 class EngineReport:
-    """Acceptance, Σ (completion tokens - 1) / Σ steps, by nodes of the tree. prompts: how many were answered, by nodes
-    too. Empty where it could not be measured: the training's notes then say why."""
+    """Acceptance, Σ (completion tokens - 1) / Σ steps, by nodes of the tree. prompts: how many were answered, by nodes.
+    Empty if it could not be measured: the training's notes say why."""
 
     greedy: dict[int, float] = field(default_factory=dict)
     sampled: dict[int, float] = field(default_factory=dict)
     prompts: dict[int, int] = field(default_factory=dict)
 
-    def facts(self) -> dict[str, Any]:
-        """For the provenance of the heads; nothing where nothing was measured."""
+    def provenance(self) -> dict[str, Any]:
+        """For the provenance of the heads; empty if nothing was measured."""
         if not self.prompts:
             return {}
         named: dict[str, dict[int, Any]] = {
@@ -68,10 +68,10 @@ def running(
     max_positions: int | None,
     drafter: Drafter | None = None,
 ) -> Iterator[tuple[BatchManager, Built]]:
-    """The serving engine without text; the model has its own attention back afterwards."""
+    """The serving engine without text; afterwards the model has its own attention again."""
     built = build_runner(model, config, eos_ids=sorted(eos_ids), max_positions=max_positions, drafter=drafter)
     manager = BatchManager(built.runner, None, config, model_name=config.model)
-    give_up_workers()  # this thread waits now, and its own would slow the engine's
+    give_up_workers()  # this thread only waits; its workers would slow the engine's
     manager.start()
     try:
         yield manager, built
@@ -89,9 +89,9 @@ def engine_report(
     max_positions: int | None = None,
     seconds: float = SECONDS,
 ) -> tuple[EngineReport, str]:
-    """What the heads in `folder` give when they serve this base, and in a sentence how it was measured or why not.
+    """The acceptance of the heads in `folder` when they serve this base, and a sentence that says how or why not.
 
-    Never raises for what the machine cannot do: heads are worth more than a report on them.
+    Errors of the engine and of memory are not raised: the heads are worth more than a report on them.
     """
     jobs = report_jobs(answers, held_out, max_positions)
     try:
@@ -152,7 +152,7 @@ def _measure(
                 values[nodes] = sum(completion.completion_tokens - 1 for completion in these) / steps
         if done:
             report.prompts[nodes] = len({job.prompt for job, _ in done})
-        if late > PATIENCE / 4:  # a larger tree would be given up
+        if late > PATIENCE / 4:  # a larger tree would not finish
             break
     return report
 
@@ -160,8 +160,8 @@ def _measure(
 def _answers(
     manager: BatchManager, jobs: Sequence[Job], slots: int, seconds: float
 ) -> Iterator[tuple[Job, Completion]]:
-    """Answers as they finish. After so many seconds no job is begun but those of the first prompt; what a slow machine
-    still has under way is given up some time later."""
+    """Answers as they finish. After `seconds` only jobs of the first prompt are begun; PATIENCE seconds later the
+    unfinished answers are cancelled."""
     inbox: queue.SimpleQueue[list[tuple[str, Delta]]] = queue.SimpleQueue()
     began, waiting, open_jobs = time.monotonic(), list(reversed(jobs)), dict[str, Job]()
     try:

@@ -1,4 +1,4 @@
-"""Answers on disk: a folder of shards, each written whole or not at all, and a meta.json that says what they are of."""
+"""Answers on disk: a folder of shards, each complete or absent, and a meta.json that says how they were made."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ FIELDS = ("index", "seed", "temperature", "prompt_len", "answer_len", "tokens")
 
 @dataclass(frozen=True)
 class Answers:
-    """n prompts with their answers, side by side in one array.
+    """n prompts with their answers, one after another in one array.
 
     index (n): which prompt · seed, temperature (n) · prompt_len, answer_len (n) · start (n): where a sequence begins
-    in tokens (Σ prompt_len + answer_len) · vocab_size and model: of what made them
+    in tokens (Σ prompt_len + answer_len) · vocab_size, model: of the model that made them
     """
 
     index: np.ndarray
@@ -57,14 +57,14 @@ class Answers:
         return self.tokens[start : start + int(self.length[number])]
 
     def answer_counts(self) -> np.ndarray:
-        """How often each token stands in an answer, (V)."""
+        """How often each token is in an answer, (V)."""
         offset = np.arange(len(self.tokens)) - np.repeat(self.start, self.length)
         inside = offset >= np.repeat(self.prompt_len, self.length)
         return np.bincount(self.tokens[inside], minlength=self.vocab_size)
 
 
 def read_meta(folder: str | Path) -> dict[str, Any] | None:
-    """What the folder's shards are of; None where it holds none."""
+    """How the folder's shards were made; None if it holds none."""
     path = Path(folder) / META
     if not path.is_file():
         return None
@@ -78,7 +78,7 @@ def read_meta(folder: str | Path) -> dict[str, Any] | None:
 
 
 def open_folder(folder: str | Path, meta: dict[str, Any]) -> None:
-    """Make the folder, or go on in it. Raises LoadError when it holds something else, or answers made otherwise."""
+    """Make the folder, or go on in it. Raises LoadError if it holds something else, or answers of other options."""
     folder, old = Path(folder), read_meta(folder)
     if old is None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -99,7 +99,7 @@ def shard_files(folder: str | Path) -> list[Path]:
 
 
 def write_shard(folder: str | Path, rows: Sequence[tuple[int, int, float, Sequence[int], Sequence[int]]]) -> Path:
-    """Append a shard of (prompt index, seed, temperature, prompt ids, answer ids); it appears whole or not at all."""
+    """Append a shard of (prompt index, seed, temperature, prompt ids, answer ids); it is complete or absent."""
     files = shard_files(folder)
     number = int(files[-1].stem.split("-")[1]) + 1 if files else 0
     tokens = np.fromiter((token for row in rows for ids in row[3:] for token in ids), np.int64)
@@ -128,12 +128,12 @@ def read_shard(path: Path) -> dict[str, np.ndarray]:
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise LoadError(f"{path} is damaged: {error}. Delete it; its answers will be made again.") from error
     if len(arrays["tokens"]) != int(arrays["prompt_len"].sum()) + int(arrays["answer_len"].sum()):
-        raise LoadError(f"{path} is damaged: its tokens are not as many as its lengths say.")
+        raise LoadError(f"{path} is damaged: the number of its tokens is not the sum of its lengths.")
     return arrays
 
 
 def read_answers(folder: str | Path) -> Answers:
-    """All shards of a folder. Raises LoadError naming the file that is wrong."""
+    """All shards of a folder. Raises LoadError that names the wrong file."""
     meta, files = read_meta(folder), shard_files(folder)
     if meta is None or not files:
         raise LoadError(f"{folder} holds no answers.")
@@ -147,7 +147,7 @@ def read_answers(folder: str | Path) -> Answers:
 
 
 def done_indexes(folder: str | Path) -> set[int]:
-    """The prompts that have their answer already."""
+    """Indexes of the prompts that have an answer."""
     return {int(index) for path in shard_files(folder) for index in read_shard(path)["index"]}
 
 

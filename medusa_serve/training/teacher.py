@@ -1,9 +1,9 @@
-"""The frozen base: hidden states of whole sequences in one pass, and the heads that hang on them."""
+"""The frozen base: hidden states of complete sequences in one pass, and fresh heads that read them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +15,7 @@ from ..model.forward.tree_forward import HiddenTap
 from .batches import Batch
 from .loss import Output
 from .shards import Answers
-
-if TYPE_CHECKING:
-    from .train_heads import TrainConfig
+from .train_config import TrainConfig
 
 
 class Teacher:
@@ -42,13 +40,13 @@ class Teacher:
         """ids (B, S), padded on the right → what the heads read (B·S, M·H), and the last hidden state (B·S, H), which
         is the first part of it.
 
-        No mask: attention is causal, so padding behind a sequence changes nothing in it.
+        No mask: attention is causal, so padding after a sequence changes nothing in it.
         """
 
         def first(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (args[0][:, :1], *args[1:])  # so that the logits of all positions never exist
+            return (args[0][:, :1], *args[1:])  # so that logits are computed for one position only
 
-        tap = HiddenTap(self.model, self.hidden_inputs)  # as when the heads serve; it sees the input before `first`
+        tap = HiddenTap(self.model, self.hidden_inputs)  # as when the heads serve; it reads the input before `first`
         handle = self.output_layer.register_forward_pre_hook(first)
         try:
             self.model(input_ids=ids, use_cache=False)
@@ -74,8 +72,8 @@ class Teacher:
 def head_features(heads: Heads, hidden: Tensor, batch: Batch) -> Tensor:
     """hidden (R, M·H) at the batch's rows → (R, D, H), the inputs of the output layer at each depth.
 
-    Sequential heads see the pending token and then the true ones (teacher forcing): in the tree, the node whose depth
-    is asked for always has the true tokens as its ancestors, or nothing below it counts.
+    Sequential heads read the pending token and then the true ones (teacher forcing): a node of the tree only counts if
+    its ancestors are the true tokens.
     """
     if isinstance(heads, MedusaHeads):
         return heads.features(hidden)
@@ -84,7 +82,7 @@ def head_features(heads: Heads, hidden: Tensor, batch: Batch) -> Tensor:
 
 
 def new_heads(config: TrainConfig, teacher: Teacher, token_map: Tensor | None) -> Heads:
-    """Fresh fp32 heads on the base's device, the same for the same seed; the global random state is left alone."""
+    """Fresh fp32 heads on the base's device, the same for the same seed; the global random state is not changed."""
     size = teacher.hidden_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

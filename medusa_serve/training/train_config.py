@@ -1,4 +1,4 @@
-"""What a training is asked for, and where it stands."""
+"""The options of a training, and the line that reports how far it is."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class TrainConfig:
     """What is trained, and for how long. Exactly one of minutes and steps is set.
 
     num_heads      depths: heads of the Medusa family, the deepest depth of the sequential one
-    num_layers     residual blocks a head, or blocks a cell · width, inner, readout: sizes of the sequential cell
+    num_layers     residual blocks of a head, or blocks of a cell · width, inner, readout: sizes of the sequential cell
     hidden_inputs  what sequential heads read, as indexes of transformers' `hidden_states`: -1, the last one, first
     draft_vocab    the most frequent tokens of the answers; 0: the whole vocabulary
     batch_rows     positions of answers that one step learns from; None: from the device, halved until they fit
-    lr             at its peak; None: from the device
-    keep_gib       memory for the base's hidden states, on its device; None: what there is; 0: the base runs each step
+    lr             the highest rate; None: from the device
+    keep_gib       memory for the base's hidden states, on its device; None: all that is free; 0: none is kept
     decay          depth d counts decay^d in the loss
-    held_out       answers that never train; the forecast is made on them
+    held_out       answers that never train; the forecast uses them
     """
 
     family: Literal["medusa", "sequential"]
@@ -77,8 +77,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Report:
-    """Where a run stands. top1, top5: shares per depth on held-out answers; forecast: acceptance by nodes with
-    static trees, of which the trees that serving draws for each step are mostly ahead."""
+    """How far a run is. top1, top5: shares per depth on held-out answers · forecast: acceptance by nodes with static
+    trees; the trees that the server makes for each step mostly accept more."""
 
     step: int
     fraction: float

@@ -1,9 +1,8 @@
-"""Train heads on a model's own answers: time-budgeted, resumable, ending with calibrated heads in a folder and a report
-through the real engine.
+"""Train heads on a model's own answers, for a time or a number of steps; then calibrate, report and save them.
 
-Nothing but the heads changes. Their master weights are fp32; the body runs in the base's dtype under autocast, the loss
-in fp32. The base runs once over the answers, as far as there is memory to keep its hidden states (hidden_store.py). A
-run that is interrupted goes on from `<out>.training/state.pt` when the same command is given again.
+Only the heads change. Their master weights are fp32; the body runs in the base's dtype under autocast, the loss in
+fp32. The base runs once over the answers, if there is memory to keep its hidden states (hidden_store.py). When a run
+was interrupted, the same command goes on from `<out>.training/state.pt`.
 """
 
 from __future__ import annotations
@@ -34,24 +33,24 @@ from .shards import Answers
 from .teacher import Teacher, draft_vocabulary, head_features, new_heads
 from .train_config import Report, TrainConfig
 
-# A CPU makes few steps in the minutes it is given, so they are small and long: 30 steps on 934 tokens of the default
-# model's answers gave 1.33 tokens per step with 8 static nodes, at a rate of 1e-3 1.26
+# A CPU makes few steps in its minutes, so its batches are small and its rate is high: 30 steps on 934 tokens of the
+# default model's answers gave 1.33 tokens per step with 8 static nodes, and 1.26 at a rate of 1e-3
 BATCH_ROWS = {"cpu": 256, "cuda": 8192}
 LR = {"cpu": 3e-3, "cuda": 1e-3}
-VALUE_EVERY = 10  # steps: the loss itself is only looked at
-# of the time that is left, at most, to have the base's hidden states before the first step: on a GPU large passes take
-# a fraction of small ones' time, on a CPU none of it is saved, and some answers are never asked for
+VALUE_EVERY = 10  # steps: the loss is only for the report
+# the most of the time that is left for the base's hidden states before the first step: a GPU runs large passes far
+# faster than small ones; a CPU saves nothing, and no step may ever need some of the answers
 FILL_SHARE = {"cpu": 0.0, "cuda": 0.3}
-LOOKING_SHARE = 0.1  # of the time, at most, for the reports on the way: on a slow CPU one takes as long as ten steps
-REPORT_SHARE = 0.1  # of the time that a training took, at most, for the engine's answers at its end
-# options that may change when a run goes on
+LOOKING_SHARE = 0.1  # the most of the time for the progress reports: on a slow CPU one takes as long as ten steps
+REPORT_SHARE = 0.1  # the most of the training's time for the engine's answers at its end
+# options that may be different when a run goes on
 FREE = ("out", "minutes", "batch_rows", "keep_gib", "checkpoint_seconds", "report_seconds", "licence")
 COUNTS = ("step", "epoch", "place", "tokens", "elapsed", "prepared", "batch_rows")
 
 
 def check_output(config: TrainConfig) -> None:
-    """Raises LoadError when the output exists, or can never exist: called before any work, and by a caller before it
-    loads a model."""
+    """Raises LoadError if the output folder exists or cannot be made: called before any work, and before a model is
+    loaded."""
     if Path(config.out).exists():
         raise LoadError(f"The output folder {config.out} exists; choose another, or delete it.")
     parent = Path(config.out).absolute().parent
@@ -77,10 +76,10 @@ def train(
 ) -> Measured:
     """Train, calibrate, report, save into config.out; returns what was measured on the held-out answers.
 
-    model: the base, frozen and in eval mode, on its device · serving: the base as the report's engine has it, None: the
+    model: the base, frozen and in eval mode, on its device · serving: the base that the report's engine runs, None: the
     same · eos_ids, max_positions: the model's, for the report.
-    Raises LoadError: output exists, answers of another vocabulary, too few answers, a batch that does not fit (with the
-    size that does), an earlier run with other options.
+    Raises LoadError: the output exists, answers of another vocabulary, too few answers, a batch that does not fit (it
+    names the size that does), an earlier run with other options.
     """
     check_output(config)
     teacher = Teacher(model, config.hidden_inputs)
@@ -102,13 +101,13 @@ def train(
             f"A step of {run.batch_rows} answer rows does not fit into memory any more; batch_rows "
             f"{max(1, run.batch_rows // 2)} should. Nothing is lost: the same command goes on from step {run.step}."
         ) from error
-    finally:  # also when interrupted; a state with bad numbers is never kept, because such steps are skipped
+    finally:  # also when interrupted; no state has bad numbers, because such steps are skipped
         if run.step:
             run.save()
-    facts = run.facts()
+    origin = run.provenance()
     run.release()
     measured = finish(
-        run.subject(), run.held_out, config, facts, trial=run.state_path.parent / "heads", serving=serving,
+        run.subject(), run.held_out, config, origin, trial=run.state_path.parent / "heads", serving=serving,
         eos_ids=eos_ids, max_positions=max_positions, seconds=REPORT_SHARE * run.elapsed, note=note,
     )  # fmt: skip
     shutil.rmtree(run.state_path.parent, ignore_errors=True)
@@ -116,27 +115,27 @@ def train(
 
 
 class Run:
-    """The state of a training: heads, optimizer, and where in the data it stands."""
+    """The state of a training: heads, optimizer, and the place in the data: the next batch of the epoch's plan."""
 
     def __init__(self, teacher: Teacher, answers: Answers, config: TrainConfig, model_name: str) -> None:
         self.teacher, self.answers, self.config, self.model_name = teacher, answers, config, model_name
         numbers = usable(answers, config.max_length)
         self.held_out, self.numbers = choose_held_out(answers, numbers, config.held_out)
         if not len(self.numbers):
-            raise LoadError("There are too few answers to train on: none is left beside those held out.")
+            raise LoadError("There are too few answers to train on: all of them are held out.")
         self.device = teacher.device
         self.heads = new_heads(config, teacher, draft_vocabulary(answers, config.draft_vocab))
         self.output = teacher.output(self.heads.token_map)
-        self.weights = config.decay ** torch.arange(config.num_heads, device=self.device, dtype=torch.float64)
-        self.weights = self.weights.float()
+        depths = torch.arange(config.num_heads, device=self.device, dtype=torch.float64)
+        self.weights = (config.decay**depths).float()
         self.lr = config.lr or LR[self.device.type]
         self.stepper = Stepper(self.heads, self.lr, config.weight_decay, teacher.dtype)
         self.store = HiddenStore(teacher, answers)
         self.batch_rows = config.batch_rows or BATCH_ROWS[self.device.type]
         self.step = self.epoch = self.place = self.tokens = 0
-        self.elapsed = self.prepared = 0.0  # seconds, and those among them before steps began
-        self._measured: dict[int, Tensor] = {}  # as Subject.kept
-        self._transient = 0  # bytes that a step takes for a while
+        self.elapsed = self.prepared = 0.0  # seconds: of all, and before the first step
+        self._kept: dict[int, Tensor] = {}  # Subject.kept
+        self._transient = 0  # bytes that a step takes while it runs
         self.state_path = state_path(config.out)
 
     def autocast(self) -> Any:
@@ -144,8 +143,8 @@ class Run:
         return torch.autocast(self.device.type, dtype=self.teacher.dtype if half else None, enabled=half)
 
     def subject(self) -> Subject:
-        """For measuring; a pass without gradients may take twice as much as a step."""
-        return Subject(self.heads, self.teacher, self.answers, 2 * self.batch_rows, self.autocast, self._measured)
+        """For measuring; a pass without gradients may have twice the rows of a step."""
+        return Subject(self.heads, self.teacher, self.answers, 2 * self.batch_rows, self.autocast, self._kept)
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
@@ -171,7 +170,7 @@ class Run:
 
     @property
     def fraction(self) -> float:
-        """How much of the budget is spent: by steps, or by time, from the first step on."""
+        """How much of the steps is done, or of the time from the first step on."""
         if self.config.steps is not None:
             return self.step / self.config.steps
         assert self.config.minutes is not None
@@ -182,7 +181,7 @@ class Run:
         return plan_epoch(self.answers, self.numbers, self.batch_rows, self.config.seed, self.epoch)
 
     def batches(self) -> Iterator[np.ndarray]:
-        """Numbers of sequences, from where the run stands, for ever; `learn` moves on to the next place."""
+        """Batches of sequence numbers without end, from the run's place on; `learn` moves the place."""
         while True:
             plan = self.plan()
             while self.place < len(plan):
@@ -190,19 +189,19 @@ class Run:
             self.epoch, self.place = self.epoch + 1, 0
 
     def learn(self, numbers: np.ndarray) -> None:
-        """One step. Gradients that are not finite are thrown away and counted."""
+        """One step. If gradients are not finite, the step is skipped and counted."""
         rate = self.lr * schedule(self.fraction, self.config.warmup)
         self.stepper.step(rate, self.gradients(numbers, value=self.step % VALUE_EVERY == 0))
         self.step, self.place = self.step + 1, self.place + 1
         self.tokens += int((self.answers.answer_len[numbers] - 1).sum())
 
     def gradients(self, numbers: np.ndarray, *, value: bool) -> Tensor:
-        """The loss (NaN unless `value` asks for it); the parameters' gradients are those of it, times the scale."""
+        """The loss (NaN without `value`); sets the parameters' gradients: its own, times the scale."""
         batch, inputs, last = self.store.load(numbers)
         with self.autocast():
             features = head_features(self.heads, inputs, batch)
         loss = soft_loss(
-            features.detach(), last, batch.place, self.output, self.weights,
+            features.detach(), last, batch.offset, self.output, self.weights,
             scale=self.stepper.scale, temperature=self.config.teacher_temperature, value=value,
         )  # fmt: skip
         features.backward(loss.grad)
@@ -217,11 +216,11 @@ class Run:
     # ---- before the first step ---------------------------------------------------------------------------------------
 
     def fit(self, note: Callable[[str], None]) -> None:
-        """Try the largest pass of the base and the largest batch before anything is spent on them; halve until they
-        fit. A batch that was asked for and does not fit is an error that names the one that does."""
+        """Try the largest pass of the base and the largest batch before the first step; halve them until they fit. If
+        the user set batch_rows and it does not fit, the error names the size that does."""
         longest = int(self.answers.length[self.numbers].max())
         tokens = self.store.pass_tokens
-        if self.device.type == "cuda":  # on a CPU a pass of so few tokens takes seconds, and no memory to speak of
+        if self.device.type == "cuda":  # a CPU's pass is small: it takes seconds and little memory
             self.store.pass_tokens = self._fitting(tokens, longest, lambda size: self.store.try_pass(size, longest))
         asked = self.batch_rows
         self.batch_rows = self._fitting(asked, int(self.answers.answer_len[self.numbers].max()), self._try_step)
@@ -233,7 +232,7 @@ class Run:
             note(f"steps of {self.batch_rows} answer rows, because {asked} do not fit into memory")
 
     def _fitting(self, size: int, least: int, attempt: Callable[[int], None]) -> int:
-        """The largest of size, size / 2, … that `attempt` has the memory for; below `least` nothing gets smaller."""
+        """The largest of size, size / 2, … that `attempt` has the memory for; `least` is tried last."""
         while not self._fits(attempt, size):
             if size <= least:
                 raise LoadError(f"Not even {size} tokens at once fit into the memory of {self.device}.")
@@ -241,7 +240,7 @@ class Run:
         return size
 
     def _fits(self, attempt: Callable[[int], None], size: int) -> bool:
-        """Whether there is memory for it; `_transient` remembers how much it took."""
+        """Whether there is memory for `attempt`; `_transient` keeps how much it took."""
         cuda, fits = self.device.type == "cuda", True
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -265,10 +264,10 @@ class Run:
         self.gradients(max(self.plan(), key=lambda numbers: int(self.answers.answer_len[numbers].sum())), value=True)
 
     def fill(self, note: Callable[[str], None]) -> None:
-        """The base's hidden states of the answers into the store: those that come first now, as many as there is room
-        and time for."""
+        """Compute the base's hidden states of the answers into the store, in the order of the next batches, as many as
+        memory and time allow."""
         started, gib = time.monotonic(), self.config.keep_gib
-        moments = 8 * num_parameters(self.heads)  # the optimizer's, which come with its first step
+        moments = 8 * num_parameters(self.heads)  # the optimizer makes them at its first step
         budget = memory_to_spare(self.device, self._transient + moments) if gib is None else gib * 2**30
         plan = self.plan()
         order = np.concatenate(plan[self.place :] + plan[: self.place])
@@ -277,7 +276,7 @@ class Run:
         if self.config.minutes is not None:
             seconds = FILL_SHARE[self.device.type] * (60.0 * self.config.minutes - self.elapsed)
         if len(order):
-            note(f"the base reads {len(order):,} of {everything:,} answers once, its hidden states are kept")
+            note(f"the base reads {len(order):,} of {everything:,} answers once, and their hidden states are kept")
         self.store.keep(order, self.batch_rows, seconds)
         if len(order) < everything:
             note(f"{everything - len(order):,} of {everything:,} answers pass through the base at each step again")
@@ -287,7 +286,7 @@ class Run:
     # ---- keeping -----------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write the state, never half, and beside it the heads as they are: these can be used whatever happens."""
+        """Write the state, complete or not at all, and the heads as they are now: they can be used in any case."""
         state = {
             "config": _comparable(self.config, self.answers),
             "heads": self.heads.state_dict(),
@@ -298,11 +297,11 @@ class Run:
         part = self.state_path.with_suffix(".part")
         torch.save(state, part)
         part.replace(self.state_path)
-        info = describe(self.heads, self.teacher, None, None, self.facts())
+        info = describe(self.heads, self.teacher, None, None, self.provenance())
         save_heads(self.heads, info, self.state_path.parent / "heads", overwrite=True)
 
     def resume(self, note: Callable[[str], None]) -> None:
-        """Go on from a saved state, if there is one; else set the fresh heads to the base's scale."""
+        """Go on from a saved state if there is one; else set the fresh heads to the base's scale."""
         if not self.state_path.is_file():
             first = make_batch(self.answers, self.held_out[:8]).to(self.device)
             if isinstance(self.heads, SequentialHeads):
@@ -310,7 +309,7 @@ class Run:
             return
         try:
             state = torch.load(self.state_path, map_location=self.device, weights_only=True)
-        except Exception as error:  # pickle and zip errors of many types
+        except Exception as error:  # errors of pickle and zip, of many types
             raise LoadError(f"{self.state_path} is damaged ({error}); delete {self.state_path.parent}.") from error
         mine = _comparable(self.config, self.answers)
         for name, value in mine.items():
@@ -323,19 +322,19 @@ class Run:
         self.stepper.load(state["stepper"])
         for name in COUNTS:
             setattr(self, name, state[name])
-        if self.config.batch_rows is not None:  # other batches may be asked for: about the same place among them
+        if self.config.batch_rows is not None:  # about the same place among batches of another size
             self.place = self.place * self.batch_rows // self.config.batch_rows
             self.batch_rows = self.config.batch_rows
         note(f"going on from step {self.step} after {self.elapsed / 60:.1f} minutes")
 
     def release(self) -> None:
-        """Give up what only steps need: a GPU has no room for the engine beside it."""
+        """Free what only steps need: a GPU has no memory for it and the engine."""
         self.stepper.clear()
         del self.store, self.stepper
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def facts(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """For the provenance of the heads."""
         return {
             "base": self.model_name,
@@ -354,7 +353,7 @@ class Run:
 
 
 def state_path(out: str) -> Path:
-    """Where a training into the folder `out` keeps its state until it is done."""
+    """The state file of a training into the folder `out`, until it is done."""
     return Path(out.rstrip("/") + ".training") / "state.pt"
 
 
@@ -363,7 +362,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _comparable(config: TrainConfig, answers: Answers) -> dict[str, Any]:
-    """What must agree between a saved run and the one that goes on from it."""
+    """What must be equal in a saved run and the run that goes on from it."""
     options = {name: value for name, value in asdict(config).items() if name not in FREE}
     options["hidden_inputs"] = list(options["hidden_inputs"])
     return {**options, "answers": len(answers), "answer_tokens": answers.num_answer_tokens, "model": answers.model}

@@ -28,13 +28,14 @@ from medusa_serve.model.drafting.files import load_heads
 from medusa_serve.model.loading.load import LoadedModel, load_model
 from medusa_serve.training.batches import usable
 from medusa_serve.training.calibrate import SAMPLED, SIZES, Ranks, conditional_ranks, forecast, top_shares
-from medusa_serve.training.distill import DistillConfig
+from medusa_serve.training.distill import DistillConfig, first_loop
 from medusa_serve.training.finish import Subject, measure
 from medusa_serve.training.pipeline import make_answers
 from medusa_serve.training.prompts import Prompt, read_prompts, split
 from medusa_serve.training.shards import read_answers
 from medusa_serve.training.teacher import Teacher
-from medusa_serve.training.train_heads import TrainConfig, train
+from medusa_serve.training.train_config import TrainConfig
+from medusa_serve.training.train_heads import train
 
 LICENCE = "Apache-2.0, as the base model; trained only on text that the base model wrote"
 STAGES, FAMILIES = ("distill", "train", "eval"), ("sequential", "medusa")
@@ -235,7 +236,9 @@ def evaluate(loaded: LoadedModel, family: str, prompts: list[Prompt], options: a
         ranks = measure(Subject(heads, teacher, answers, size=16384), numbers, sampled=sampled)
         table = info.ranks if not sampled and info.ranks else conditional_ranks(ranks)
         categories = np.array([prompts[int(answers.index[number])].category for number in numbers])
-        result[label] = _by_category(ranks, categories, table)
+        said = [answers.sequence(number)[int(answers.prompt_len[number]) :].tolist() for number in numbers]
+        looped = np.array([first_loop(answer) is not None for answer in said])
+        result[label] = _by_category(ranks, looped, categories, table)
         for category, kinds in result[label].items():
             for kind, row in kinds.items():
                 cells = "".join(f"{row[str(size)]:8.2f}" for size in SIZES)
@@ -247,12 +250,14 @@ def evaluate(loaded: LoadedModel, family: str, prompts: list[Prompt], options: a
     return "\n".join(lines)
 
 
-def _by_category(ranks: Ranks, categories: np.ndarray, table: list[list[float]]) -> dict[str, dict[str, Any]]:
+def _by_category(
+    ranks: Ranks, looped: np.ndarray, categories: np.ndarray, table: list[list[float]]
+) -> dict[str, dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
     for category in (*sorted(set(categories.tolist())), "all"):
         here = np.ones(len(categories), bool) if category == "all" else categories == category
         out[category] = {}
-        for kind, mask in (("all", here), ("no loops", here & ~ranks.looped)):
+        for kind, mask in (("all", here), ("no loops", here & ~looped)):
             if mask.any():
                 row = {str(size): round(x, 4) for size, x in forecast(ranks.chosen(mask), table).items()}
                 out[category][kind] = {**row, "answers": int(mask.sum())}

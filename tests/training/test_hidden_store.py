@@ -10,7 +10,8 @@ import torch
 from medusa_serve.training.batches import make_batch, plan_epoch
 from medusa_serve.training.hidden_store import HiddenStore
 from medusa_serve.training.teacher import Teacher
-from medusa_serve.training.train_heads import Run, TrainConfig, train
+from medusa_serve.training.train_config import TrainConfig
+from medusa_serve.training.train_heads import Run, train
 from tests.tiny import tiny_model
 from tests.training.toy import Toy, pack, toy_answers
 
@@ -79,7 +80,7 @@ def test_a_batch_is_the_rows_of_its_sequences(tmp_path, gib):
         rows = slice(start, start + len(alone.at))
         torch.testing.assert_close(inputs[rows], states[alone.at], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(last[rows], final[alone.at + 1], rtol=1e-4, atol=1e-5)
-        assert torch.equal(batch.place[rows], alone.place)
+        assert torch.equal(batch.offset[rows], alone.offset)
         assert torch.equal(batch.left[rows], alone.left)
         inside = torch.arange(3) < alone.left[:, None]  # what stands behind the end does not count
         assert torch.equal(batch.tokens(3, first=2)[rows][inside], alone.tokens(3, first=2)[inside])

@@ -15,7 +15,8 @@ from medusa_serve.model.drafting.heads import HeadsInfo, SequentialHeads
 from medusa_serve.model.loading.load import load_model
 from medusa_serve.training import report
 from medusa_serve.training.report import engine_report
-from medusa_serve.training.train_heads import TrainConfig, train
+from medusa_serve.training.train_config import TrainConfig
+from medusa_serve.training.train_heads import train
 from medusa_serve.types import SamplingParams
 from tests.tiny import HIDDEN, POSITIONS, save_tiny_folder, tiny_model, tiny_prompts
 from tests.training.conftest import TOKENS
@@ -73,7 +74,7 @@ def test_its_figures_are_those_of_the_server(folder, heads_folder):
     assert made.greedy == {nodes: want[nodes, 0.0] for nodes in (8, 16)}
     assert made.sampled == {nodes: want[nodes, 0.7] for nodes in (8, 16)}
     assert made.prompts == {8: COUNT, 16: COUNT}
-    assert made.facts()["engine_greedy"] == {str(nodes): round(x, 3) for nodes, x in made.greedy.items()}
+    assert made.provenance()["engine_greedy"] == {str(nodes): round(x, 3) for nodes, x in made.greedy.items()}
     assert said.endswith("3 with 8 nodes, 3 with 16 nodes")
     assert loaded.model.config._attn_implementation == before
     assert not loaded.model.get_output_embeddings()._forward_pre_hooks
@@ -89,7 +90,7 @@ def test_time_is_a_limit_and_prompts_that_are_too_long_are_left_out(heads_folder
     room = int(answers.prompt_len[0]) + TOKENS
     assert len(report.report_jobs(answers, np.arange(COUNT), room)) == 2
     made, said = engine_report(model, heads_folder, answers, np.arange(COUNT), max_positions=20)
-    assert (made.prompts, made.facts()) == ({}, {})
+    assert (made.prompts, made.provenance()) == ({}, {})
     assert "no prompt fits" in said
 
 
@@ -111,7 +112,7 @@ def test_what_cannot_be_measured_is_said_and_ends_nothing(tmp_path, heads_folder
     toy = Toy()  # whose attention cannot be replaced: it has none
     plain = saved(tmp_path / "toy", hidden=32, vocab=23)
     made, said = engine_report(toy, plain, toy_answers(toy), np.arange(3))
-    assert made.facts() == {}
+    assert made.provenance() == {}
     assert "decodes this model plainly" in said
     model = tiny_model("llama", torch.float32, vocab=267)
 
@@ -120,7 +121,7 @@ def test_what_cannot_be_measured_is_said_and_ends_nothing(tmp_path, heads_folder
 
     monkeypatch.setattr(report, "build_runner", broken)
     made, said = engine_report(model, heads_folder, some_answers(), np.arange(COUNT))
-    assert made.facts() == {}
+    assert made.provenance() == {}
     assert said.endswith("it failed: OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.")
 
 

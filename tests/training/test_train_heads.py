@@ -15,9 +15,10 @@ from medusa_serve.model.drafting.files import load_heads
 from medusa_serve.training import train_heads
 from medusa_serve.training.batches import make_batch
 from medusa_serve.training.loss import soft_loss
-from medusa_serve.training.optimizer_step import GROW, MAX_SKIPPED, Stepper
+from medusa_serve.training.optimizer_step import GROW, MAX_SKIPPED, Stepper, schedule
 from medusa_serve.training.teacher import Teacher, draft_vocabulary
-from medusa_serve.training.train_heads import Run, TrainConfig, schedule, train
+from medusa_serve.training.train_config import TrainConfig
+from medusa_serve.training.train_heads import Run, train
 from tests.tiny import tiny_model
 from tests.training.toy import HIDDEN, VOCAB, Toy, pack, toy_answers
 
@@ -121,7 +122,7 @@ def test_the_rows_of_a_batch_are_the_states_the_runner_drafts_from():
     assert batch.tokens(2).tolist()[:3] == [[4, 5], [5, 6], [6, 7]]  # pending, then the true draft
     assert batch.tokens(2, first=2).tolist()[:3] == [[5, 6], [6, 7], [7, 8]]  # 8 stands behind the end …
     assert batch.left.tolist() == [3, 2, 1, 1]  # … and does not count
-    assert batch.place.tolist() == [0, 1, 2, 0]
+    assert batch.offset.tolist() == [0, 1, 2, 0]
 
 
 def test_no_row_learns_from_the_prompt():
@@ -134,7 +135,7 @@ def test_no_row_learns_from_the_prompt():
     for these in (rows, other):
         batch = make_batch(pack(these, VOCAB), np.array([0, 1]))
         hidden, last = teacher.hidden(batch.ids)
-        loss = soft_loss(hidden[batch.at][:, None].expand(-1, 3, -1), last[batch.at + 1], batch.place,
+        loss = soft_loss(hidden[batch.at][:, None].expand(-1, 3, -1), last[batch.at + 1], batch.offset,
                          teacher.output(None), torch.ones(3))  # fmt: skip
         found.append(loss)
     assert torch.equal(found[0].total, found[1].total)
