@@ -48,7 +48,7 @@ class Pulse:
 
 def refuse_unless_ok(status: EngineStatus) -> None:
     """Raises ShuttingDown, EngineDead, EngineRestarting or EngineStalled."""
-    if status.state in ("closed", "draining"):
+    if status.state == "closed" or status.state == "draining":
         raise ShuttingDown("The server is shutting down.")
     if status.state == "failed":
         raise EngineDead(status.message or "The engine is gone.")

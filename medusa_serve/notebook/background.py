@@ -11,10 +11,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Generic
 
 from ..errors import InvalidConfig, MedusaServeError
-from ..server.background_load import BackgroundLoad, ServedLLM
+from ..server.background_load import BackgroundLoad, Model
 from ..server.config import ServerConfig
 from ..server.listen import Server as WebServer
 from ..server.listen import bind, url_of
@@ -25,10 +25,10 @@ START_S = 15.0
 TELL_S = 15.0
 
 
-class Background(threading.Thread):
+class Background(threading.Thread, Generic[Model]):
     """An HTTP server for a model that loads. owner: what `running` gives back for as long as the thread lives."""
 
-    def __init__(self, factory: Callable[[], ServedLLM], config: ServerConfig, sock: socket.socket, owner: Any) -> None:
+    def __init__(self, factory: Callable[[], Model], config: ServerConfig, sock: socket.socket, owner: Any) -> None:
         super().__init__(name=THREAD, daemon=True)
         self.owner, self.config, self.url, self._sock = owner, config, url_of(sock), sock
         self.failure: BaseException | None = None
@@ -44,7 +44,7 @@ class Background(threading.Thread):
         finally:
             self.source.close()  # no engine without its server
 
-    def wait_until_ready(self) -> ServedLLM:
+    def wait_until_ready(self) -> Model:
         """The loaded model, once the server listens; says now and then that it still loads. Raises what loading or
         listening raised."""
         began, told = time.monotonic(), 0.0

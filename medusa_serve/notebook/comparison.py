@@ -49,7 +49,7 @@ class Comparison:
         return f"{what}; {self.speedup:.2f}× of plain decoding ({rates}{steps})"
 
 
-def compare(llm: Any, prompt: Any, params: SamplingParams) -> Comparison:
+def compare(llm: LLM, prompt: Any, params: SamplingParams) -> Comparison:
     """Plain decoding first. `params.seed` None: the one that the first run draws is the second's."""
     [plain] = llm.generate([prompt], replace(params, speculation=False))
     [speculative] = llm.generate([prompt], replace(params, speculation=True, seed=plain.seed))
@@ -59,7 +59,7 @@ def compare(llm: Any, prompt: Any, params: SamplingParams) -> Comparison:
     return found if found.identical or params.temperature else replace(found, gap=_gap(llm, prompt, found))
 
 
-def _gap(llm: Any, prompt: Any, found: Comparison) -> float | None:
+def _gap(llm: LLM, prompt: Any, found: Comparison) -> float | None:
     """How far apart the model holds the two tokens at which the texts part."""
     at, texts = found.same, (found.plain.token_ids, found.speculative.token_ids)
     if min(map(len, texts)) == at:  # one text is the other's beginning

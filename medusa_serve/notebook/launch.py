@@ -54,10 +54,13 @@ def launch(
 def _server(asked: Asked, *, needs_key: bool) -> Server:
     """The one that runs if it is as asked, else a new one in its place."""
     old: Server | None = running()
-    if old is not None and old.asked == asked and old.is_alive:
+    trouble = None if old is None else old.trouble
+    if old is not None and old.asked == asked and trouble is None:
         print(f"already running: {old!r}".splitlines()[0])
         return old
     if old is not None:
+        if trouble is not None:
+            print(f"{old.name} does not serve any more: {trouble}")
         _require_model(asked.engine.model, old)
         print(f"replacing {old.name} …")
         old.stop()

@@ -8,9 +8,9 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import EngineConfig
 from ..errors import InvalidRequest, LoadError, MedusaServeError, ShuttingDown, TunnelError
@@ -23,6 +23,11 @@ from .comparison import Comparison, compare
 from .logs import RingLog
 from .together import Batching, one_and_many
 from .tunnel.quota import Quota
+
+if TYPE_CHECKING:
+    from ..llm import LLM
+    from .panel.panel import Panel
+    from .tunnel.tunnel import Tunnel
 
 Prompt = str | Sequence[dict[str, str]]
 STOP_S = CLOSE_S + 12.0  # beyond the drain: the sockets', and a step that hangs
@@ -50,9 +55,9 @@ class Server:
             config = replace(config, api_key=secrets.token_urlsafe(32))
         sock = listen(config, any_port=asked.any_port)
         self._lock = threading.RLock()
-        self._tunnel: Any = None
+        self._tunnel: Tunnel | None = None
         self._quota: Quota | None = None
-        self._panel: Any = None
+        self._panel: Panel | None = None
         self._stopped = False
         self._log = RingLog()
         self._log.attach()
@@ -105,11 +110,18 @@ class Server:
     @property
     def is_alive(self) -> bool:
         """Whether it serves, or will again by itself."""
+        return self.trouble is None
+
+    @property
+    def trouble(self) -> str | None:
+        """A sentence where it does not serve, and will not again: its engine failed, or a step hangs."""
         try:
-            state = self._llm().manager.status().state
-            return self._background.is_alive() and state not in ("dead", "closed", "draining")
-        except MedusaServeError:
-            return False
+            status = self._llm().manager.status()
+        except MedusaServeError as error:
+            return error.message
+        if not self._background.is_alive():
+            return "The web server has ended."
+        return None if status.serves else status.message or f"The engine is {status.state}."
 
     def snippets(self) -> str:
         """Lines to copy that get an answer: curl, and the openai client."""
@@ -131,11 +143,11 @@ class Server:
 
     def stream(
         self, prompt: Prompt, *, system: str | None = None, raw: bool = False, **sampling: Any
-    ) -> Iterator[Delta]:
+    ) -> Generator[Delta, None, None]:
         """The same as it comes: each Delta has `text`, the last one the completion. Leaving the loop cancels."""
         return self._llm().stream(self._source(prompt, system, raw), _params(sampling))
 
-    def follow(self, prompt: Any, params: SamplingParams, until: threading.Event) -> Any:
+    def follow(self, prompt: Any, params: SamplingParams, until: threading.Event) -> Generator[Delta, None, None]:
         """The panel's: a generator of Deltas that ends when `until` is set."""
         return self._llm().stream(prompt, params, until=until)
 
@@ -309,7 +321,7 @@ class Server:
         release()
         return ended
 
-    def _llm(self) -> Any:
+    def _llm(self) -> LLM:
         if self._stopped:
             raise ShuttingDown("This server was stopped; run launch() again.")
         return self._background.source.get()

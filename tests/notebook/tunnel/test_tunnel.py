@@ -32,7 +32,7 @@ from tests.server.standins import HandLLM, HandManager, httpx, serving, wait_for
 
 KEY, TOKEN = "server-key", "2abcTokenOfNobody_1234"
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -304,7 +304,7 @@ def test_another_tunnel_for_the_port_takes_over(fake: Fake, port: int) -> None:
 
 KERNEL = """
 import sys, time
-from medusa_serve.notebook.tunnel import open_tunnel
+from medusa_serve.notebook.tunnel.tunnel import open_tunnel
 made = open_tunnel(int(sys.argv[1]), token=sys.argv[2])
 print(made.url, flush=True)
 time.sleep(600)
