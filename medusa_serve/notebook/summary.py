@@ -34,7 +34,7 @@ def chosen(llm: LLM, seconds: float) -> str:
 
 
 def device(name: str) -> str:
-    """A device as a person knows it: a GPU with its name and memory, a CPU as such."""
+    """A device in a user's words: a GPU with its name and memory, a CPU as "cpu"."""
     from ..model.loading.gpu_facts import gpu_facts
 
     facts = gpu_facts() if name.startswith("cuda") else None

@@ -45,9 +45,9 @@ def launch(folder: str, **options: Any) -> Any:
 @pytest.mark.usefixtures("nothing_left")
 def test_the_same_again_is_the_same_server(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     server = launch(folder)
-    told = capsys.readouterr().out
+    shown = capsys.readouterr().out
     for word in ("device", "slots     8 × 128 tokens", "drafts    lookup", "nodes", "expected", "because", "curl -s"):
-        assert word in told
+        assert word in shown
     assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
     assert launch(folder) is server
     assert "already running" in capsys.readouterr().out
