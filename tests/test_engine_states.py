@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 
-from medusa_serve.engine.pulse import refuse_unless_ok
+from medusa_serve.engine.health import refuse_unless_ok
 from medusa_serve.errors import Unavailable
 from medusa_serve.types import EngineState, EngineStatus
 
