@@ -7,7 +7,7 @@ import queue
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -128,7 +128,7 @@ class LLM:
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, until: threading.Event | None = None
-    ) -> Iterator[Delta]:
+    ) -> Generator[Delta, None, None]:
         """The Deltas of one prompt as steps finish; the last one carries the Completion. Leaving the loop early
         cancels; so does setting `until`, from any thread: then no more come, and no Completion."""
         inbox: queue.SimpleQueue[list[tuple[str, Delta]]] = queue.SimpleQueue()

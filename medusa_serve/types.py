@@ -258,15 +258,24 @@ class Delta(NamedTuple):
 Sink = Callable[[list[tuple[str, Delta]]], None]
 
 
+# stalled: a step is far too old · restarting: after an error · failed: for good
+EngineState = Literal["ok", "stalled", "restarting", "failed", "draining", "closed"]
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """state: ok, stalled (a step far too old), restarting (after an error), failed (for good), draining, closed."""
+    """What the engine is doing. Compare `state` by ==, as mypy checks the words of a comparison, but not of `in`."""
 
-    state: Literal["ok", "stalled", "restarting", "failed", "draining", "closed"]
+    state: EngineState
     running: int
     waiting: int
     heartbeat_age_s: float
     message: str | None = None
+
+    @property
+    def serves(self) -> bool:
+        """Whether it takes sequences, or will again without help."""
+        return self.state == "ok" or self.state == "restarting"
 
 
 Output = TypeVar("Output")

@@ -49,7 +49,7 @@ class Replica:
 
     def check_health(self) -> None:
         status = self._llm.manager.status()
-        if status.state in ("failed", "stalled", "closed"):
+        if not status.serves and status.state != "draining":
             raise RuntimeError(status.message or f"The engine is {status.state}.")
         if not self._thread.is_alive():
             raise RuntimeError("The HTTP server is gone.")

@@ -86,7 +86,7 @@ def serve_until_stopped(engine: EngineConfig, config: ServerConfig, *, as_json: 
         def tell() -> None:
             source.wait()
             if source.state == "ready":
-                _print_ready(source.get(), url, config, as_json)  # type: ignore[arg-type]
+                _print_ready(source.get(), url, config, as_json)
 
         threading.Thread(target=tell, name="medusa-tell", daemon=True).start()
         try:

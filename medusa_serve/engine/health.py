@@ -51,7 +51,7 @@ class Heartbeat:
 
 def refuse_unless_ok(status: EngineStatus) -> None:
     """Raises ShuttingDown, EngineDead, EngineRestarting or EngineStalled."""
-    if status.state in ("closed", "draining"):
+    if status.state == "closed" or status.state == "draining":
         raise ShuttingDown("The server is shutting down.")
     if status.state == "failed":
         raise EngineDead(status.message or "The engine is gone.")

@@ -1,7 +1,7 @@
-"""uvicorn in a thread with a loop of its own, on a socket bound first. What goes wrong is raised in the cell.
+"""uvicorn in a thread with its own event loop, on a socket that is bound first. The cell gets every error.
 
-The thread is also where a later run of the cell finds the server: unlike a module's variable it survives
-`importlib.reload`, `%autoreload` and a package that was imported anew.
+A later run of the cell finds the server through this thread: unlike a module's variable, it survives
+`importlib.reload`, `%autoreload` and a second import of the package.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Generic
 
 from ..errors import InvalidConfig, MedusaServeError
-from ..server.background_load import BackgroundLoad, ServedLLM
+from ..server.background_load import BackgroundLoad, Model
 from ..server.config import ServerConfig
 from ..server.listen import Server as WebServer
 from ..server.listen import bind, url_of
@@ -22,13 +22,13 @@ from ..server.listen import bind, url_of
 THREAD = "medusa-server"
 LOADERS = "medusa-load"
 START_S = 15.0
-TELL_S = 15.0
+PROGRESS_S = 15.0
 
 
-class Background(threading.Thread):
-    """An HTTP server for a model that loads. owner: what `running` gives back for as long as the thread lives."""
+class Background(threading.Thread, Generic[Model]):
+    """An HTTP server for a model that loads. owner: what `running` returns as long as the thread lives"""
 
-    def __init__(self, factory: Callable[[], ServedLLM], config: ServerConfig, sock: socket.socket, owner: Any) -> None:
+    def __init__(self, factory: Callable[[], Model], config: ServerConfig, sock: socket.socket, owner: Any) -> None:
         super().__init__(name=THREAD, daemon=True)
         self.owner, self.config, self.url, self._sock = owner, config, url_of(sock), sock
         self.failure: BaseException | None = None
@@ -44,13 +44,13 @@ class Background(threading.Thread):
         finally:
             self.source.close()  # no engine without its server
 
-    def wait_until_ready(self) -> ServedLLM:
-        """The loaded model, once the server listens; says now and then that it still loads. Raises what loading or
+    def wait_until_ready(self) -> Model:
+        """The loaded model, once the server listens; prints now and then that it still loads. Raises what loading or
         listening raised."""
-        began, told = time.monotonic(), 0.0
-        while not self.source.wait(0.2):  # short waits: Ctrl-C, the kernel's Interrupt, gets through between them
-            if (waited := time.monotonic() - began) - told >= TELL_S:
-                told = waited
+        began, printed = time.monotonic(), 0.0
+        while not self.source.wait(0.2):  # short waits, so that Ctrl-C (the kernel's Interrupt) gets through
+            if (waited := time.monotonic() - began) - printed >= PROGRESS_S:
+                printed = waited
                 print(f"… still loading after {waited:.0f} s", flush=True)
         llm = self.source.get()
         until = time.monotonic() + START_S
@@ -61,7 +61,7 @@ class Background(threading.Thread):
         return llm
 
     def stop(self, seconds: float) -> bool:
-        """Stop accepting, end what is open, close the socket and the engine; whether it all ended in time."""
+        """Refuse new requests, end the open ones, close the socket and the engine; → whether all ended in time."""
         self.web.should_exit = True
         self.join(seconds)
         self.source.close()
@@ -69,7 +69,7 @@ class Background(threading.Thread):
 
 
 def listen(config: ServerConfig, *, any_port: bool) -> socket.socket:
-    """The bound socket; with `any_port` a free one where the wanted one is taken. Raises InvalidConfig."""
+    """The bound socket. any_port: take a free port where the wanted one is in use. Raises InvalidConfig."""
     try:
         return bind(config)
     except InvalidConfig as error:
@@ -81,16 +81,22 @@ def listen(config: ServerConfig, *, any_port: bool) -> socket.socket:
 
 
 def running() -> Any:
-    """The owner of the server that runs in this process, or None."""
+    """The owner of the server that runs in this process, or None. Its class may come from an earlier import."""
     for thread in threading.enumerate():
         if thread.name == THREAD and getattr(thread, "owner", None) is not None:
             return thread.owner  # type: ignore[attr-defined]
     return None
 
 
+def stop_running() -> None:
+    """Stop the server of this process, if there is one: it would share the device with a training or a benchmark."""
+    server = running()
+    if server is not None:
+        server.stop()
+
+
 def wait_for_loads() -> None:
-    """Loading cannot be interrupted: a load that nobody waits for any more ends first, or two models would meet in
-    memory."""
+    """Wait for a load that was interrupted. It cannot be stopped, and two models at a time may not fit in memory."""
     me = threading.current_thread()
     left = [thread for thread in threading.enumerate() if thread.name == LOADERS and thread is not me]
     if left:

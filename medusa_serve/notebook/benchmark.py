@@ -1,4 +1,4 @@
-"""Benches as a notebook shows them: a table, a picture, and a file beside the notebook that holds both."""
+"""Benchmarks as a notebook shows them: a table, a picture, and a result file beside the notebook."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ..bench.command import write
 from ..config import EngineConfig
 from . import env
-from .background import running
+from .background import stop_running
 
 CONTESTANTS = ("speculative", "plain", "generate", "generate-lookup")
 
@@ -41,7 +41,7 @@ def decode(model: str, heads: str, *, tokens: int, rounds: int, most: int) -> Sh
     from ..bench.decode import DecodeConfig, bench_decode
     from ..bench.plot import decode_table
 
-    _make_room()
+    stop_running()
     at_once = tuple(2**power for power in range(most.bit_length()))
     config = DecodeConfig(concurrency=at_once, nodes=(8,), tokens=tokens, rounds=rounds, one_at_a_time=False)
     result = bench_decode(EngineConfig(model=model, heads=heads), config)
@@ -49,10 +49,10 @@ def decode(model: str, heads: str, *, tokens: int, rounds: int, most: int) -> Sh
 
 
 def peers(model: str, heads: str, *, tokens: int, rounds: int, prompts: int) -> Shown:
-    """Tokens per second beside transformers, one prompt at a time, so many of them a round."""
+    """Tokens per second beside transformers, one prompt at a time. prompts: of each round"""
     from ..bench.peers import PeersConfig, bench_peers, table
 
-    _make_room()
+    stop_running()
     config = PeersConfig(contestants=CONTESTANTS, prompts=prompts, tokens=tokens, rounds=rounds)
     result = bench_peers(EngineConfig(model=model, heads=heads), config)
     return _kept(result, table(result), "peers.json")
@@ -64,10 +64,3 @@ def _kept(result: dict[str, Any], table: str, name: str) -> Shown:
     folder.mkdir(parents=True, exist_ok=True)
     write(str(folder / name), result)
     return Shown(result, table, folder / name)
-
-
-def _make_room() -> None:
-    """A server that runs would be measured too."""
-    server = running()
-    if server is not None:
-        server.stop()

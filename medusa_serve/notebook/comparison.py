@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..types import MAX_LOGPROBS, Completion, SamplingParams
 
 if TYPE_CHECKING:
-    from ..llm import LLM
+    from ..llm import LLM, Prompt
 
 NEAR = 0.1  # rounding in half precision moves log-probabilities by some hundredths
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """same: leading tokens that are equal · gap: between the log-probabilities of the two tokens behind them, at
-    temperature 0; None where nothing parts, or it cannot be said."""
+    """same: number of equal leading tokens · gap: between the log-probabilities of the first two tokens that differ, at
+    temperature 0; None where none differ, or where the gap is not known."""
 
     speculative: Completion
     plain: Completion
@@ -30,7 +30,7 @@ class Comparison:
 
     @property
     def speedup(self) -> float | None:
-        """Of tokens per second while decoding; None where an answer has one token."""
+        """In tokens per second while decoding; None where an answer has one token."""
         fast, slow = self.speculative.tokens_per_second, self.plain.tokens_per_second
         return fast / slow if fast and slow else None
 
@@ -49,8 +49,8 @@ class Comparison:
         return f"{what}; {self.speedup:.2f}× of plain decoding ({rates}{steps})"
 
 
-def compare(llm: Any, prompt: Any, params: SamplingParams) -> Comparison:
-    """Plain decoding first. `params.seed` None: the one that the first run draws is the second's."""
+def compare(llm: LLM, prompt: Prompt, params: SamplingParams) -> Comparison:
+    """Plain decoding first. Where `params.seed` is None, the second run takes the seed that the first one drew."""
     [plain] = llm.generate([prompt], replace(params, speculation=False))
     [speculative] = llm.generate([prompt], replace(params, speculation=True, seed=plain.seed))
     pairs = zip(speculative.token_ids, plain.token_ids, strict=False)
@@ -59,8 +59,8 @@ def compare(llm: Any, prompt: Any, params: SamplingParams) -> Comparison:
     return found if found.identical or params.temperature else replace(found, gap=_gap(llm, prompt, found))
 
 
-def _gap(llm: Any, prompt: Any, found: Comparison) -> float | None:
-    """How far apart the model holds the two tokens at which the texts part."""
+def _gap(llm: LLM, prompt: Prompt, found: Comparison) -> float | None:
+    """Between the log-probabilities of the first two tokens that differ."""
     at, texts = found.same, (found.plain.token_ids, found.speculative.token_ids)
     if min(map(len, texts)) == at:  # one text is the other's beginning
         return None
@@ -68,9 +68,9 @@ def _gap(llm: Any, prompt: Any, found: Comparison) -> float | None:
 
 
 def gap(llm: LLM, ids: list[int], one: int, other: int) -> float | None:
-    """Between the log-probabilities of two tokens behind `ids`, by a plain pass; None where one is not among those
-    reported."""
+    """Between the log-probabilities of two tokens after `ids`, by a plain pass; None where one of them is not among the
+    likeliest MAX_LOGPROBS."""
     params = SamplingParams(max_tokens=1, ignore_eos=True, logprobs=MAX_LOGPROBS, speculation=False)
-    [told] = llm.generate_ids([ids], params)
-    known = dict(told.logprobs[0].top)
+    [answer] = llm.generate_ids([ids], params)
+    known = dict(answer.logprobs[0].top)
     return abs(known[one] - known[other]) if one in known and other in known else None

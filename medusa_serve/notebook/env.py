@@ -1,4 +1,4 @@
-"""Where this runs: Colab, Kaggle, a Jupyter kernel or plain Python; and what a person there can do about a failure."""
+"""Where this runs: Colab, Kaggle, a Jupyter kernel or plain Python; and what helps there after a failure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Place = Literal["colab", "kaggle", "jupyter", "python"]
 
 
 def place() -> Place:
-    """By what the platforms set, not by an installed package: stubs of their names are on the package index."""
+    """From what the platforms set, not from installed packages: the package index has stubs of their names."""
     if any(name.startswith("COLAB_") for name in os.environ) and "google.colab" in sys.modules:
         return "colab"
     if {"KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_USER_SECRETS_TOKEN"} & set(os.environ):
@@ -42,8 +42,8 @@ def size(full: int, *, smoke: int) -> int:
 
 
 def keep_in() -> Path:
-    """The folder that outlives this session where the platform has one: Drive, when it is mounted, or what Kaggle
-    saves with the notebook; else where the notebook is."""
+    """A folder that outlives the session where the platform has one: Drive, when it is mounted, or the one that Kaggle
+    saves with the notebook; else the notebook's own."""
     drive = Path("/content/drive/MyDrive")
     places = {"colab": drive if drive.is_dir() else Path("/content"), "kaggle": Path("/kaggle/working")}
     return places.get(place(), Path.cwd())
@@ -58,7 +58,7 @@ def mount_drive() -> None:
 
 
 def advice() -> str:
-    """A sentence for whoever could not load a model here, or ""."""
+    """A sentence for a user who could not load a model or a program here, or ""."""
     if place() == "kaggle" and not online():
         return " This Kaggle notebook has no internet: turn it on in its settings (needs a verified phone)."
     return ""

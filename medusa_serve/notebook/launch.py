@@ -1,4 +1,4 @@
-"""`launch`: one call that loads, serves and shows a model; called again it is still one server."""
+"""`launch`: one call that loads, serves and shows a model. There is one server, however often it is called."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import InvalidConfig, LoadError, MedusaServeError
 from ..server.config import ServerConfig
 from . import env
 from .background import running, wait_for_loads
-from .server import Asked, Server
+from .server import LaunchOptions, Server
 
 
 def launch(
@@ -25,11 +25,11 @@ def launch(
 ) -> Server:
     """Load a model with its heads, serve it in the background, show a panel; → the server.
 
-    Called again with the same model and options it gives back the server that runs; with others that one is stopped
-    first, unless there is no such model. Raises InvalidConfig and LoadError with a sentence that says what to do; the
-    cell can then be run again.
+    Called again with the same model and options it returns the server that runs. With others, or where that server has
+    failed, it stops it first, but not for a model that does not exist. Raises InvalidConfig and LoadError with a
+    sentence that says what to do; the cell can then be run again.
 
-    public         also open an ngrok tunnel, which forces a key; where that fails it says why and serves without
+    public         also open an ngrok tunnel, which forces a key; where that fails, print why and serve without one
     panel          show the panel below the cell, where there is a front end
     token, domain  ngrok's, where they are not in the environment or the platform's secrets
     options        fields of EngineConfig and ServerConfig. Without `port`, 8000 or any free one
@@ -51,13 +51,16 @@ def launch(
     return server
 
 
-def _server(asked: Asked, *, needs_key: bool) -> Server:
-    """The one that runs if it is as asked, else a new one in its place."""
+def _server(asked: LaunchOptions, *, needs_key: bool) -> Server:
+    """The server that runs if it is as asked and serves, else a new one."""
     old: Server | None = running()
-    if old is not None and old.asked == asked and old.is_alive:
+    trouble = None if old is None else old.trouble
+    if old is not None and old.asked == asked and trouble is None:
         print(f"already running: {old!r}".splitlines()[0])
         return old
     if old is not None:
+        if trouble is not None:
+            print(f"{old.name} does not serve any more: {trouble}")
         _require_model(asked.engine.model, old)
         print(f"replacing {old.name} …")
         old.stop()
@@ -66,7 +69,7 @@ def _server(asked: Asked, *, needs_key: bool) -> Server:
 
 
 def _require_model(model: str, old: Server) -> None:
-    """Raises LoadError where there is no such model, so that a server does not end for a name with a typo."""
+    """Raises LoadError where there is no such model: a typo does not end a server."""
     from ..model.loading.load import hf_config_of
 
     if model in (DEFAULT_MODEL, old.asked.engine.model) or not old.is_alive:
@@ -78,15 +81,15 @@ def _require_model(model: str, old: Server) -> None:
         raise LoadError(f"{error.message} {old.name} goes on.") from error
 
 
-def _asked(model: str, heads: str, options: dict[str, Any]) -> Asked:
-    """Raises InvalidConfig for an option that neither config has, or whose value is nonsense."""
+def _asked(model: str, heads: str, options: dict[str, Any]) -> LaunchOptions:
+    """Raises InvalidConfig for an unknown option or a value that makes no sense."""
     engine, server = EngineConfig.__dataclass_fields__, ServerConfig.__dataclass_fields__
     unknown = sorted(set(options) - set(engine) - set(server))
     if unknown:
         raise InvalidConfig(f"Unknown option {unknown[0]!r}.", param=unknown[0])
     if options.get("api_key") is None and os.environ.get("MEDUSA_SERVE_API_KEY"):
         options["api_key"] = os.environ["MEDUSA_SERVE_API_KEY"]
-    return Asked(
+    return LaunchOptions(
         EngineConfig(model=model, heads=heads, **{name: value for name, value in options.items() if name in engine}),
         ServerConfig(**{"drain_s": 0.5} | {name: value for name, value in options.items() if name in server}),
         any_port="port" not in options,

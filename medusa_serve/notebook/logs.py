@@ -1,4 +1,4 @@
-"""What the server has to say goes into a ring, not into whichever cell happens to run."""
+"""The server's log lines go into a ring, not into the cell that happens to run."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ class RingLog(logging.Handler):
         self._before.clear()
 
     def text(self, lines: int) -> str:
-        """The last so many."""
+        """The last `lines` lines."""
         return "\n".join(list(self._lines)[-lines:])

@@ -1,4 +1,4 @@
-"""`asyncio.run` in a cell, for who wants it. The server needs none of this: its loop lives in a thread of its own."""
+"""`asyncio.run` in a cell, for users who want it. The server does not need this: its loop has its own thread."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..errors import InvalidConfig
 
 
 def allow_nested_loop() -> str:
-    """Make `asyncio.run` and `run_until_complete` work in cells, whose kernel runs a loop already; → what was used.
+    """Make `asyncio.run` and `run_until_complete` work in cells, where a loop runs already; → the library's name.
 
     Takes nest-asyncio2, or nest-asyncio below Python 3.14, where it breaks. May be called twice, before or after a
-    server was started. Raises InvalidConfig where neither is there.
+    server was started. Raises InvalidConfig where neither is installed.
     """
     module = _module()
     module.apply(_loop_of_this_thread())
@@ -24,7 +24,7 @@ def allow_nested_loop() -> str:
 def _module() -> ModuleType:
     names = ["nest_asyncio2", "nest_asyncio"]
     if hasattr(asyncio, "_nest_patched") and not hasattr(asyncio, "_nest_asyncio2"):
-        names.reverse()  # somebody has applied the older one, and the two do not mix
+        names.reverse()  # the older one is applied already, and the two do not mix
     for name in names:
         if name == "nest_asyncio" and sys.version_info >= (3, 14):
             continue
@@ -36,7 +36,7 @@ def _module() -> ModuleType:
 
 
 def _loop_of_this_thread() -> asyncio.AbstractEventLoop | None:
-    """The running loop; without one None: asyncio's own choice is patched."""
+    """The running loop; None without one: then asyncio's own choice is patched."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""The server as a notebook holds it: a small handle that never shows the model to IPython, which would keep it."""
+"""The handle of a server in a notebook. It never shows the model to IPython, which would keep it in memory."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ..config import EngineConfig
 from ..errors import InvalidRequest, LoadError, MedusaServeError, ShuttingDown, TunnelError
@@ -24,13 +25,17 @@ from .logs import RingLog
 from .together import Batching, one_and_many
 from .tunnel.quota import Quota
 
-Prompt = str | Sequence[dict[str, str]]
-STOP_S = CLOSE_S + 12.0  # beyond the drain: the sockets', and a step that hangs
+if TYPE_CHECKING:
+    from ..llm import LLM, Prompt
+    from .panel.panel import Panel
+    from .tunnel.tunnel import Tunnel
+
+STOP_S = CLOSE_S + 12.0  # after the drain: for the sockets, and for a step that hangs
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What `launch` was asked for: the same again needs no new server."""
+class LaunchOptions:
+    """What `launch` was asked for. The same options again need no new server."""
 
     engine: EngineConfig
     server: ServerConfig
@@ -40,8 +45,8 @@ class Asked:
 class Server:
     """A served model: `url`, `public_url`, `api_key` are where and how to reach it. Made by `launch`."""
 
-    def __init__(self, asked: Asked, *, needs_key: bool = False) -> None:
-        """Loads and listens before it returns. Raises InvalidConfig, LoadError; nothing is left then."""
+    def __init__(self, asked: LaunchOptions, *, needs_key: bool = False) -> None:
+        """Loads and listens before it returns. Raises InvalidConfig, LoadError, and leaves nothing then."""
         from ..llm import LLM
 
         self.asked, self.name = asked, asked.engine.model
@@ -50,9 +55,9 @@ class Server:
             config = replace(config, api_key=secrets.token_urlsafe(32))
         sock = listen(config, any_port=asked.any_port)
         self._lock = threading.RLock()
-        self._tunnel: Any = None
+        self._tunnel: Tunnel | None = None
         self._quota: Quota | None = None
-        self._panel: Any = None
+        self._panel: Panel | None = None
         self._stopped = False
         self._log = RingLog()
         self._log.attach()
@@ -89,27 +94,34 @@ class Server:
 
     @property
     def public_url(self) -> str | None:
-        """Of the tunnel, while there is one."""
+        """The tunnel's address, while there is one."""
         return self._tunnel.url if self._tunnel is not None else None
 
     @property
     def warning(self) -> str | None:
-        """A sentence where the tunnel has used most of what ngrok's free plan allows a month."""
+        """A sentence once the tunnel has used most of what ngrok's free plan allows in a month."""
         return self._quota.warning if self._quota is not None else None
 
     @property
     def api_key(self) -> str | None:
-        """Sent as `Authorization: Bearer …`; None: none is needed."""
+        """Sent as `Authorization: Bearer …`; None where no key is needed."""
         return self._background.web.api_key
 
     @property
     def is_alive(self) -> bool:
-        """Whether it serves, or will again by itself."""
+        """Whether it serves, or will again without help."""
+        return self.trouble is None
+
+    @property
+    def trouble(self) -> str | None:
+        """Why it has to be replaced, such as a failed engine or a step that hangs; None while it is alive."""
         try:
-            state = self._llm().manager.status().state
-            return self._background.is_alive() and state not in ("dead", "closed", "draining")
-        except MedusaServeError:
-            return False
+            status = self._llm().manager.status()
+        except MedusaServeError as error:
+            return error.message
+        if not self._background.is_alive():
+            return "The web server has ended."
+        return None if status.serves else status.message or f"The engine is {status.state}."
 
     def snippets(self) -> str:
         """Lines to copy that get an answer: curl, and the openai client."""
@@ -125,18 +137,18 @@ class Server:
     # ---- text --------------------------------------------------------------------------------------------------------
 
     def generate(self, prompt: Prompt, *, system: str | None = None, raw: bool = False, **sampling: Any) -> Completion:
-        """The answer to a prompt (with a chat template it is one user's message, `raw` continues it as it stands) or to
-        a list of messages. sampling: SamplingParams' fields. Raises InvalidRequest."""
+        """The answer to a prompt or a list of messages. With a chat template a prompt is one user's message, unless
+        `raw` asks for its continuation. sampling: SamplingParams' fields. Raises InvalidRequest."""
         return self._llm().generate([self._source(prompt, system, raw)], _params(sampling))[0]
 
     def stream(
         self, prompt: Prompt, *, system: str | None = None, raw: bool = False, **sampling: Any
-    ) -> Iterator[Delta]:
-        """The same as it comes: each Delta has `text`, the last one the completion. Leaving the loop cancels."""
+    ) -> Generator[Delta, None, None]:
+        """The same in parts: each Delta has `text`, the last one the completion. Leaving the loop cancels."""
         return self._llm().stream(self._source(prompt, system, raw), _params(sampling))
 
-    def follow(self, prompt: Any, params: SamplingParams, until: threading.Event) -> Any:
-        """The panel's: a generator of Deltas that ends when `until` is set."""
+    def follow(self, prompt: Prompt, params: SamplingParams, until: threading.Event) -> Generator[Delta, None, None]:
+        """For the panel: the Deltas, until `until` is set."""
         return self._llm().stream(prompt, params, until=until)
 
     def generate_many(
@@ -151,7 +163,7 @@ class Server:
         return compare(self._llm(), self._source(prompt, system, raw), _params(sampling))
 
     async def generate_async(self, prompt: Prompt, **options: Any) -> Completion:
-        """As generate, for `await` and asyncio.gather: the loop goes on meanwhile. Cancelling it cancels."""
+        """Like generate, for `await` and asyncio.gather: the loop goes on meanwhile. Cancelling ends the sequence."""
         loop = asyncio.get_running_loop()
         deltas: asyncio.Queue[Delta] = asyncio.Queue()
         llm = self._llm()
@@ -175,16 +187,17 @@ class Server:
 
     async def one_and_many(self, prompts: Sequence[str], *, max_tokens: int) -> Batching:
         """The first prompt alone, then all at once: tokens per second of both."""
-        return await one_and_many(self, prompts, max_tokens)
+        generate = partial(self.generate_async, max_tokens=max_tokens)
+        return await one_and_many(generate, prompts, self.describe()["slots"])
 
     def count_tokens(self, messages: Sequence[dict[str, str]]) -> int:
-        """Of a prompt made of these messages, with the template's own."""
+        """Of a prompt made of these messages, with the tokens of the chat template."""
         codec = self._llm().codec
         if not codec.has_chat_template:
             return len(codec.encode("\n".join(message["content"] for message in messages)))
         return len(codec.encode_chat(list(messages)))
 
-    def _source(self, prompt: Prompt, system: str | None, raw: bool) -> Any:
+    def _source(self, prompt: Prompt, system: str | None, raw: bool) -> Prompt:
         if not isinstance(prompt, str):
             return list(prompt)
         if raw or not self.has_chat_template:
@@ -196,7 +209,7 @@ class Server:
     # ---- what it does ------------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """Plain facts: model, heads, device, dtype, slots, max_context, nodes."""
+        """As plain data: model, heads, device, dtype, slots, max_context, nodes."""
         return self._llm().describe()
 
     def stats(self) -> dict[str, Any]:
@@ -215,7 +228,7 @@ class Server:
     # ---- panel, tunnel, end ------------------------------------------------------------------------------------------
 
     def panel(self) -> Any:
-        """The panel: a widget, the same one each time."""
+        """The panel's widget, the same one each time."""
         from .panel.panel import Panel
 
         with self._lock:
@@ -230,9 +243,9 @@ class Server:
         display(self.panel())
 
     def show_page(self, height: int = 640) -> None:
-        """The server's own chat page below the cell. Answering there does not need the kernel, so Stop works while a
-        cell runs. In Colab through its port proxy, which also has an address for a tab; elsewhere the browser must be
-        on this machine."""
+        """The server's own chat page below the cell. It does not use the kernel, so it also works while a cell runs. In
+        Colab it comes through the port proxy, which also gives an address for a tab; elsewhere the browser must run on
+        this machine."""
         platform = env.place()
         if platform == "colab":
             colab.show_page(self._port, key=self.api_key, height=height)
@@ -250,10 +263,10 @@ class Server:
             print(f"open {self.url} in a browser")
 
     def open_tunnel(self, *, token: str | None = None, domain: str | None = None) -> str:
-        """A public https address of this server, through ngrok, which a second call gives again. Raises TunnelError;
-        then no key is asked for that was not before."""
+        """A public https address of this server, through ngrok; a second call returns the same one. Forces a key.
+        Raises TunnelError, and then needs a key only if it did before."""
         from ..model.loading.default_model import cache_folder
-        from .tunnel.tunnel import open_tunnel
+        from .tunnel.tunnel import Tunnel
 
         with self._lock:
             if self._tunnel is None:
@@ -263,7 +276,7 @@ class Server:
                 try:
                     self._quota = self._quota or Quota(cache_folder(), web.traffic)
                     hooks: Any = {"on_url": web.allow_host, "on_check": self._quota.note}
-                    self._tunnel = open_tunnel(self._port, token=token, domain=domain, **hooks)
+                    self._tunnel = Tunnel(self._port, token=token, domain=domain, **hooks)
                 except BaseException:
                     if not had_key:
                         web.release_key()
@@ -279,7 +292,7 @@ class Server:
             tunnel.close()
 
     def stop(self) -> None:
-        """Tunnel, open requests, socket, engine, memory, in this order. May be called twice."""
+        """End the tunnel, open requests, the socket and the engine, then free the memory. May be called twice."""
         from ..model.loading.gpu_facts import free_bytes
 
         with self._lock:
@@ -293,12 +306,12 @@ class Server:
         print(f"stopped {self.name}{freed}{late}")
 
     def _end(self) -> bool:
-        """Whether the web server's thread ended in time."""
+        """→ Whether the web server's thread ended in time."""
         from ..model.loading.gpu_facts import release
 
         atexit.unregister(self.stop)
         self.close_tunnel()
-        with contextlib.suppress(MedusaServeError):  # nothing is loaded, so nothing runs
+        with contextlib.suppress(MedusaServeError):  # no model was loaded
             self._llm().manager.drain(self.asked.server.drain_s)
         self._stopped = True
         ended = self._background.stop(self.asked.server.drain_s + STOP_S)
@@ -309,7 +322,7 @@ class Server:
         release()
         return ended
 
-    def _llm(self) -> Any:
+    def _llm(self) -> LLM:
         if self._stopped:
             raise ShuttingDown("This server was stopped; run launch() again.")
         return self._background.source.get()

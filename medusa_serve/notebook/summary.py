@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import textwrap
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..commands.serve import EXAMPLE, curl_line
 from . import env
 
+if TYPE_CHECKING:
+    from ..llm import LLM
 
-def chosen(llm: Any, seconds: float) -> str:
+
+def chosen(llm: LLM, seconds: float) -> str:
     """What was chosen for this machine, with the reasons."""
     facts = llm.describe()
     nodes = " ".join(map(str, facts["nodes"])) if len(facts["nodes"]) > 1 else "1: plain decoding"
@@ -31,7 +34,7 @@ def chosen(llm: Any, seconds: float) -> str:
 
 
 def device(name: str) -> str:
-    """A device as a person knows it: a GPU with its name and memory, a CPU as such."""
+    """A device in a user's words: a GPU with its name and memory, a CPU as "cpu"."""
     from ..model.loading.gpu_facts import gpu_facts
 
     facts = gpu_facts() if name.startswith("cuda") else None

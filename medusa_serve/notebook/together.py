@@ -1,17 +1,13 @@
-"""One prompt alone, then many at once: what sharing passes gives."""
+"""One prompt alone, then many at once: how much faster a shared pass is."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..types import Completion
-
-if TYPE_CHECKING:
-    from .server import Server
 
 
 @dataclass(frozen=True)
@@ -35,13 +31,15 @@ class Batching:
         )
 
 
-async def one_and_many(server: Server, prompts: Sequence[str], max_tokens: int) -> Batching:
-    """The first prompt alone, all of them, awaited together, and the first alone again: a machine that others use too
-    is not equally fast at both ends."""
+async def one_and_many(
+    generate: Callable[[str], Awaitable[Completion]], prompts: Sequence[str], slots: int
+) -> Batching:
+    """The first prompt alone, all of them together, and the first alone again, as a shared machine may become faster or
+    slower meanwhile."""
 
     async def timed(some: Sequence[str]) -> tuple[list[Completion], float]:
         began = time.monotonic()
-        answers = await asyncio.gather(*(server.generate_async(prompt, max_tokens=max_tokens) for prompt in some))
+        answers = await asyncio.gather(*map(generate, some))
         return list(answers), time.monotonic() - began
 
     before, many, after = [await timed(some) for some in (prompts[:1], prompts, prompts[:1])]
@@ -49,4 +47,4 @@ async def one_and_many(server: Server, prompts: Sequence[str], max_tokens: int) 
         sum(answer.completion_tokens for answers, _ in runs for answer in answers) / sum(seconds for _, seconds in runs)
         for runs in ((before, after), (many,))
     )
-    return Batching(alone, together, server.describe()["slots"], many[0])
+    return Batching(alone, together, slots, many[0])

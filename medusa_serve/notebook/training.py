@@ -1,5 +1,5 @@
 """Heads for a model, trained in a notebook: a forecast, the training, and where the heads are kept. Every cell can run
-again: answers that are there are not made again, an interrupted training goes on, a finished one is not repeated."""
+again: answers that exist are used, an interrupted training goes on, a finished one is not repeated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..config import EngineConfig
 from ..errors import InvalidConfig
 from ..types import Completion
 from . import env
-from .background import running
+from .background import stop_running
 
 if TYPE_CHECKING:
     from ..training.forecast import Forecast
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeadsTraining:
-    """out: the folder that the heads come into · minutes: for answers and training · answer_tokens: at most"""
+    """out: the folder for the heads · minutes: for answers and training · answer_tokens: of an answer, at most"""
 
     model: str
     out: Path
@@ -38,18 +38,18 @@ class HeadsTraining:
         return (self.out / "config.json").is_file()
 
     def forecast(self, *, seconds: float = 20.0) -> Forecast | str:
-        """What to expect, measured in so many seconds; the answers made meanwhile are kept."""
+        """What to expect, measured for `seconds`; the answers made meanwhile are kept."""
         from ..training.forecast import forecast
         from ..training.pipeline import under_way
 
         if self.done:
             return f"The heads are in {self.out} already; to train others, delete that folder."
-        if under_way(self.out):  # of the answers that it began with, to which a forecast would add
+        if under_way(self.out):  # it needs the answers that it began with, and a forecast would add others
             return (
                 f"A training was interrupted, and goes on from its last state with the answers it began with; to begin "
                 f"anew, delete {self.out}.training."
             )
-        _make_room()
+        stop_running()
         return forecast(
             self._engine(), self.prompts, minutes=self.minutes, answers=self.answers, seconds=seconds,
             answer_tokens=self.answer_tokens,
@@ -62,7 +62,7 @@ class HeadsTraining:
         if self.done:
             print(f"already trained: {self.out}")
             return str(self.out)
-        _make_room()
+        stop_running()
         measured = train_from_prompts(
             self._engine(), self.prompts, minutes=self.minutes, out=self.out, family=self.family,
             answers=self.answers, answer_tokens=self.answer_tokens,
@@ -85,8 +85,8 @@ def heads_for(
 ) -> HeadsTraining:
     """What is to be trained, and where it is kept: on Drive, in Kaggle's working folder, or beside the notebook.
 
-    prompts: a file (one a line, or JSONL) or an id for the library `datasets`; "": four thousand that come along
-    drive: in Colab, mount Drive, which asks for leave
+    prompts: a file (one a line, or JSONL) or an id for the library `datasets`; "": the package's four thousand
+    drive: in Colab, mount Drive, which asks the user
     """
     if not minutes > 0:
         raise InvalidConfig("minutes must be positive.", param="minutes")
@@ -101,10 +101,3 @@ def tokens_per_step(answers: Iterable[Completion]) -> float:
     """Over all of them; prefill emits the first token of each."""
     answers = list(answers)
     return sum(answer.completion_tokens - 1 for answer in answers) / max(1, sum(answer.steps for answer in answers))
-
-
-def _make_room() -> None:
-    """A server that runs would share the device with the training."""
-    server = running()
-    if server is not None:
-        server.stop()

@@ -15,7 +15,7 @@ from .api.info import add_info
 from .api.metrics import CountAnswers, add_metrics
 from .api.openai import add_openai
 from .api.page import add_page
-from .api.schemas import Health, documented
+from .api.schemas import Health, HealthState, documented
 from .api.tgi import add_tgi
 from .background_load import BackgroundLoad, ServedLLM, loaded
 from .config import ServerConfig
@@ -30,6 +30,8 @@ from .guard.traffic import CountTraffic, Traffic
 from .streaming import Switchboard
 from .submit import Desk
 from .timeouts import Heartbeat, Watch
+
+PASSING: frozenset[HealthState] = frozenset({"loading", "stalled", "restarting", "draining"})  # a client may wait
 
 
 def create_app(source: ServedLLM | BackgroundLoad, config: ServerConfig) -> FastAPI:
@@ -81,7 +83,7 @@ def _add_health(app: FastAPI, desk: Desk) -> None:
     async def health() -> Response:
         """200 when a request would be served now. Needs no key."""
         status, body = health_of(desk)
-        waiting_helps = body["status"] in ("loading", "stalled", "restarting", "draining")
+        waiting_helps = body["status"] in PASSING
         return JSONResponse(body, status, {"Retry-After": str(Unavailable.retry_after)} if waiting_helps else None)
 
 
@@ -100,5 +102,5 @@ def health_of(desk: Desk) -> tuple[int, dict[str, Any]]:
     status = llm.manager.status()
     if status.state == "ok":
         return 200, {**llm.describe(), "status": "ok", "running": status.running, "waiting": status.waiting}
-    state = "draining" if status.state == "closed" else status.state
+    state: HealthState = "draining" if status.state == "closed" else status.state
     return 503, {"status": state, "message": status.message or f"The engine is {state}."}

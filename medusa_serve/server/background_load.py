@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 from ..errors import LoadError, MedusaServeError, ModelLoading, ShuttingDown
 from ..types import TextCodec
@@ -32,13 +32,16 @@ class ServedLLM(Protocol):
     def close(self) -> None: ...
 
 
-class BackgroundLoad:
+Model = TypeVar("Model", bound=ServedLLM, covariant=True)
+
+
+class BackgroundLoad(Generic[Model]):
     """Runs `factory` in a daemon thread at once; `get` says what came of it."""
 
-    def __init__(self, factory: Callable[[], ServedLLM]) -> None:
+    def __init__(self, factory: Callable[[], Model]) -> None:
         self._lock = threading.Lock()
         self._done = threading.Event()
-        self._llm: ServedLLM | None = None
+        self._llm: Model | None = None
         self._failure: tuple[type[MedusaServeError], str] | None = None  # not the exception: it would hold the weights
         self._closed = False
         threading.Thread(target=self._load, args=(factory,), name="medusa-load", daemon=True).start()
@@ -52,7 +55,7 @@ class BackgroundLoad:
                 return "failed"
             return "loading" if self._llm is None else "ready"
 
-    def get(self) -> ServedLLM:
+    def get(self) -> Model:
         """The loaded model. Raises ModelLoading, what the factory raised (LoadError and kin), or ShuttingDown."""
         with self._lock:
             if self._closed:
@@ -75,7 +78,7 @@ class BackgroundLoad:
         if llm is not None:
             llm.close()
 
-    def _load(self, factory: Callable[[], ServedLLM]) -> None:
+    def _load(self, factory: Callable[[], Model]) -> None:
         llm, failure = None, None
         try:
             llm = factory()

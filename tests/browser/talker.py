@@ -146,7 +146,7 @@ def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[int]:
         server.server_close()
 
 
-def told(manager: HandManager, index: int = -1) -> str:
+def sent(manager: HandManager, index: int = -1) -> str:
     """The messages of a request, as WordCodec joins them."""
     return WordCodec().decode(manager.calls[index][0])
 

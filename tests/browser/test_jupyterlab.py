@@ -93,7 +93,7 @@ def test_a_person_runs_all_and_uses_the_panel(lab: str, visit: Callable[..., Any
     panel.idle()
     whole = panel.answer()
     assert "(stopped)" not in panel.text()
-    assert panel.root.locator(".widget-html span[title$='tokens in one step']").count() > 0, "no run is tinted"
+    assert panel.root.locator(".widget-html span[title$='tokens in one step']").count() > 0, "no run is coloured"
     assert len(whole) > len(stopped.rpartition("Model:")[2])
     assert panel.end_is_in_sight()
 

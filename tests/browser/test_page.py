@@ -16,7 +16,7 @@ from medusa_serve.server.config import ServerConfig
 from tests.server.standins import HandLLM, WordCodec, serving, wait_for
 
 from .conftest import STRANGER, WIDTHS
-from .talker import RUNS, TEXT, WORDS, Talker, TalkLLM, body_of, framing, proxied, told
+from .talker import RUNS, TEXT, WORDS, Talker, TalkLLM, body_of, framing, proxied, sent
 
 pytestmark = pytest.mark.browser
 Visit = Callable[..., Any]
@@ -70,7 +70,7 @@ def test_a_conversation(visit: Visit, width: str) -> None:
         answer(page)
         assert text(page) == TEXT, "markup in it is text"
         assert all(TEXT.startswith(part) for part in seen)
-        tinted_as_accepted(page.locator(f"{ANSWER} i").evaluate_all("all => all.map((i) => [i.className, i.title])"))
+        coloured_as_accepted(page.locator(f"{ANSWER} i").evaluate_all("all => all.map((i) => [i.className, i.title])"))
         stats = page.inner_text(f"{FOOT} span")
         assert re.fullmatch(rf"{len(WORDS)} tokens · [\d.]+ per step · [\d.]+ tokens/s", stats)
         page.click(f"{FOOT} button:has-text('Copy')")
@@ -79,13 +79,13 @@ def test_a_conversation(visit: Visit, width: str) -> None:
         # the next turn sends the conversation, regenerating sends the same again without its answer
         ask(page, "And at night?")
         answer(page)
-        assert told(manager) == f"Explain photosynthesis.\n{TEXT}\nAnd at night?"
+        assert sent(manager) == f"Explain photosynthesis.\n{TEXT}\nAnd at night?"
         assert page.locator(".regenerate:visible").count() == 1
         page.click(".regenerate:visible")
         page.wait_for_selector("#stop:visible")
         answer(page)
         assert len(manager.calls) == 3
-        assert told(manager) == told(manager, 1)
+        assert sent(manager) == sent(manager, 1)
         assert page.locator(".turn").count() == 4
         page.click("#new")
         assert page.locator(".turn").count() == 0
@@ -98,8 +98,8 @@ def test_a_conversation(visit: Visit, width: str) -> None:
         assert all(request.headers["ngrok-skip-browser-warning"] for request in posts)
 
 
-def tinted_as_accepted(spans: list[list[str]]) -> None:
-    """Each is a step, or several where the socket lagged, with the tint of their mean; all of them are the answer."""
+def coloured_as_accepted(spans: list[list[str]]) -> None:
+    """Each is a step, or several where the socket lagged, with the colour of their mean; all of them are the answer."""
     runs, left = itertools.cycle(RUNS), len(WORDS)
     for name, title in spans:
         found = re.fullmatch(r"(\d+) tokens? in (?:one|(\d+)) steps?", title)
@@ -147,7 +147,7 @@ def test_the_keyboard_sends_breaks_lines_and_stops(visit: Visit) -> None:
         page.wait_for_selector("#stop:visible")
         page.keyboard.press("Escape")
         answer(page)
-        assert told(manager) == "one\ntwo"
+        assert sent(manager) == "one\ntwo"
         assert manager.cancelled == ["seq-0"]
 
 
@@ -176,7 +176,7 @@ def test_settings_are_sent_and_checked(visit: Visit) -> None:
         params = manager.calls[-1][1]
         assert (params.temperature, params.top_p, params.max_tokens, params.seed) == (0.0, 0.5, 7, 42)
         assert params.speculation is False
-        assert told(manager) == "You are brief.\nExplain photosynthesis."
+        assert sent(manager) == "You are brief.\nExplain photosynthesis."
         assert text(page) == " ".join(WORDS[:7])
         assert "max tokens" in notes(page)
         assert page.get_attribute(f"{FOOT} span", "title") == "seed 42"
@@ -226,7 +226,7 @@ def test_an_answer_that_was_held_back_is_shown_whole(visit: Visit) -> None:
         ask(page)
         answer(page)
         assert text(page) == TEXT
-        assert page.locator(f"{ANSWER} i.r5").count() > 1, "still tinted"
+        assert page.locator(f"{ANSWER} i.r5").count() > 1, "still coloured"
         assert "in one piece" in notes(page)
 
 
@@ -254,13 +254,13 @@ def test_a_stranger_cannot_frame_it(visit: Visit) -> None:
 
 
 def test_through_the_tunnel(visit: Visit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from medusa_serve.notebook.tunnel.tunnel import open_tunnel
+    from medusa_serve.notebook.tunnel.tunnel import Tunnel
     from tests.notebook.faked import FAKE
 
     monkeypatch.setenv("MEDUSA_FAKE_NGROK", str(tmp_path))
     monkeypatch.setenv("PYNGROK_NGROK_PATH", str(FAKE))
     with serving(TalkLLM(), ServerConfig(port=0, api_key="k")) as url:
-        tunnel = open_tunnel(int(url.rpartition(":")[2]), token="any")
+        tunnel = Tunnel(int(url.rpartition(":")[2]), token="any")
         try:
             page = visit(f"{tunnel.url}/#key=k", "phone")
             ask(page)
@@ -291,7 +291,7 @@ def test_the_oldest_turns_make_room_and_it_says_so(visit: Visit) -> None:
         assert page.locator("#log > *").nth(3).text_content() == notes(page), (
             "between what is left out and what is sent"
         )
-        assert told(manager) == f"second\n{TEXT}\nthird"
+        assert sent(manager) == f"second\n{TEXT}\nthird"
         assert page.locator(".turn").count() == 6, "they stay to be read"
 
 
@@ -307,7 +307,7 @@ def test_a_model_without_a_template_continues_the_text(visit: Visit) -> None:
         answer(page)
         assert text(page) == TEXT
         assert "no chat template" in notes(page)
-        assert told(manager) == "Once upon a time"
+        assert sent(manager) == "Once upon a time"
 
 
 @pytest.mark.parametrize(
@@ -373,17 +373,17 @@ def luminance(colour: str) -> float:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_tints_differ_in_lightness_and_can_be_read(visit: Visit, scheme: str) -> None:
+def test_the_colours_differ_in_lightness_and_can_be_read(visit: Visit, scheme: str) -> None:
     """Lightness, unlike hue, is seen by everybody."""
     with serving(HandLLM()) as url:
         page = visit(url, color_scheme=scheme)
         style = "all => all.map((i) => [getComputedStyle(i).backgroundColor, getComputedStyle(i).color])"
-        tints = page.locator("#legend i").evaluate_all(style)[1:]
+        colours = page.locator("#legend i").evaluate_all(style)[1:]
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        steps = [luminance(background), *(luminance(tint) for tint, _ in tints)]
+        steps = [luminance(background), *(luminance(colour) for colour, _ in colours)]
         assert steps == sorted(steps, reverse=scheme == "light")
         ratios = [(max(a, b) + 0.05) / (min(a, b) + 0.05) for a, b in zip(steps, steps[1:], strict=False)]
         assert min(ratios) > 1.1, ratios
-        for tint, ink in tints:
-            pair = sorted((luminance(tint), luminance(ink)))
-            assert (pair[1] + 0.05) / (pair[0] + 0.05) > 4.5, (tint, ink)
+        for colour, ink in colours:
+            pair = sorted((luminance(colour), luminance(ink)))
+            assert (pair[1] + 0.05) / (pair[0] + 0.05) > 4.5, (colour, ink)

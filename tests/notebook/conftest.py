@@ -1,4 +1,4 @@
-"""A folder with a tiny model, and the certainty that no test leaves a server behind."""
+"""A folder with a tiny model, and a check that no test leaves a server running."""
 
 from __future__ import annotations
 

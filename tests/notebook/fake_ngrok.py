@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Stands in for the ngrok program: its command line, its local API, and a real reverse proxy behind its address.
+"""Stands in for the ngrok program: its command line, its local API, and a real reverse proxy at its address.
 
 The folder in MEDUSA_FAKE_NGROK holds what a test wants of it and what it did:
   fail          "start CODE": exit 1 with that error · "connect CODE": refuse the endpoint (502) · "silent": say nothing
@@ -124,7 +124,7 @@ class PublicSide(BaseHTTPRequestHandler):
         connection.close()
 
     def hang_up(self, server: socket.socket) -> None:
-        """When the client leaves, the server is told."""
+        """When the client leaves, the server learns of it."""
         with contextlib.suppress(OSError, ValueError):
             while server.fileno() >= 0:
                 if select.select([self.connection], [], [], 0.05)[0]:
@@ -158,10 +158,10 @@ class Agent:
         threading.Thread(target=public.serve_forever, daemon=True).start()
         # a test must be able to reach it, so the address is of this machine; the name only tells what was asked for
         url = f"http://127.0.0.1:{public.server_port}"
-        told = {"name": asked["name"], "uri": f"/api/tunnels/{asked['name']}", "public_url": url, "proto": "https"}
-        told |= {"config": {"addr": asked["addr"], "inspect": False}, "metrics": {}}
-        self.endpoints[asked["name"]] = told, public, domain
-        return 201, told
+        answer = {"name": asked["name"], "uri": f"/api/tunnels/{asked['name']}", "public_url": url, "proto": "https"}
+        answer |= {"config": {"addr": asked["addr"], "inspect": False}, "metrics": {}}
+        self.endpoints[asked["name"]] = answer, public, domain
+        return 201, answer
 
     def shut(self, name: str) -> int:
         if name not in self.endpoints:
@@ -183,15 +183,15 @@ def local_api(agent: Agent) -> type[BaseHTTPRequestHandler]:
             if self.command != "GET":
                 with (STATE / "asked.log").open("a") as file:
                     file.write(json.dumps({"method": self.command, "path": self.path, "body": asked}) + "\n")
-            status, told = 404, {"error_code": 100, "status_code": 404, "msg": "Not Found", "details": {}}
+            status, answer = 404, {"error_code": 100, "status_code": 404, "msg": "Not Found", "details": {}}
             if self.path == "/api/tunnels" and self.command == "GET":
-                told = {"tunnels": [told for told, _, _ in agent.endpoints.values()], "uri": "/api/tunnels"}
+                answer = {"tunnels": [answer for answer, _, _ in agent.endpoints.values()], "uri": "/api/tunnels"}
                 status = 200
             elif self.path == "/api/tunnels" and self.command == "POST":
-                status, told = agent.open(asked)
+                status, answer = agent.open(asked)
             elif self.path.startswith("/api/tunnels/") and self.command == "DELETE":
-                status, told = agent.shut(self.path.rpartition("/")[2]), {}
-            data = b"" if status == 204 else json.dumps(told).encode()
+                status, answer = agent.shut(self.path.rpartition("/")[2]), {}
+            data = b"" if status == 204 else json.dumps(answer).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))

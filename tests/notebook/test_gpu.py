@@ -1,4 +1,4 @@
-"""On a GPU: what is told of it, and that no memory stays with servers that were replaced or stopped."""
+"""On a GPU: what launch prints about it, and that no memory stays with servers that were replaced or stopped."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def test_it_is_named_and_memory_comes_back(larger: str, capsys: pytest.CaptureFi
         server.stop()
         free.append(free_bytes())
         assert free[-1] - held > 100 * MIB, "the weights at least are free again"
-    told = capsys.readouterr().out
-    assert f"{facts.name} (" in told
-    assert "of GPU memory are free again" in told
+    shown = capsys.readouterr().out
+    assert f"{facts.name} (" in shown
+    assert "of GPU memory are free again" in shown
     # the first start leaves the context and the libraries' workspaces, the later ones nothing
     assert free[1] - free[-1] < 32 * MIB, [round(bytes_ / MIB) for bytes_ in free]
 

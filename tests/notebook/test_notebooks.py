@@ -84,13 +84,13 @@ def test_an_address_is_written_everywhere_and_taken_back() -> None:
     url = ADDRESS["address"]('x\nURL = "https://github.com/someone/medusa_serve.git"\n')
     assert url == "https://github.com/someone/medusa_serve"
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    told = ADDRESS["readme"](readme, url)
-    assert "colab-badge.svg" in told
-    assert "colab.research.google.com/github/someone/medusa_serve/blob/main/notebooks/01_serve.ipynb" in told
-    assert f"git+{url}" in told
-    assert "not set yet" not in told
-    assert "badge.svg" not in ADDRESS["readme"](told, "")
-    assert "is not set yet" in ADDRESS["readme"](told, "")
+    text = ADDRESS["readme"](readme, url)
+    assert "colab-badge.svg" in text
+    assert "colab.research.google.com/github/someone/medusa_serve/blob/main/notebooks/01_serve.ipynb" in text
+    assert f"git+{url}" in text
+    assert "not set yet" not in text
+    assert "badge.svg" not in ADDRESS["readme"](text, "")
+    assert "is not set yet" in ADDRESS["readme"](text, "")
     notebook = NOTEBOOKS[0].read_text(encoding="utf-8")
     assert f'REPOSITORY = \\"{url}\\"' in ADDRESS["notebook"](notebook, url)
     assert ADDRESS["notebook"](ADDRESS["notebook"](notebook, url), ADDRESS["address"]('URL = ""')) == ADDRESS[
@@ -197,7 +197,7 @@ def test_place(monkeypatch: pytest.MonkeyPatch) -> None:
     assert env.keep_in() == Path("/kaggle/working")
 
 
-def test_kaggle_without_internet_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kaggle_without_internet_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert env.advice() == ""
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
     monkeypatch.setattr(env, "online", lambda: False)

@@ -44,11 +44,11 @@ def test_public_again_is_one_tunnel(folder: str, clean: Fake, capsys: pytest.Cap
     assert key
     assert post(url, key) == 200
     assert post(url, None) == post(server.url, None) == 401
-    told = capsys.readouterr().out
-    assert url in told
-    assert "Whoever has the address and the key" in told
-    assert f"Bearer {key}" in told  # the lines to copy work
-    assert TOKEN not in told
+    shown = capsys.readouterr().out
+    assert url in shown
+    assert "Whoever has the address and the key" in shown
+    assert f"Bearer {key}" in shown  # the lines to copy work
+    assert TOKEN not in shown
     assert launch(folder, public=True, token=TOKEN) is server
     assert (server.public_url, len(clean.alive())) == (url, 1)
     other = launch(folder, public=True, token=TOKEN, slots=2)

@@ -40,8 +40,8 @@ def test_every_cell_can_run_again(tmp_path, monkeypatch, capsys):
     assert begun > forecasted
     assert not training.done
 
-    told = training.forecast(seconds=0.5)
-    assert "interrupted, and goes on" in told
+    forecast = training.forecast(seconds=0.5)
+    assert "interrupted, and goes on" in forecast
     assert len(read_answers(training.answers)) == begun  # more would make it another training
     capsys.readouterr()
     assert training.run() == str(training.out)

@@ -19,9 +19,9 @@ def test_the_panel_with_colabs_widgets(tmp_path: Path) -> None:
     python = str(tmp_path / "venv/bin/python")
     subprocess.run([python, "-m", "pip", "install", "--quiet", *COLABS], check=True, timeout=600)
     [site] = (tmp_path / "venv/lib").glob("python*/site-packages")
-    (site / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")  # torch and the rest, behind its own
-    told = [python, "-c", "import ipywidgets, torch; print(ipywidgets.__version__)"]
-    assert subprocess.run(told, capture_output=True, text=True, check=True).stdout.strip() == "7.7.1"
+    (site / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")  # torch and the rest, after its own
+    command = [python, "-c", "import ipywidgets, torch; print(ipywidgets.__version__)"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "7.7.1"
     command = [
         python,
         "-m",

@@ -1,4 +1,4 @@
-"""The panel's widgets, without what they do. No widget is changed more often than it differs."""
+"""The panel's widgets, without what they do. A widget is only changed where its value differs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from ...errors import MedusaServeError
 
-WIDE = "auto"  # as wide as there is room, borders too
+WIDE = "auto"  # as wide as the cell, borders included
 LABELS = {"description_width": "7em"}
 
 
 class Controls:
-    """`widget` holds all the others, each under its name. max_context: bounds the length of answers."""
+    """`widget` holds all the others. max_context: in tokens; bounds the length of answers"""
 
     def __init__(self, max_context: int, legend: str) -> None:
         w = _ipywidgets()
@@ -53,37 +53,29 @@ class Controls:
     def busy(self) -> bool:
         return bool(self.send.disabled)
 
-    def begin(self, *, can_stop: bool) -> None:
-        self._enable(False)
-        self.stop.disabled = not can_stop
-        self.say("")
-
-    def end(self) -> None:
-        self.stop.disabled = True
-        self._enable(True)
-
-    def _enable(self, on: bool) -> None:
+    def set_busy(self, busy: bool, *, can_stop: bool = False) -> None:
         for button in (self.send, self.regenerate, self.clear, self.compare):
-            button.disabled = not on
+            button.disabled = busy
+        self.stop.disabled = not can_stop
 
     def show(self, html: str) -> None:
-        """The transcript, as HTML that is safe already."""
+        """Show the transcript. html: with its text escaped"""
         if self.transcript.value != html:
             self.transcript.value = html
 
     def say(self, text: str) -> None:
-        """A line for the person."""
+        """Show a line of text to the user."""
         self.note.value = escape(text)
 
     def close(self) -> None:
-        """All of them, their layouts and styles too."""
+        """Close all widgets, their layouts and styles too."""
         left = [self.widget]
         while left:
             widget = left.pop()
             left += getattr(widget, "children", ())
-            for part in (getattr(widget, "layout", None), getattr(widget, "style", None), widget):
-                if part is not None:
-                    part.close()
+            for model in (getattr(widget, "layout", None), getattr(widget, "style", None), widget):
+                if model is not None:
+                    model.close()
 
 
 def _ipywidgets() -> Any:

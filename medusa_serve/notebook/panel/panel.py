@@ -1,7 +1,7 @@
 """The prompt panel: core widgets that ipywidgets 7.7 and 8.1 both have, and one HTML widget for the text.
 
-Elsewhere a thread makes the answer, so that Stop is heard. Colab shows no widget that a thread changes
-(googlecolab/colabtools#3373): there the button's own call makes it, and the kernel's Interrupt stops it.
+A thread makes the answer, so that Stop works. Colab does not show what a thread changes in a widget
+(googlecolab/colabtools#3373): there the button's own call makes the answer, and the kernel's Interrupt stops it.
 """
 
 from __future__ import annotations
@@ -9,30 +9,43 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ...errors import InvalidRequest, MedusaServeError
 from ...types import Completion, Delta, SamplingParams
 from .. import env, summary
+from ..comparison import Comparison
 from .controls import Controls
-from .conversation import Conversation
+from .conversation import Conversation, Messages
 from .run_colours import legend, transcript
-
-if TYPE_CHECKING:
-    from ..server import Server
 
 log = logging.getLogger(__name__)
 
-EVERY_S = 0.1  # the text is shown so often at most: each time all of it travels to the browser
+EVERY_S = 0.1  # between two updates of the text, at least: each sends all of it to the browser
 STOP_S = 10.0
 
 
-class Panel:
-    """`widget` is what a cell shows. blocking: answer inside the button's call; None: where the platform needs it."""
+class ServedModel(Protocol):
+    """What the panel needs of the notebook's server."""
 
-    def __init__(self, server: Server, *, blocking: bool | None = None) -> None:
+    has_chat_template: bool
+
+    @property
+    def warning(self) -> str | None: ...
+    def describe(self) -> dict[str, Any]: ...
+    def count_tokens(self, messages: Messages) -> int: ...
+    def compare(self, prompt: str | Messages, *, raw: bool, **sampling: Any) -> Comparison: ...
+    def follow(
+        self, prompt: str | Messages, params: SamplingParams, until: threading.Event
+    ) -> Generator[Delta, None, None]: ...
+
+
+class Panel:
+    """`widget` is what a cell shows. blocking: answer inside the button's call; None: where the platform needs it"""
+
+    def __init__(self, server: ServedModel, *, blocking: bool | None = None) -> None:
         self._server = server
         self._blocking = env.place() == "colab" if blocking is None else blocking
         self._conversation = Conversation()
@@ -64,7 +77,7 @@ class Panel:
             self._work(self._answer)
 
     def regenerate(self) -> None:
-        """Another answer to the last question; the same one where a seed is given, or at temperature 0."""
+        """Answer the last question again; the text is the same at temperature 0, or with a seed."""
         if not self._controls.busy and self._conversation.take_back_answer():
             self._work(self._answer)
 
@@ -86,7 +99,7 @@ class Panel:
             self._show()
 
     def close(self) -> None:
-        """End what runs, and give the widgets back: ipywidgets keeps each one until then."""
+        """End the answer that runs, and close the widgets, which ipywidgets would keep."""
         self._stop.set()
         worker = self._worker
         if worker is not None and worker is not threading.current_thread():
@@ -97,7 +110,8 @@ class Panel:
 
     def _work(self, job: Callable[[], None]) -> None:
         self._stop.clear()
-        self._controls.begin(can_stop=not self._blocking)
+        self._controls.set_busy(True, can_stop=not self._blocking)
+        self._controls.say("")
         if self._blocking:
             self._guarded(job)
         else:
@@ -108,11 +122,11 @@ class Panel:
         try:
             self._tried(job)
         finally:
-            self._controls.end()
+            self._controls.set_busy(False)
             self._tried(self._show)
 
     def _tried(self, job: Callable[[], None]) -> None:
-        """A button's call has nobody to raise to: what fails is said in the panel."""
+        """Errors are shown in the panel, as nobody catches those of a button's call."""
         try:
             job()
         except KeyboardInterrupt:
@@ -127,7 +141,7 @@ class Panel:
         params = SamplingParams(speculation=self._controls.speculation.value, **self._sampling())
         self._make_room(params)
         prompt = self._prompt()
-        turn, live = self._conversation.begin_answer(), Live()
+        turn, live = self._conversation.begin_answer(), AnswerFigures()
         shown, stream = 0.0, self._server.follow(prompt, params, self._stop)
         try:
             for delta in stream:
@@ -137,7 +151,7 @@ class Panel:
                     shown = time.monotonic()
                     self._show(live)
         finally:
-            stream.close()  # an interrupt ends the sequence too
+            stream.close()  # so that an interrupt ends the sequence too
             turn.stopped = live.completion is None
             self._show(live)
         if self._server.warning:
@@ -145,7 +159,7 @@ class Panel:
 
     def _compare(self) -> None:
         last = self._conversation.turns[-1]
-        if last.role == "assistant":  # compared is how its question is answered
+        if last.role == "assistant":  # its question is what both runs answer
             self._conversation.turns.pop()
         try:
             self._controls.say("comparing: plain decoding first …")
@@ -171,19 +185,19 @@ class Panel:
         system = self._controls.system.value.strip()
         self._conversation.fit(self._server.count_tokens, context - (params.max_tokens or 0), system)
 
-    def _prompt(self) -> Any:
-        """Messages; the plain text so far for a model without a chat template."""
+    def _prompt(self) -> str | Messages:
+        """Messages, or the plain text so far for a model without a chat template."""
         if self._server.has_chat_template:
             return self._conversation.messages(self._controls.system.value.strip())
         return "".join(turn.text for turn in self._conversation.turns)
 
-    def _show(self, live: Live | None = None) -> None:
+    def _show(self, live: AnswerFigures | None = None) -> None:
         self._controls.show(transcript(self._conversation.turns, self._conversation.dropped))
         if live is not None:
             self._controls.live.value = escape(live.line())
 
 
-class Live:
+class AnswerFigures:
     """The figures of an answer while it comes."""
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""One run of the ngrok program, started through pyngrok, and the clean-up after those whose kernel was killed.
+"""One run of the ngrok program, started through pyngrok, and the clean-up after kernels that were killed.
 
-The token stands in a private file (0600) of a folder of ours, never on a command line. The folder's name says whose it
-is, so that a later kernel finds a leftover program by its command line and knows whether its owner still lives.
+The token is in a private file (0600) of a folder of ours, never on a command line. The folder's name has the process
+that made it: a later kernel finds a leftover program by its command line, and knows whether that process still runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .ngrok_advice import advice, code_of
 MARK = "medusa_serve-ngrok-"
 _FOLDER = re.compile(re.escape(MARK) + r"(\d+)-(\d+)-(\d+)-[^/]*")
 NAME = "medusa_serve"  # of the endpoint, at the agent
-KILL_S = 3.0  # for an agent to tell ngrok that its endpoint is gone, which frees the address at once
+KILL_S = 3.0  # for an agent to sign its endpoint off at ngrok, which frees the address at once
 
 
 class Agent:
@@ -55,7 +55,7 @@ class Agent:
         from pyngrok import ngrok
         from pyngrok.exception import PyngrokError
 
-        # prompts are private, so the agent keeps no copy; keys travel encrypted or not at all
+        # inspect: the agent would keep a copy of the prompts · schemes: keys only travel encrypted
         options: dict[str, Any] = {"inspect": False, "schemes": ["https"]} | ({"domain": domain} if domain else {})
         began, watchdog = time.monotonic(), threading.Timer(start_s, self._end)
         watchdog.daemon = True
@@ -72,19 +72,19 @@ class Agent:
         """Whether the program runs and still has its endpoint."""
         from pyngrok import ngrok
 
-        with contextlib.suppress(Exception):  # its process has gone, or its API does anything but answer: it is not up
+        with contextlib.suppress(Exception):  # its process has ended, or its API does not answer
             runs = any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in self._processes)
             tunnels: list[Any] = ngrok.api_request(f"{self._api}/api/tunnels", timeout=4).get("tunnels") or []
             return runs and any(tunnel.get("public_url") == self.url for tunnel in tunnels)
         return False
 
     def close(self) -> None:
-        """End the program, and leave nothing of it. May be called twice."""
+        """End the program, and remove its files. May be called twice."""
         self._end()
         if self._config is not None:
             from pyngrok import ngrok
 
-            ngrok.kill(self._config)  # it is gone already; this makes pyngrok forget it
+            ngrok.kill(self._config)  # it has ended; this makes pyngrok forget it
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _end(self) -> None:
@@ -92,7 +92,7 @@ class Agent:
 
 
 def clean_up(port: int) -> int:
-    """End what earlier runs left: agents whose kernel is gone, and this kernel's own for the same port; → how many."""
+    """End the agents of kernels that are gone, and this kernel's own for the same port; → how many."""
     ended = 0
     for folder in _folders():
         found = _FOLDER.fullmatch(folder.name)
@@ -101,7 +101,7 @@ def clean_up(port: int) -> int:
         pid, started, its_port = map(int, found.groups())
         ours = pid == os.getpid() and its_port == port
         if ours or not _lives(pid, started):
-            shutil.rmtree(folder, ignore_errors=True)  # first: a Tunnel whose agent ends looks whether it was replaced
+            shutil.rmtree(folder, ignore_errors=True)  # first: a Tunnel sees by it that it was replaced
             ended += _end(_agents(folder))
     return ended
 
@@ -110,7 +110,7 @@ def clean_up(port: int) -> int:
 
 
 def _folders() -> list[Path]:
-    """Ours, of all kernels: those on disk, and those that only a running program still knows of."""
+    """Ours, of all kernels: those on disk, and those on the command line of a running program."""
     on_disk = {path for path in Path(tempfile.gettempdir()).glob(MARK + "*") if path.is_dir()}
     return sorted(on_disk | {folder for _, folder in _running()})
 
@@ -120,7 +120,7 @@ def _agents(folder: Path) -> list[psutil.Process]:
 
 
 def _running() -> Iterator[tuple[psutil.Process, Path]]:
-    """This user's agents of ours, by the config file on their command line."""
+    """This user's agents, recognised by the config file on their command line."""
     me = os.getuid()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -147,12 +147,11 @@ def _started(process: psutil.Process) -> int:
 
 
 def _lives(pid: int, started: int) -> bool:
-    """Whether that very process runs, and not a later one with its number. started: hundredths of a second."""
+    """Whether this process runs, and not a later one with the same number. started: in hundredths of a second"""
     try:
         process = psutil.Process(pid)
-        return (
-            process.status() != psutil.STATUS_ZOMBIE and abs(_started(process) - started) < 6000
-        )  # a clock may have been set
+        close = abs(_started(process) - started) < 6000  # not equal: the clock may have been set
+        return close and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 
@@ -179,7 +178,7 @@ def _binary(folder: Path) -> Path:
 def _pyngrok_config(folder: Path, binary: Path, token: str, start_s: float) -> Any:
     from pyngrok import conf
 
-    program = folder / "ngrok"  # pyngrok tells its processes apart by this path: the user's own are not ours
+    program = folder / "ngrok"  # pyngrok knows its processes by this path, so the user's own stay separate
     program.symlink_to(binary)
     path = _write_config(folder, token)
     config = conf.PyngrokConfig(ngrok_path=str(program), config_path=str(path), startup_timeout=int(start_s) + 1)
@@ -197,7 +196,7 @@ def _write_config(folder: Path, token: str) -> Path:
 
 
 def _said(error: Exception) -> str:
-    """All that ngrok said of its failure: at the start, in its log, or in the body of its API's answer."""
+    """All that ngrok said of its error: at the start, in its log, or in the body of its API's answer."""
     logs = " ".join(str(line.err or "") for line in getattr(error, "ngrok_logs", ()) if line.err)
     return " ".join(
         str(text) for text in (getattr(error, "ngrok_error", None), getattr(error, "body", None), logs) if text

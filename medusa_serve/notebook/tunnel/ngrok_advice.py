@@ -34,9 +34,9 @@ _AGENTS = (
     "Your ngrok account allows no more agents at a time: stop the other notebooks that hold one, or disconnect them at"
     f" {SITE}/agents, and run this again."
 )
-_UPSTREAM = "The tunnel stands, but the server behind it does not answer: look at its /health on this machine."
+_UPSTREAM = "The tunnel is open, but the server at its end does not answer: look at its /health on this machine."
 _RATE = "Too many requests came through ngrok in the last minute: wait a minute; its plans differ in this limit."
-_LATER = "ngrok had a trouble of its own: run this again in a minute (status.ngrok.com shows known ones)."
+_LATER = "ngrok itself had an error: run this again in a minute (status.ngrok.com shows known ones)."
 
 ADVICE: dict[int, str] = {
     **dict.fromkeys((100, 109, 110, 111, 116, 122, 326, 328, 329, 330, 331), _LATER),
@@ -67,7 +67,7 @@ ADVICE: dict[int, str] = {
     8012: _UPSTREAM,
     **dict.fromkeys((9040, 9041), _REFUSED_HERE),
 }
-PASSING = frozenset({100, 108, 109, 110, 111, 324, 334, 702, 734})  # may be over in a moment: worth another try
+PASSING = frozenset({100, 108, 109, 110, 111, 324, 334, 702, 734})  # may pass in a moment: try again
 
 
 def code_of(text: str) -> int | None:
@@ -77,7 +77,7 @@ def code_of(text: str) -> int | None:
 
 
 def advice(text: str, *, binary: str = "it") -> str:
-    """One sentence for what ngrok said; with ngrok's own first line where we know nothing better."""
+    """One sentence for what ngrok said, with ngrok's own first line where we have no advice."""
     code = code_of(text)
     if code in ADVICE:
         return f"{ADVICE[code].format(binary=binary)} (ERR_NGROK_{code})"

@@ -1,4 +1,4 @@
-"""How much of a month of ngrok's free plan was used, as far as this machine knows."""
+"""How much of ngrok's free plan this machine has used in this month."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ WARN_AT = 0.8
 
 
 class Quota:
-    """A file in `folder` keeps the month's sums from one run to the next; other machines of the same account are not
-    seen, and other plans have other limits: it only warns.
+    """A file in `folder` keeps the month's sums from one run to the next. It only warns: other machines of the same
+    account are not counted, and other plans have other limits.
 
     used: (requests, bytes) of this run so far · warning: a sentence from 80 % on, else None
     """
@@ -32,25 +32,21 @@ class Quota:
         month: Callable[[], str] = lambda: time.strftime("%Y-%m"),
     ) -> None:
         self._folder, self._used, self._month = folder, used, month
-        self._seen, self._unwritten, self._lock = (0, 0), (0, 0), threading.Lock()
+        self._counted, self._lock = (0, 0), threading.Lock()
         self.warning: str | None = None
 
     def note(self) -> None:
-        """Add what was used since the last call; any thread, as often as one likes."""
+        """Add what was used since the last call. From any thread, any number of times."""
         with self._lock:
             used = self._used()
-            new = used[0] - self._seen[0] + self._unwritten[0], used[1] - self._seen[1] + self._unwritten[1]
-            self._seen = used
             path = self._folder / f"ngrok-{self._month()}.json"
             before = _read(path)
-            total = before[0] + new[0], before[1] + new[1]
-            self._unwritten = (0, 0)
-            if new != (0, 0) and not _write(path, total):
-                self._unwritten = new  # a folder that cannot be written: this run's alone
-            told = _sentence(*total)
-            if told is not None and self.warning is None:
-                log.warning("%s", told)
-            self.warning = told
+            total = before[0] + used[0] - self._counted[0], before[1] + used[1] - self._counted[1]
+            if total != before and _write(path, total):
+                self._counted = used  # else the folder cannot be written: this run alone is counted
+            warned, self.warning = self.warning is not None, _sentence(*total)
+            if self.warning is not None and not warned:
+                log.warning("%s", self.warning)
 
 
 def _sentence(requests: int, sent: int) -> str | None:
@@ -64,9 +60,9 @@ def _sentence(requests: int, sent: int) -> str | None:
 
 def _read(path: Path) -> tuple[int, int]:
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        return int(told["requests"]), int(told["bytes"])
-    except (OSError, ValueError, LookupError, TypeError):  # none so far, or half of one
+        sums = json.loads(path.read_text(encoding="utf-8"))
+        return int(sums["requests"]), int(sums["bytes"])
+    except (OSError, ValueError, LookupError, TypeError):  # no file so far, or half of one
         return 0, 0
 
 

@@ -1,4 +1,4 @@
-"""Where an ngrok token may be kept: argument, environment, Colab's secrets, Kaggle's secrets, in this order."""
+"""Where an ngrok token may be: argument, environment, Colab's secrets, Kaggle's secrets, in this order."""
 
 from __future__ import annotations
 

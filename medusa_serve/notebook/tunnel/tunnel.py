@@ -1,4 +1,4 @@
-"""A public https address for a port of this machine, through ngrok: opened when asked, kept open until closed."""
+"""A public https address for a port of this machine, through ngrok, kept open until it is closed."""
 
 from __future__ import annotations
 
@@ -26,50 +26,40 @@ POLICY = {
 }
 ANYBODY = "Whoever has the address and the key can use this machine's model until the tunnel is closed."
 START_S = 20.0  # for the agent to connect
-PATIENCE_S = 25.0  # for an address that is still taken, as a minute after its kernel was killed
+PATIENCE_S = 25.0  # for an address that is still taken: ngrok needs up to a minute after a kernel was killed
 CHECK_S = 3.0
 BACK_OFF_S = (0.5, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
-def open_tunnel(
-    port: int,
-    *,
-    token: str | None = None,
-    domain: str | None = None,
-    on_url: Callable[[str], None] | None = None,
-    on_check: Callable[[], None] | None = None,
-    patience_s: float = PATIENCE_S,
-) -> Tunnel:
-    """A public address for http://127.0.0.1:port, whose server must ask for a key. Raises TunnelError.
-
-    token       else from NGROK_AUTHTOKEN in the environment, Colab's or Kaggle's secrets
-    domain      one of the account's; the free plan has one, which is taken when none is named
-    on_url      called with the address, and again if a reopened tunnel has another (from its thread)
-    on_check    called now and then while it is open, and at its end
-    patience_s  for refusals that pass by themselves, as of an address that an earlier run still holds
-    """
-    require_key_at(port)
-    name = None if domain is None else domain.strip().removeprefix("https://").rstrip("/")
-    return Tunnel(port, ngrok_token(token), name or None, on_url, on_check, patience_s)
-
-
 class Tunnel:
-    """An open tunnel: `url`; `notice` is what its user should know. Reopened when it drops, until `close`.
+    """An open tunnel to http://127.0.0.1:port, reopened when it drops, until `close`.
 
-    problem: a sentence while it is down, else None.
+    url: its public address · notice: what its user should know · problem: a sentence while it is down, else None
     """
 
     def __init__(
         self,
         port: int,
-        token: str,
-        domain: str | None,
-        on_url: Callable[[str], None] | None,
-        on_check: Callable[[], None] | None,
-        patience_s: float,
+        *,
+        token: str | None = None,
+        domain: str | None = None,
+        on_url: Callable[[str], None] | None = None,
+        on_check: Callable[[], None] | None = None,
+        patience_s: float = PATIENCE_S,
     ) -> None:
-        self.port, self.problem, self.url = port, None, ""
-        self._token, self._domain, self._on_url, self._on_check = token, domain, on_url, on_check
+        """Raises TunnelError, also where the server at the port does not ask for a key.
+
+        token       else from NGROK_AUTHTOKEN in the environment, Colab's or Kaggle's secrets
+        domain      one of the account's; the free plan has one, which is taken when none is named
+        on_url      called with the address, and again if a reopened tunnel has another (from its thread)
+        on_check    called now and then while it is open, and at its end
+        patience_s  for refusals that pass in time, such as an address that an earlier run still holds
+        """
+        require_key_at(port)
+        self.port, self.url = port, ""
+        self.problem: str | None = None
+        self._domain = (domain or "").strip().removeprefix("https://").rstrip("/") or None
+        self._token, self._on_url, self._on_check = ngrok_token(token), on_url, on_check
         self._closed = threading.Event()
         self._lock = threading.Lock()
         if clean_up(port):
@@ -77,8 +67,6 @@ class Tunnel:
         self._agent = self._start(patience_s)
         atexit.register(self.close)
         threading.Thread(target=self._watch, name="medusa-tunnel", daemon=True).start()
-
-    problem: str | None
 
     @property
     def notice(self) -> str:
@@ -94,7 +82,7 @@ class Tunnel:
         self._closed.set()
         self._check()
         if not self._lock.acquire(timeout=0.1):
-            clean_up(self.port)  # it is being reopened: that fails now
+            clean_up(self.port)  # another thread reopens it: that fails now
             self._lock.acquire()
         self._agent.close()
         self._lock.release()
@@ -126,7 +114,7 @@ class Tunnel:
                 return
 
     def _reopen(self) -> bool:
-        """Until it is up again; False when that is over: closed, replaced by another run, or refused for good."""
+        """Try until it is up; False where it was closed, replaced by another run, or refused for good."""
         for wait in (*BACK_OFF_S, *[BACK_OFF_S[-1]] * 100_000):
             with self._lock:
                 if self._closed.is_set() or not self._agent.folder.exists():  # `clean_up` takes the folder
@@ -150,7 +138,7 @@ class Tunnel:
 
 
 def require_key_at(port: int) -> None:
-    """Raise TunnelError unless a server answers at this port of this machine, and refuses who has no key."""
+    """Raise TunnelError unless a server answers at this port of this machine, and refuses requests without a key."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
         connection.request("GET", "/generate")

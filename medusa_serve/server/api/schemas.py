@@ -204,12 +204,15 @@ class GenerateResponse(BaseModel):
     timings: Timings
 
 
+HealthState = Literal["ok", "loading", "stalled", "restarting", "draining", "failed"]
+
+
 class Health(BaseModel):
     """200: status is ok, with facts about the model. 503: any other status, with a message."""
 
     model_config = ConfigDict(extra="allow")
 
-    status: Literal["ok", "loading", "stalled", "restarting", "draining", "failed"]
+    status: HealthState
     message: str | None = None
     running: Whole | None = None
     waiting: Whole | None = None

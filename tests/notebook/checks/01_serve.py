@@ -1,4 +1,4 @@
-# One server, whose text came as a stream, several tokens a step.
+# One server; its text came as a stream, several tokens a step.
 import urllib.request
 
 assert names.count("medusa-server") == names.count("medusa-engine") == 1

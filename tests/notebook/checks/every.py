@@ -1,4 +1,4 @@
-# Behind every notebook, in its kernel, after each of two passes: `PASS` is 1 or 2.
+# After every notebook, in its kernel, at the end of each of two passes: `PASS` is 1 or 2.
 import ctypes
 import gc
 import threading

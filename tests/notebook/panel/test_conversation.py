@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from medusa_serve.notebook.panel.conversation import Conversation, Piece, Turn
-from medusa_serve.notebook.panel.run_colours import TINTS, legend, tinted, transcript
+from medusa_serve.notebook.panel.conversation import Conversation, StepText, Turn
+from medusa_serve.notebook.panel.run_colours import COLOURS, coloured, legend, transcript
 from medusa_serve.types import Delta
 
 
@@ -51,21 +51,21 @@ def test_the_system_message_counts_and_stays() -> None:
     assert [m["content"] for m in conversation.messages("be brief")] == ["be brief", "c c"]
 
 
-def test_runs_are_tinted_and_text_is_escaped() -> None:
+def test_runs_are_coloured_and_text_is_escaped() -> None:
     turn = Turn("assistant")
     for delta in (Delta("<b>", (1,), (0,)), Delta("", (2,), (1,)), Delta("&x", (3,), (2,)), Delta("y", (9,), (8,))):
         turn.add(delta)
     assert turn.text == "<b>&xy"
-    html = tinted(turn.pieces)
+    html = coloured(turn.steps)
     assert html.startswith("&lt;b&gt;<span ")
-    assert f"background:{TINTS[3]};" in html
+    assert f"background:{COLOURS[3]};" in html
     assert 'title="3 tokens in one step">&amp;x</span>' in html
-    assert f"background:{TINTS[5]};" in html
+    assert f"background:{COLOURS[5]};" in html
     assert 'title="9 tokens in one step">y</span>' in html
 
 
-def test_the_legend_names_every_tint() -> None:
-    assert re.findall(r"background:(#\w{6})", legend()) == list(TINTS.values())
+def test_the_legend_names_every_colour() -> None:
+    assert re.findall(r"background:(#\w{6})", legend()) == list(COLOURS.values())
     assert "5 or more" in legend()
 
 
@@ -76,8 +76,8 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_tints_differ_in_lightness_and_text_on_them_is_readable() -> None:
-    lights = [luminance(colour) for colour in TINTS.values()]
+def test_colours_differ_in_lightness_and_text_on_them_is_readable() -> None:
+    lights = [luminance(colour) for colour in COLOURS.values()]
     assert lights == sorted(lights, reverse=True)
     for lighter, darker in zip(lights, lights[1:], strict=False):
         assert (lighter + 0.05) / (darker + 0.05) > 1.2
@@ -85,7 +85,7 @@ def test_tints_differ_in_lightness_and_text_on_them_is_readable() -> None:
 
 
 def test_the_transcript_says_what_was_dropped() -> None:
-    turns = [Turn("user", [Piece("<script>", 1)]), Turn("assistant", [Piece("no", 1)], stopped=True)]
+    turns = [Turn("user", [StepText("<script>", 1)]), Turn("assistant", [StepText("no", 1)], stopped=True)]
     html = transcript(turns, 4)
     assert "4 oldest messages are no longer sent" in html
     assert "&lt;script&gt;" in html

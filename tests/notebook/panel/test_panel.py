@@ -58,13 +58,13 @@ def test_send_streams_into_one_escaped_widget(panel: Panel, server: Any) -> None
     assert [controls.send.disabled, controls.stop.disabled] == [False, True]
 
 
-def test_accepted_runs_are_tinted(panel: Panel) -> None:
+def test_accepted_runs_are_coloured(panel: Panel) -> None:
     ask(panel, "ab ab ab ab ab ab ab ab", max_tokens=64, temperature=0.0)
-    runs = {piece.run for piece in panel._conversation.turns[-1].pieces}
+    runs = {step.tokens for step in panel._conversation.turns[-1].steps}
     html = panel._controls.transcript.value
     for run in runs - {1}:
         assert f'title="{run} tokens in one step"' in html
-    assert sum(piece.run for piece in panel._conversation.turns[-1].pieces) <= 64
+    assert sum(step.tokens for step in panel._conversation.turns[-1].steps) <= 64
 
 
 def test_a_second_question_knows_the_first(panel: Panel) -> None:
@@ -148,7 +148,7 @@ def test_speculation_off_is_heeded(panel: Panel, server: Any) -> None:
     before = server.stats()["drafted"]
     ask(panel, "ab ab ab ab ab ab", max_tokens=20, speculation=False)
     assert server.stats()["drafted"] == before
-    assert {piece.run for piece in panel._conversation.turns[-1].pieces} <= {1}
+    assert {step.tokens for step in panel._conversation.turns[-1].steps} <= {1}
 
 
 def test_what_fails_is_said_and_the_panel_goes_on(panel: Panel, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ def test_every_code_has_one_sentence_of_advice(code: int) -> None:
     assert "nonsense" not in said
 
 
-def test_codes_nobody_told_us_about_keep_ngroks_words() -> None:
+def test_unknown_codes_keep_ngroks_words() -> None:
     said = ngrok_advice.advice("the moon is in the way\\r\\n\\r\\nERR_NGROK_7777\\r\\n")
     assert said == "ngrok refused: the moon is in the way (ngrok.com/docs/errors/err_ngrok_7777 says more)."
     assert ngrok_advice.advice("broken pipe") == "ngrok failed: broken pipe."

@@ -30,9 +30,9 @@ def test_it_warns_once_from_eighty_per_cent_on(tmp_path: Path, caplog: pytest.Lo
     used[0] = (16_600, 20_000_000)
     quota.note()
     assert quota.warning is None
-    told = {path.name: json.loads(path.read_text()) for path in (tmp_path / "cache").iterdir()}
-    assert told["ngrok-2026-11.json"] == {"requests": 16_500, "bytes": 20_000_000}
-    assert told["ngrok-2026-12.json"] == {"requests": 100, "bytes": 0}
+    files = {path.name: json.loads(path.read_text()) for path in (tmp_path / "cache").iterdir()}
+    assert files["ngrok-2026-11.json"] == {"requests": 16_500, "bytes": 20_000_000}
+    assert files["ngrok-2026-12.json"] == {"requests": 100, "bytes": 0}
 
 
 def test_runs_add_up_and_bytes_count_too(tmp_path: Path) -> None:

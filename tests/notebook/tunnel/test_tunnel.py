@@ -25,14 +25,14 @@ import pytest
 from medusa_serve.errors import TunnelError
 from medusa_serve.notebook import env
 from medusa_serve.notebook.tunnel import agent, tunnel
-from medusa_serve.notebook.tunnel.tunnel import Tunnel, open_tunnel
+from medusa_serve.notebook.tunnel.tunnel import Tunnel
 from medusa_serve.server.config import ServerConfig
 from tests.notebook.faked import FAKE, Fake
 from tests.server.standins import HandLLM, HandManager, httpx, serving, wait_for
 
 KEY, TOKEN = "server-key", "2abcTokenOfNobody_1234"
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def port() -> Iterator[int]:
 
 
 def opened(port: int, **options: Any) -> Tunnel:
-    return open_tunnel(port, **({"token": TOKEN, "patience_s": 0.0} | options))
+    return Tunnel(port, **({"token": TOKEN, "patience_s": 0.0} | options))
 
 
 def post(url: str, **options: Any) -> httpx.Response:
@@ -106,7 +106,7 @@ def test_the_token_is_in_a_private_file_and_nowhere_else(
 ) -> None:
     if from_env:
         monkeypatch.setenv("NGROK_AUTHTOKEN", TOKEN)
-    made = open_tunnel(port, token=None if from_env else TOKEN)
+    made = Tunnel(port, token=None if from_env else TOKEN)
     try:
         [config] = Path(tempfile.gettempdir()).glob(f"{agent.MARK}*/ngrok.yml")
         assert stat.S_IMODE(config.stat().st_mode) == 0o600
@@ -173,7 +173,7 @@ def test_a_port_where_nothing_listens_is_said_before_anything_starts(fake: Fake)
 
 def test_no_token(fake: Fake, port: int) -> None:
     with pytest.raises(TunnelError, match="no ngrok token in the environment variable NGROK_AUTHTOKEN.*Sign up at"):
-        open_tunnel(port)
+        Tunnel(port)
     assert not fake.runs
 
 
@@ -304,8 +304,8 @@ def test_another_tunnel_for_the_port_takes_over(fake: Fake, port: int) -> None:
 
 KERNEL = """
 import sys, time
-from medusa_serve.notebook.tunnel import open_tunnel
-made = open_tunnel(int(sys.argv[1]), token=sys.argv[2])
+from medusa_serve.notebook.tunnel.tunnel import Tunnel
+made = Tunnel(int(sys.argv[1]), token=sys.argv[2])
 print(made.url, flush=True)
 time.sleep(600)
 """
@@ -374,7 +374,7 @@ def test_the_policy_is_said_where_it_holds(monkeypatch: pytest.MonkeyPatch) -> N
 def test_live(port: int) -> None:
     if os.environ.get("MEDUSA_LIVE_NGROK") != "1" or not os.environ.get("NGROK_AUTHTOKEN"):
         pytest.skip("the live tunnel is not tested: set MEDUSA_LIVE_NGROK=1 and NGROK_AUTHTOKEN")
-    made = open_tunnel(port)
+    made = Tunnel(port)
     try:
         assert made.url.startswith("https://")
         wait_for(lambda: post(made.url).status_code == 200, 30)
