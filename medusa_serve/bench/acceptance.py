@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import MAX_NODES, EngineConfig, check_int
-from ..errors import InvalidConfig, InvalidRequest, LoadError
+from ..errors import InvalidRequest, LoadError
 from ..presets import FAMILIES, shipped_heads
 from ..types import SamplingParams
-from .command import check_folder, read, write
+from .command import check_folder, check_numbers, numbers, read, run_bench, write
 
 if TYPE_CHECKING:
     from ..llm import LLM
@@ -54,10 +54,8 @@ class AcceptanceConfig:
     out: str | None = None
 
     def __post_init__(self) -> None:
-        for name, values, top in (("nodes", self.nodes, MAX_NODES), ("temperatures", self.temperatures, 100)):
-            low = 2 if name == "nodes" else 0
-            if not values or len(set(values)) < len(values) or not all(low <= value <= top for value in values):
-                raise InvalidConfig(f"{name} must be different numbers from {low} to {top}.", param=name)
+        check_numbers(self, "nodes", 2, MAX_NODES)
+        check_numbers(self, "temperatures", 0, 100)
         check_int(self, "per_category", 1, 2**20)
         check_int(self, "max_tokens", 2, 2**20)
         check_int(self, "sequences", 1, 1024)
@@ -138,7 +136,7 @@ def _measure(
             raise LoadError(
                 f"{config.out} was measured with {_differing(result['engine'], facts)}; give another --out."
             )
-        questions = _questions(llm, prompts, config.max_tokens)
+        questions = encoded(llm, prompts, config.max_tokens)
         counts = {"prompts": len(prompts), "left_out": len(prompts) - len(questions)}
         result |= {"engine": facts, "evaluation": counts}
         for temperature in temperatures:
@@ -166,7 +164,7 @@ def heads_path(engine: EngineConfig) -> Path:
     return path
 
 
-def _questions(llm: LLM, prompts: Sequence[Prompt], max_tokens: int) -> list[Question]:
+def encoded(llm: LLM, prompts: Sequence[Prompt], max_tokens: int) -> list[Question]:
     """As the server would send them, without those that the template refuses or the context does not hold."""
     from ..training.distill import encode
 
@@ -331,33 +329,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run, parser=parser)
 
 
-def numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """For argparse: numbers with commas between them."""
-
-    def parse(text: str) -> tuple[Any, ...]:
-        try:
-            return tuple(kind(part) for part in text.split(","))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be numbers with commas between them, not {text!r}") from None
-
-    return parse
-
-
 def run(options: argparse.Namespace) -> int:
-    names = ("prompts", "nodes", "temperatures", "per_category", "max_tokens", "sequences", "out")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
     if options.show:
+        given = [name for name in AcceptanceConfig.__dataclass_fields__ if getattr(options, name) is not None]
         if given:
-            options.parser.error(f"--show runs nothing, so --{next(iter(given)).replace('_', '-')} means nothing")
+            options.parser.error(f"--show runs nothing, so --{given[0].replace('_', '-')} means nothing")
         print(table([read(path, "acceptance") for path in options.show]))
         return 0
     if options.prompts is None:
         options.parser.error("the following arguments are required: --prompts (or --show)")
-    try:
-        fixed = ("model", "heads", "device", "dtype", "quantize", "compile")
-        engine = EngineConfig(**{name: getattr(options, name) for name in fixed})
-        config = AcceptanceConfig(**given)
-    except InvalidConfig as error:
-        options.parser.error(error.message.rstrip("."))
-    print(table([bench_acceptance(engine, config)]))
-    return 0
+    return run_bench(options, "acceptance", AcceptanceConfig, bench_acceptance, lambda result: table([result]))

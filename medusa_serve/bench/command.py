@@ -15,6 +15,25 @@ from ..errors import InvalidConfig, LoadError
 Config = TypeVar("Config")
 
 
+def numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """For argparse: numbers with commas between them."""
+
+    def parse(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be numbers with commas between them, not {text!r}") from None
+
+    return parse
+
+
+def check_numbers(config: Any, name: str, low: float, high: float) -> None:
+    """Raise InvalidConfig unless the field holds different numbers in [low, high]."""
+    values = getattr(config, name)
+    if not values or len(set(values)) < len(values) or not all(low <= value <= high for value in values):
+        raise InvalidConfig(f"{name} must be different numbers from {low} to {high}.", param=name)
+
+
 def end_options(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
     """The options that every such command ends with; `run` is called with what was given."""
     parser.add_argument("--out", metavar="FILE", help="write the figures there as JSON")

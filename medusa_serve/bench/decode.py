@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..config import MAX_NODES, EngineConfig, check_int
 from ..errors import InvalidConfig, LoadError
 from ..types import Completion, Delta, SamplingParams
-from .acceptance import Question, _questions, numbers
-from .command import end_options, run_bench
+from .acceptance import Question, encoded
+from .command import check_numbers, end_options, numbers, run_bench
 from .plot import decode_table
-from .step import check_numbers
 
 if TYPE_CHECKING:
     from ..llm import LLM
@@ -196,9 +195,9 @@ def asked_prompts(llm: LLM, source: str | None, tokens: int) -> list[Question]:
     from .questions import read_prompts
 
     if source is None:
-        return _questions(llm, [files.Prompt(text) for text in read_prompts().questions], tokens)
+        return encoded(llm, [files.Prompt(text) for text in read_prompts().questions], tokens)
     chosen = files.split(files.read_prompts(source))[1]
-    return sorted(_questions(llm, chosen, tokens), key=lambda asked: asked.seed)
+    return sorted(encoded(llm, chosen, tokens), key=lambda asked: asked.seed)
 
 
 def _measure(llm: LLM, turn: Turn, prompts: Sequence[Question], config: DecodeConfig) -> Sample:

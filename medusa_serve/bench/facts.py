@@ -31,13 +31,14 @@ def facts() -> dict[str, str | None]:
     return {**machine(), **mine}
 
 
-def command() -> str:
-    """This process's command line for a shell, without API keys and the folders of paths on this machine."""
+def command(module: str = "medusa_serve") -> str:
+    """This process's command line for a shell, without API keys and the folders of paths on this machine. module: what
+    `python -m` was called with"""
     words = list[str]()
     for before, word in itertools.pairwise(["", *sys.argv[1:]]):
         word = "KEY" if before == "--api-key" else re.sub(r"^--api-key=.*", "--api-key=KEY", word)
         words.append(re.sub(r"(^|=)/.*/(?=[^/])", r"\1", word))
-    return shlex.join(["python", "-m", "medusa_serve", *words])
+    return shlex.join(["python", "-m", module, *words])
 
 
 class Others:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..config import DEFAULT_MODEL, EngineConfig
 from ..errors import InvalidConfig, LoadError
 from ..presets import FAMILIES, shipped_heads
+from .options import add_model_options, refuse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -211,7 +212,7 @@ def check(options: argparse.Namespace) -> int:
     try:
         engine = EngineConfig(model=options.model, device=options.device, dtype=options.dtype, quantize="none")
     except InvalidConfig as error:
-        options.parser.error(error.message.rstrip("."))
+        refuse(options, error)
     path = heads_path(options.path, options.model)
     loaded = load_model(engine)
     model = loaded.model
@@ -351,22 +352,23 @@ def rank_column(heads: Any, features: Tensor, depth: int, target: int, batch: Ba
 # ---- the command line --------------------------------------------------------------------------------------------
 
 
-def add_parsers(kinds: Any) -> argparse.ArgumentParser:
-    """inspect, convert and check; → the parser of check, which wants the options of a model."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = "look into files of heads, convert them, try them on a model"
+    kinds = parser.add_subparsers(required=True, metavar="WHAT", title="what")
 
     def add(name: str, about: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        parser: argparse.ArgumentParser = kinds.add_parser(name, help=about, description=about, allow_abbrev=False)
-        parser.add_argument("path", metavar="PATH", help="a file or folder of heads, or medusa or sequential (shipped)")
-        parser.set_defaults(run=run, parser=parser)
-        return parser
+        kind: argparse.ArgumentParser = kinds.add_parser(name, help=about, description=about)
+        kind.add_argument("path", metavar="PATH", help="a file or folder of heads, or medusa or sequential (shipped)")
+        kind.set_defaults(run=run, parser=kind)
+        return kind
 
     add("inspect", "what a file of heads holds", inspect).add_argument(
         "--json", action="store_true", help="print one JSON object"
     )
-    parser = add("convert", "write heads in another layout", convert)
-    parser.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
+    to = add("convert", "write heads in another layout", convert)
+    to.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
     about = "the layout; vllm is E, tgi is B"
-    parser.add_argument("--to", required=True, type=lambda name: ALSO.get(name, name), choices=WRITABLE, help=about)
-    parser.add_argument("--base", metavar="MODEL", help="whose output layer tied heads share (layouts A, B, E)")
-    parser.add_argument("--overwrite", action="store_true", help="replace other heads in OUT")
-    return add("check", "whether heads fit a model", check)
+    to.add_argument("--to", required=True, type=lambda name: ALSO.get(name, name), choices=WRITABLE, help=about)
+    to.add_argument("--base", metavar="MODEL", help="whose output layer tied heads share (layouts A, B, E)")
+    to.add_argument("--overwrite", action="store_true", help="replace other heads in OUT")
+    add_model_options(add("check", "whether heads fit a model", check), heads=False)

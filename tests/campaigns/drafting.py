@@ -1,4 +1,4 @@
-"""What drafting costs one sequence, as a share of a plain step: `medusa-serve bench drafting`.
+"""What drafting costs one sequence, as a share of a plain step: `python -m tests.campaigns drafting`.
 
 plain  a step that decodes one token, no heads loaded
 draft  the drafter's own call on real hidden states; in a CUDA graph of its own where the engine uses graphs
@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from medusa_serve.bench.acceptance import heads_path, numbers
-from medusa_serve.bench.command import end_options, run_bench
+from medusa_serve.bench.acceptance import heads_path
+from medusa_serve.bench.command import end_options, numbers, run_bench
 from medusa_serve.config import MAX_NODES, EngineConfig, check_int
 from medusa_serve.errors import InvalidConfig, LoadError
 from medusa_serve.types import PrefillChunk, SamplingParams

@@ -1,6 +1,6 @@
 """Which families of transformers' decoders run with trees (by attention of ours, or by a mask for their own):
-`medusa-serve bench families`. Tiny random models go through the self-test of every load, in float32: a tree pass, a
-commit and the pass after it against plain forwards."""
+`python -m tests.campaigns families`. Tiny random models go through the self-test of every load, in float32: a tree
+pass, a commit and the pass after it against plain forwards."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def bench_families(engine: EngineConfig, config: FamiliesConfig) -> Row:
 
     logging.set_verbosity_error()  # what matters of their advice is in the table
     rows = [row_of(name) for name in config.families or FAMILIES]
-    return {"kind": "families", "machine": facts(), "command": command(), "rows": rows}
+    return {"kind": "families", "machine": facts(), "command": command("tests.campaigns"), "rows": rows}
 
 
 def row_of(name: str) -> Row:

@@ -1,4 +1,4 @@
-"""Load until it hurts, and what must hold then: `medusa-serve bench load`.
+"""Load until it hurts, and what must hold then: `python -m tests.campaigns load`.
 
 closed loop  64 streaming clients for minutes
 open loop    requests at random times, at shares of the capacity that the closed loop showed
@@ -15,22 +15,21 @@ import asyncio
 import random
 import secrets
 import statistics
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 from medusa_serve.bench.command import end_options, run_bench
 from medusa_serve.config import EngineConfig, check_int
 from medusa_serve.errors import InvalidConfig
-from medusa_serve.server.config import ServerConfig
 
 from . import http_load
 from .http_load import Sample, Target, percentile, summary
 from .invariants import REFUSED, Invariants
+from .serving import served
 
 SHARES = (0.5, 0.8, 1.0, 2.0, 4.0)  # of the capacity; those below 1 must not be refused
 LAG_S = 0.01  # the server's event loop is asked so often how late it is
@@ -122,33 +121,6 @@ def told_ms(seconds: list[float]) -> dict[str, float]:
     return {name: round(value * 1000, 2) for name, value in figures.items()}
 
 
-@contextmanager
-def served(llm: Any, lag: Lag, key: str) -> Iterator[str]:
-    """The app over `llm` on a free loopback port, in a thread of its own. key: the owner's"""
-    from medusa_serve.server.listen import Server, bind
-
-    config = ServerConfig(port=0, api_key=key)
-    ready: list[str] = []
-
-    def tell(url: str) -> None:
-        ready.append(url)
-        lag.begin()
-
-    with bind(config) as sock:
-        server = Server(llm, config, tell)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="bench-server")
-        thread.start()
-        try:
-            while not ready:
-                if not thread.is_alive():
-                    raise RuntimeError("The server did not start.")
-                time.sleep(0.01)
-            yield ready[0]
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +131,7 @@ def bench_load(engine: EngineConfig, config: LoadConfig) -> dict[str, Any]:
     from medusa_serve.llm import LLM
 
     lag, key = Lag(), secrets.token_urlsafe()
-    with rested(LLM(engine)) as llm, served(llm, lag, key) as url, http_load.clients() as run:
+    with rested(LLM(engine)) as llm, served(llm, key, lag.begin) as url, http_load.clients() as run:
         target = Target(url, read_prompts().questions, config.tokens, chat=llm.codec.has_chat_template, key=key)
         with closing(Invariants(llm, url, lag.loop, key)) as invariants:
             loads = list(_loads(run, target, config, invariants, lag))
@@ -169,7 +141,7 @@ def bench_load(engine: EngineConfig, config: LoadConfig) -> dict[str, Any]:
         "kind": "load",
         "rule": RULE.format(tokens=config.tokens),
         "machine": facts(),
-        "command": command(),
+        "command": command("tests.campaigns"),
         "engine": health | {"max_queue": limits["max_queue"]},
         "options": {name: getattr(config, name) for name in config.__dataclass_fields__},
         "loads": loads,

@@ -1,5 +1,5 @@
-"""Half precision and NF4 side by side on a GPU: `medusa-serve bench quant`. The memory that was planned from the config
-against what was taken, and a step's time by nodes: from how many on four-bit weights stop to pay."""
+"""Half precision and NF4 side by side on a GPU: `python -m tests.campaigns quant`. The memory that was planned from the
+config against what was taken, and a step's time by nodes: from how many on four-bit weights are not faster."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import gc
 from dataclasses import dataclass, replace
 from typing import Any
 
-from medusa_serve.bench.acceptance import numbers
-from medusa_serve.bench.command import end_options, run_bench
-from medusa_serve.bench.shapes import SHAPES
-from medusa_serve.bench.step import StepConfig, bench_step, check_numbers
+from medusa_serve.bench.command import check_numbers, end_options, numbers, run_bench
 from medusa_serve.config import DEFAULT_MODEL, MAX_NODES, EngineConfig, check_int
 from medusa_serve.errors import InvalidConfig
+
+from .shapes import SHAPES
+from .step import RandomStepConfig, bench_random_step
 
 Row = dict[str, Any]
 KINDS = ("none", "nf4")
@@ -50,7 +50,7 @@ def bench_quant(engine: EngineConfig, config: QuantConfig) -> Row:
     from medusa_serve.bench.facts import command, facts
     from medusa_serve.model.gpu.capture import give_back
 
-    step = StepConfig(
+    step = RandomStepConfig(
         rows=(1,),
         nodes=tuple(sorted({1, *config.nodes})),
         length=config.length,
@@ -62,7 +62,7 @@ def bench_quant(engine: EngineConfig, config: QuantConfig) -> Row:
     for kind in KINDS:
         gc.collect()
         give_back()  # or the next model lies among what the allocator keeps of the last one, and pins it
-        results[kind] = bench_step(replace(engine, quantize=kind), step)
+        results[kind] = bench_random_step(replace(engine, quantize=kind), step)
     memory = {kind: compared(result, kind, config, engine.max_context or CONTEXT) for kind, result in results.items()}
     names = ("nodes", "length", "rounds", "steps", "random")
     rows = rows_of(results)
@@ -70,7 +70,7 @@ def bench_quant(engine: EngineConfig, config: QuantConfig) -> Row:
         "kind": "quant",
         "rule": RULE.format(length=config.length),
         "machine": facts(),
-        "command": command(),
+        "command": command("tests.campaigns"),
         "options": {name: getattr(config, name) for name in names},
         "engine": {kind: result["engine"] for kind, result in results.items()},
         "floor": {kind: result["floor"] for kind, result in results.items()},

@@ -1,4 +1,4 @@
-"""Copies of the model behind one address, under Ray Serve: `medusa-serve bench replicas`.
+"""Copies of the model behind one address, under Ray Serve: `python -m tests.campaigns replicas`.
 
 scaling  closed loops of streaming clients against one replica, then against all, in one run
 kill     one replica is killed (SIGKILL) under load: what each request was told, and when the replica was back
@@ -25,9 +25,7 @@ from functools import partial
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
-from medusa_serve.bench.acceptance import numbers
-from medusa_serve.bench.command import end_options, run_bench, write
-from medusa_serve.bench.shapes import SHAPES, random_llm
+from medusa_serve.bench.command import end_options, numbers, run_bench, write
 from medusa_serve.config import DEFAULT_MODEL, EngineConfig, check_int
 from medusa_serve.errors import InvalidConfig
 from medusa_serve.server.config import ReplicasConfig, ServerConfig
@@ -35,6 +33,7 @@ from medusa_serve.types import SamplingParams
 
 from . import http_load
 from .http_load import Sample, Target, summary
+from .shapes import SHAPES, random_llm
 
 if TYPE_CHECKING:
     from medusa_serve.cluster.command import Cluster
@@ -96,7 +95,7 @@ def bench_replicas(engine: EngineConfig, config: ReplicasBenchConfig, keep: Call
         "kind": "replicas",
         "rule": RULE.format(split_tokens=SPLIT_TOKENS, **{name: getattr(config, name) for name in names}),
         "machine": facts(),
-        "command": command(),
+        "command": command("tests.campaigns"),
         "options": {name: getattr(config, name) for name in names},
     }
 

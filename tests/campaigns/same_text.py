@@ -1,5 +1,5 @@
 """How often a greedy answer differs from plain decoding of that prompt alone, and whether a near-tie did it:
-`medusa-serve bench same-text`.
+`python -m tests.campaigns same_text`.
 
 In float32 no answer differs. In half precision sums in another order (more rows, more nodes) round otherwise, and where
 two tokens are as good as equal the other one may come first; from there on the texts part.
@@ -15,10 +15,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medusa_serve.bench.acceptance import Question, numbers
-from medusa_serve.bench.command import end_options, run_bench
+from medusa_serve.bench.acceptance import Question
+from medusa_serve.bench.command import check_numbers, end_options, numbers, run_bench
 from medusa_serve.bench.decode import asked_prompts
-from medusa_serve.bench.step import check_numbers
 from medusa_serve.config import EngineConfig, check_int
 from medusa_serve.notebook.comparison import gap
 from medusa_serve.types import MAX_LOGPROBS, Completion, SamplingParams
@@ -78,7 +77,7 @@ def bench_same_text(engine: EngineConfig, config: SameTextConfig) -> Row:
         "kind": "same-text",
         "rule": RULE.format(tokens=config.tokens, **names),
         "machine": facts(),
-        "command": command(),
+        "command": command("tests.campaigns"),
         "engine": about,
         "options": asdict(config) | {"prompts": Path(config.prompts or "the built-in questions").name},
         "near": near,

@@ -1,7 +1,4 @@
-"""`medusa-serve bench serve`: figures of known samples, clients against a scripted server, the command end to end.
-
-pytest tests/bench/test_serve.py
-"""
+"""`python -m tests.campaigns serve`: figures of known samples, clients of a scripted server, the command end to end."""
 
 from __future__ import annotations
 
@@ -19,11 +16,11 @@ from typing import Any
 import numpy
 import pytest
 
-from medusa_serve import cli
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import GenerationFailed, InvalidConfig, LoadError, QueueFull
 from medusa_serve.server.config import ServerConfig
 from medusa_serve.types import Delta
+from tests.campaigns import __main__ as campaigns
 from tests.campaigns import serve
 from tests.campaigns.http_load import (
     APART,
@@ -44,7 +41,7 @@ from tests.tiny import save_tiny_folder
 
 def run(*arguments: str) -> int:
     try:
-        return cli.main(["bench", "serve", *arguments])
+        return campaigns.main(["serve", *arguments])
     except SystemExit as leaving:
         return int(leaving.code or 0)
 
