@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_imports import ALLOWED
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # import name → name in requirements.txt, where they differ
@@ -93,6 +95,15 @@ def test_the_readme_is_short_and_its_options_exist() -> None:
     table = README.split("## Options", 1)[1].split("\n## ", 1)[0]
     for option in set(re.findall(r"(?<!-)--[a-z][a-z-]+", table)):
         assert option in out[0] + out[1], option
+
+
+def test_the_readmes_rooms_are_the_folders_and_imports_point_down_them() -> None:
+    table = README.split("## Rooms", 1)[1].split("\n## ", 1)[0]
+    rooms = re.findall(r"^\| `(\w+)/`", table, re.M)
+    folders = {path.parent.name for path in (ROOT / "medusa_serve").glob("*/__init__.py")}
+    assert set(rooms) == folders | {"medusa_serve", "tests"}
+    for room in folders:
+        assert not ALLOWED[room] & set(rooms[: rooms.index(room)])
 
 
 def test_requirements_are_lower_bounds_that_colab_meets() -> None:
