@@ -37,7 +37,7 @@ BUDGETS = {
     "tests": 27_500,
 }
 FILE_LINES, FUNCTION_LINES = 400, 60
-CHECKED = ("medusa_serve", "tests/campaigns")  # whose files and functions these hold
+CHECKED = ("medusa_serve", "tests/campaigns")  # the trees that must keep these two
 COMPILED = {"njit", "jit", "cfunc", "intrinsic", "register_jitable"}  # decorators of kernels, which may be longer
 
 
@@ -68,7 +68,7 @@ def over_budget(root: Path, budgets: Mapping[str, int]) -> Iterator[str]:
 
 
 def without_budget(root: Path, budgets: Mapping[str, int]) -> Iterator[str]:
-    """A folder beside files that have a budget of their own has one too."""
+    """Folders that have no budget although the files next to them have one."""
     for room in budgets:
         if room.endswith("/*"):
             folders = {path.parent for path in (root / room.removesuffix("/*")).glob("*/*.py")}

@@ -16,7 +16,7 @@ from . import __version__
 from .commands.options import Parser
 from .errors import MedusaServeError
 
-ABOUT = "An LLM server for notebooks that emits several tokens per pass of the model."
+ABOUT = "An LLM server for notebooks that emits several tokens in one pass of the model."
 COMMANDS = {  # a module of commands/ → what --help says of it
     "serve": "serve a model over HTTP (the default command)",
     "generate": "answer one prompt here",
@@ -64,6 +64,6 @@ def run(parser: Parser, arguments: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `… | head`: nobody reads on; keep the interpreter from flushing into it at exit
+    except BrokenPipeError:  # `… | head`: the reader is gone; keep the interpreter from flushing into it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -48,7 +48,7 @@ class Others:
         self._start = self._read()
 
     def cores(self) -> float | None:
-        """On average since this was made; None where the kernel does not tell."""
+        """On average since this was made; None where the kernel does not say."""
         now = self._read()
         if self._start is None or now is None:
             return None
@@ -86,7 +86,6 @@ def machine() -> dict[str, str]:
 
 
 def rested(llm: LLM) -> LLM:
-    """The same, once it has done what it leaves for when it idles: what is measured is how it serves from then on, and
-    nothing is compiled or captured beside it."""
+    """The same, once it has done what it leaves for idle time: nothing is compiled or captured while it is measured."""
     llm.manager.wait_until_rested(REST_S)
     return llm

@@ -1,9 +1,9 @@
-"""t(B, N), a whole decode step of B sequences with trees of N nodes, against the time in which this machine reads the
+"""t(B, N), the time of a decode step of B sequences with trees of N nodes, and the time in which this machine reads the
 model's weights: `medusa-serve bench step`.
 
-A step is what the engine runs: verify, accept, commit, and draft for the next one; it is read as the engine reads it,
-one step behind where the device runs ahead. N = 1 is plain decoding by a runner without a drafter. What a sequence has
-behind it is not computed but taken as it lies in the cache: it costs the same to read.
+A step is what the engine runs: verify, accept, commit, and draft for the next one. Its outputs are read as the engine
+reads them, one step late where the device runs ahead. N = 1 is plain decoding by a runner without a drafter. The tokens
+before the step are not computed: whatever the cache holds is read, at the same cost.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ RULE = (
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """rows: B, sequences of a step · nodes: N, 1 is measured in any case · length: tokens behind each sequence ·
+    """rows: B, sequences of a step · nodes: N, 1 is measured in any case · length: tokens of each sequence ·
     rounds, after one that warms up · steps: of a block · temperature: above 0, the same steps also with rows sampled
     at it and top_p 0.9 · attention: auto, or sdpa: what a GPU takes for which Triton has no kernels, as a T4"""
 
@@ -69,7 +69,7 @@ class StepConfig:
 
 class Block(NamedTuple):
     """Milliseconds of a step, and of a plain one of as many sequences in the same round. device_ms: None on a CPU ·
-    sampled_ms: of a step whose rows are sampled"""
+    sampled_ms: of a step with sampled rows"""
 
     batch: int
     nodes: int
@@ -132,8 +132,8 @@ def _bench(engine: EngineConfig, config: StepConfig, subject: Subject | None) ->
 def _cells(
     loaded: LoadedModel, engine: EngineConfig, config: StepConfig, nodes: int, drafter: Any
 ) -> tuple[Row, list[Block]]:
-    """A runner's memory, and its steps with trees of so many nodes beside plain ones. Nothing of it is kept, so that
-    the next one's memory is its own."""
+    """A runner's memory, and its steps with trees of `nodes` and without. The runner is closed, so that the next one's
+    memory can be measured."""
     from ..model.build import build_runner
 
     plan = _plan(engine, config, nodes, drafter)
@@ -150,7 +150,7 @@ def _cells(
 
 
 def _plan(engine: EngineConfig, config: StepConfig, nodes: int, drafter: Any) -> EngineConfig:
-    """As many slots as are needed, with room for a block whose every draft is accepted."""
+    """As many slots as are needed, with room for a block in which every draft is accepted."""
     deepest = min(nodes - 1, drafter.max_depth)
     room = config.length + 2 + (config.steps + 1) * (1 + deepest)
     context = max(room, engine.max_context or 0)
@@ -211,14 +211,14 @@ def plain_runner(runner: ModelRunner) -> ModelRunner:
 
 
 def read_prompt(runner: ModelRunner, length: int) -> None:
-    """A prompt of so many tokens in one pass."""
+    """A prompt of `length` tokens in one pass."""
     runner.admit(0, _prompt(runner, 0, length), SamplingParams(seed=0), runner.max_context, 0)
     runner.prefill([PrefillChunk(0, length)]).outputs()
     runner.free(0)
 
 
 def _prompt(runner: ModelRunner, slot: int, length: int) -> list[int]:
-    return [(31 * slot + 7 * place) % runner.vocab_size for place in range(length)]
+    return [(31 * slot + 7 * index) % runner.vocab_size for index in range(length)]
 
 
 def step_ms(
@@ -231,22 +231,22 @@ def step_ms(
     params = SamplingParams(seed=0, ignore_eos=True, temperature=temperature, top_p=0.9 if temperature else 1.0)
     for slot in slots:
         prompt = _prompt(runner, slot, config.length)
-        runner.admit(slot, prompt, params, runner.max_context, config.length - 1)  # what lies in the cache will do
+        runner.admit(slot, prompt, params, runner.max_context, config.length - 1)  # of any content
     runner.prefill([PrefillChunk(slot, 1) for slot in slots]).outputs()
     runner.decode(slots, nodes).outputs()
-    flights, last = deque[Any](), list[StepOutput]()
+    in_flight, last = deque[Any](), list[StepOutput]()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * config.steps * runner.overlaps)]
     started = time.perf_counter()
     for number in range(config.steps):
         for event in events[2 * number : 2 * number + 1]:
             event.record()
-        flights.append(runner.decode(slots, nodes))
+        in_flight.append(runner.decode(slots, nodes))
         for event in events[2 * number + 1 : 2 * number + 2]:
             event.record()
-        if len(flights) > runner.overlaps:
-            last = flights.popleft().outputs()
-    while flights:
-        last = flights.popleft().outputs()
+        if len(in_flight) > runner.overlaps:
+            last = in_flight.popleft().outputs()
+    while in_flight:
+        last = in_flight.popleft().outputs()
     took = (time.perf_counter() - started) / config.steps * 1000
     for slot in slots:
         runner.free(slot)
@@ -285,7 +285,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--rows", type=numbers(int), metavar="B,…", help="sequences of a step (1,2,4,8)")
     add("--nodes", type=numbers(int), metavar="N,…", help="sizes of tree; 1 is plain decoding (1,4,8,16,64)")
-    add("--length", type=int, metavar="N", help="tokens behind each sequence (256)")
+    add("--length", type=int, metavar="N", help="tokens of each sequence (256)")
     add("--rounds", type=int, metavar="N", help="interleaved repetitions; the median counts (5)")
     add("--steps", type=int, metavar="N", help="of a block that is timed (8)")
     add("--temperature", type=float, metavar="T", help="also with all rows sampled at T, top_p 0.9")

@@ -9,9 +9,9 @@ from .options import add_model_options
 
 MEASURED = (
     (acceptance, "acceptance", "tokens per step by category of prompt and size of tree"),
-    (peers, "peers", "tokens per second beside transformers and llama.cpp, in one run"),
+    (peers, "peers", "tokens per second of this engine, transformers and llama.cpp, in one run"),
     (decode, "decode", "tokens per second by number of sequences, with and without speculation"),
-    (step, "step", "a decode step by rows and nodes, beside the time that reading the weights takes"),
+    (step, "step", "a decode step by rows and nodes, and the time that reading the weights takes"),
 )
 SHOWN = (
     (plot, "plot", "draw a picture of what other benches wrote"),

@@ -46,7 +46,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, heads: bool = True) ->
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a model, and those that say how it is run; `--json`."""
+    """The options of a model and of how it is run, and `--json`."""
     group = add_model_options(parser)
     group.add_argument("--slots", type=int, metavar="N", help="sequences that decode together (default: from memory)")
     about = "tokens of prompt and completion (default: the model's, capped)"

@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--host", default="127.0.0.1", help="any other host than the default needs a key")
     group.add_argument("--port", type=int, default=8000, help="8000 by default; 0: any free one")
     group.add_argument("--max-queue", type=int, default=64, metavar="N", help="requests that may wait for a slot")
-    about = "copies of the model behind one address, a GPU each (a part of the cores without one); needs Ray Serve"
+    about = "copies of the model at one address, a GPU each (without GPUs: a share of the cores); needs Ray Serve"
     group.add_argument("--replicas", type=int, default=1, metavar="N", help=about)
     group.add_argument("--api-key", metavar="KEY", help="or MEDUSA_SERVE_API_KEY; made where one is needed")
     about = "a further key to hand out, under limits per key; may be given several times; made without KEY"

@@ -10,10 +10,10 @@ from medusa_serve import cli
 from medusa_serve.commands.options import Parser, add_model_options
 
 MEASURED = {  # a module of this folder that takes the options of a model → what it measures
-    "engine": "plain decoding beside generate, concurrent streams, lookup",
+    "engine": "plain decoding over generate, concurrent streams, lookup",
     "serve": "an HTTP server under load: first token, time per token, percentiles",
     "load": "a server under more load than it can take, and what must hold then",
-    "replicas": "several copies of the model behind one address, and what happens when one dies",
+    "replicas": "several copies of the model at one address, and what happens when one dies",
     "step": "a decode step by rows and nodes, as `bench step`, on random weights of a known shape",
     "drafting": "what drafting costs, as a share of a plain step",
     "quant": "half precision and NF4 on a GPU: the planned memory, a step's time by nodes",

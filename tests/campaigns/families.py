@@ -134,8 +134,8 @@ def table(result: Row) -> str:
     rows, facts = result["rows"], result["machine"]
     lines = [f"transformers {facts['transformers']}, torch {facts['torch']}, {facts['date']}; {counts(rows)}"]
     for row in rows:
-        told = f"self-test {row['error']:.0e}" if row["why"] is None else row["why"]
-        lines.append(f"{row['family']:18}{row['runs']:8}{told}")
+        note = f"self-test {row['error']:.0e}" if row["why"] is None else row["why"]
+        lines.append(f"{row['family']:18}{row['runs']:8}{note}")
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ open loop    requests at random times, at shares of the capacity that the closed
 burst        500 requests within a second
 storms       five times 200 clients that leave within half a second
 
-All come over loopback from a process of their own. After each the invariants are checked (invariants.py).
+All come over loopback from another process. After each the invariants are checked (invariants.py).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ SHARES = (0.5, 0.8, 1.0, 2.0, 4.0)  # of the capacity; those below 1 must not be
 LAG_S = 0.01  # the server's event loop is asked so often how late it is
 LAG_P99_MS = 50.0
 RULE = (
-    "Greedy streamed answers of at most {tokens} tokens to the built-in questions, numbered; clients in a process of "
-    "their own. capacity: answers a second of the closed loop. lag: how much later than asked for the server's event "
+    "Greedy streamed answers of at most {tokens} tokens to the built-in questions, numbered; clients in another "
+    "process. capacity: answers a second of the closed loop. lag: how much later than asked for the server's event "
     "loop wakes, every 10 ms, during all loads. canary_s: a fixed prompt's answer after each load. Compared with the "
     "state after a burst that is not counted."
 )
@@ -112,10 +112,10 @@ class Lag:
     def end(self) -> dict[str, float]:
         """The load is over."""
         self.loads += self.now
-        return told_ms(self.now)
+        return lag_ms_of(self.now)
 
 
-def told_ms(seconds: list[float]) -> dict[str, float]:
+def lag_ms_of(seconds: list[float]) -> dict[str, float]:
     late = seconds or [0.0]
     figures = {"p50": statistics.median(late), "p99": percentile(late, 99), "max": max(late)}
     return {name: round(value * 1000, 2) for name, value in figures.items()}
@@ -145,7 +145,7 @@ def bench_load(engine: EngineConfig, config: LoadConfig) -> dict[str, Any]:
         "engine": health | {"max_queue": limits["max_queue"]},
         "options": {name: getattr(config, name) for name in config.__dataclass_fields__},
         "loads": loads,
-        "lag_ms": told_ms(lag.loads),
+        "lag_ms": lag_ms_of(lag.loads),
     }
     return result | {"bars": bars(result)}
 
@@ -187,16 +187,16 @@ def _loads(
 
 
 def _counted(samples: list[Sample]) -> dict[str, Any]:
-    told = summary(samples)
+    figures = summary(samples)
     refused = sum(sample.status in REFUSED for sample in samples)
     return {
         "requests": len(samples),
         "statuses": dict(sorted(Counter(sample.status for sample in samples).items())),
         "accepted_share": round(1 - refused / len(samples), 4),
-        "answers_per_second": told["requests_per_second"],
-        "tokens_per_second": told["tokens_per_second"],
-        "first_token_ms": told["first_token_ms"],
-        "total_ms": told["total_ms"],
+        "answers_per_second": figures["requests_per_second"],
+        "tokens_per_second": figures["tokens_per_second"],
+        "first_token_ms": figures["first_token_ms"],
+        "total_ms": figures["total_ms"],
     }
 
 

@@ -123,7 +123,7 @@ def say(text: str) -> None:
 
 
 def guarded(name: str, work: Callable[[], Any]) -> bool:
-    """Run one part; a failure is told and does not end the others."""
+    """Run one part; a failure is printed and does not end the others."""
     say(name)
     started = time.monotonic()
     try:

@@ -29,7 +29,7 @@ RULE = (
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """nodes: N · length: tokens behind the sequence · rounds, steps: as of `bench step` · random: a key of SHAPES"""
+    """nodes: N · length: tokens of the sequence · rounds, steps: as of `bench step` · random: a key of SHAPES"""
 
     nodes: tuple[int, ...] = (1, 8, 16, 64)
     length: int = 256
@@ -61,7 +61,7 @@ def bench_quant(engine: EngineConfig, config: QuantConfig) -> Row:
     engine, results = replace(engine, max_context=engine.max_context or CONTEXT), {}
     for kind in KINDS:
         gc.collect()
-        give_back()  # or the next model lies among what the allocator keeps of the last one, and pins it
+        give_back()  # or the next model lands in blocks of the last one, which are then never freed
         results[kind] = bench_random_step(replace(engine, quantize=kind), step)
     memory = {kind: compared(result, kind, config, engine.max_context or CONTEXT) for kind, result in results.items()}
     names = ("nodes", "length", "rounds", "steps", "random")
@@ -144,7 +144,7 @@ def table(result: Row) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=numbers(int), metavar="N,…", help="sizes of tree (1,8,16,64)")
-    parser.add_argument("--length", type=int, metavar="N", help="tokens behind the sequence (256)")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens of the sequence (256)")
     parser.add_argument("--rounds", type=int, metavar="N", help="interleaved repetitions; the median counts (5)")
     parser.add_argument("--steps", type=int, metavar="N", help="of a block that is timed (8)")
     parser.add_argument("--random", metavar="SHAPE", help=f"{', '.join(SHAPES)} (llama-7b)")

@@ -2,7 +2,7 @@
 `python -m tests.campaigns same_text`.
 
 In float32 no answer differs. In half precision sums in another order (more rows, more nodes) round otherwise, and where
-two tokens are as good as equal the other one may come first; from there on the texts part.
+two tokens are as good as equal the other one may come first; from there on the texts differ.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ def bench_same_text(engine: EngineConfig, config: SameTextConfig) -> Row:
         rows = []
         for count, speculation in modes:
             line.show(f"{count} at once, {'with' if speculation else 'without'} speculation")
-            told = answers(llm, questions, count, config.tokens, speculation=speculation)
-            rows.append({"concurrency": count, "speculation": speculation, **row_of(llm, questions, plain, told, near)})
+            found = answers(llm, questions, count, config.tokens, speculation=speculation)
+            row = row_of(llm, questions, plain, found, near)
+            rows.append({"concurrency": count, "speculation": speculation, **row})
     line.leave()
     names = {"roundings": ROUNDINGS, "logit": LOGIT, "top": MAX_LOGPROBS, "near": near}
     return {
@@ -96,32 +97,32 @@ def answers(
 
 
 def row_of(
-    llm: LLM, questions: Sequence[Question], plain: Sequence[Completion], told: Sequence[Completion], near: float
+    llm: LLM, questions: Sequence[Question], plain: Sequence[Completion], found: Sequence[Completion], near: float
 ) -> Row:
-    """What the answers say beside those of plain decoding."""
+    """How the answers differ from those of plain decoding."""
     gaps: list[float | None] = []
-    for asked, want, got in zip(questions, plain, told, strict=True):
+    for asked, want, got in zip(questions, plain, found, strict=True):
         at = parting(want.token_ids, got.token_ids)
         if at is not None:
             gaps.append(gap(llm, [*asked.ids, *want.token_ids[:at]], want.token_ids[at], got.token_ids[at]))
     known = [value for value in gaps if value is not None]
     return {
-        "answers": len(told),
+        "answers": len(found),
         "different": len(gaps),
-        "share": round(len(gaps) / len(told), 4),
+        "share": round(len(gaps) / len(found), 4),
         "gaps": {"median": round(statistics.median(known), 4), "largest": round(max(known), 4)} if known else None,
         "no_tie": sum(value is None or value > near for value in gaps),
     }
 
 
 def parting(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """The first place at which two texts of one length differ."""
+    """The first position at which two texts of one length differ."""
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
 
 
 def usual_gaps(plain: Sequence[Completion]) -> list[float]:
-    """Between the two likeliest tokens at each place."""
-    return [told.top[0][1] - told.top[1][1] for done in plain for told in done.logprobs]
+    """Between the two likeliest tokens at each position."""
+    return [token.top[0][1] - token.top[1][1] for done in plain for token in done.logprobs]
 
 
 # ---- for a person ------------------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def table(result: Row) -> str:
         lines.append(f"{row['concurrency']:7}  {word:<11}{row['answers']:8}{different:>13}{cells}{row['no_tie']:8}")
     usual = result["usual_gap"]
     return "\n".join(
-        [*lines, f"log-probabilities; the two likeliest tokens of any place are {usual:.3f} apart (median)"]
+        [*lines, f"log-probabilities; the two likeliest tokens of a position are {usual:.3f} apart (median)"]
     )
 
 

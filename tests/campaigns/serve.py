@@ -127,12 +127,12 @@ def health_of(url: str) -> dict[str, Any]:
     """What the server says of itself. Raises LoadError where it does not answer, or is not ready."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=30) as response:
-            told = json.loads(response.read())
+            health = json.loads(response.read())
     except (OSError, ValueError, HTTPException) as error:
         raise LoadError(f"No server is ready at {url}: {error}.") from error
-    if not isinstance(told, dict):
+    if not isinstance(health, dict):
         raise LoadError(f"What answers at {url} is no server of this kind.")
-    return {name: told[name] for name in told if name not in ("status", "running", "waiting")}
+    return {name: health[name] for name in health if name not in ("status", "running", "waiting")}
 
 
 def _takes_chats(run: RunLoad, url: str, key: str | None) -> bool:
@@ -210,7 +210,7 @@ def _ids(llm: LLM, body: dict[str, Any]) -> list[int]:
 
 def table(result: dict[str, Any]) -> str:
     engine, facts = result["engine"], result["machine"]
-    where = f"{result['url']} asked from" if result["url"] else "a server of its own on"
+    where = f"{result['url']} asked from" if result["url"] else "its own server on"
     device = facts["cpu"] if engine.get("device") == "cpu" else facts["device"]
     lines = [
         f"{engine.get('model')} in {engine.get('dtype')}, {engine.get('heads')} heads, {engine.get('slots')} slots, "

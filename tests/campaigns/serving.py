@@ -1,4 +1,4 @@
-"""The app over an LLM on a free loopback port, in a thread of its own."""
+"""The app over an LLM on a free loopback port, in another thread."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def random_model(shape: str, engine: EngineConfig) -> Any:
     from medusa_serve.model.weights.nf4 import quantize_nf4
 
     notes: list[str] = []
-    nobody: Any = None
+    none: Any = None
     config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None, pad_token_id=None)
     device = _choose_device(engine.device, notes)
     dtype, weights = _choose_numbers(engine, device, config, notes)
@@ -55,8 +55,8 @@ def random_model(shape: str, engine: EngineConfig) -> Any:
         notes.append(spread(model))
     return LoadedModel(
         model=model,
-        tokenizer=nobody,
-        codec=nobody,
+        tokenizer=none,
+        codec=none,
         name=f"random {shape}",
         device=device,
         dtype=dtype,
