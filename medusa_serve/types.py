@@ -293,6 +293,7 @@ class Runner(Protocol):
     eos_ids: frozenset[int]
     node_choices: tuple[int, ...]  # the N this runner can verify, ascending, beginning with 1 (plain decoding)
     has_heads: bool  # they draft behind every step of more than one node
+    prefill_rows: int  # prompts of one prefill pass at most
     row_budget: int  # rows × nodes of one pass at most, while no step times are there
     step_ms: Mapping[tuple[int, int], float]  # measured decode steps by (rows, N); empty where none were
     expected: tuple[float, ...]  # tokens per step of each N, as calibrated

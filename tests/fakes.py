@@ -121,6 +121,7 @@ class FakeRunner:
     """
 
     num_slots: int = 4
+    prefill_rows: int = 1
     max_context: int = 4096
     vocab_size: int = FakeCodec.vocab_size
     eos_ids: frozenset[int] = frozenset({EOS})

@@ -15,7 +15,7 @@ from medusa_serve.engine import in_flight as flights
 from medusa_serve.engine import row_retry as isolate
 from medusa_serve.engine import sequence as sequence_module
 from medusa_serve.engine.batch_manager import BatchManager
-from medusa_serve.engine.deliveries import Outbox
+from medusa_serve.engine.deliveries import Deliveries
 from medusa_serve.engine.metrics import Metrics
 from medusa_serve.engine.scheduler import Scheduler
 from medusa_serve.errors import InvalidRequest
@@ -41,33 +41,33 @@ def a_cancel_is_swallowed(patch: pytest.MonkeyPatch) -> None:
 
 
 def the_last_word_comes_twice(patch: pytest.MonkeyPatch) -> None:
-    put = Outbox.put
+    put = Deliveries.put
 
-    def twice(self: Outbox, seq: Any, delta: Any) -> None:
+    def twice(self: Deliveries, seq: Any, delta: Any) -> None:
         put(self, seq, delta)
         if delta.is_last:
             put(self, seq, delta)
 
-    patch.setattr(Outbox, "put", twice)
+    patch.setattr(Deliveries, "put", twice)
 
 
 def the_last_word_is_forgotten(patch: pytest.MonkeyPatch) -> None:
-    put = Outbox.put
-    patch.setattr(Outbox, "put", lambda self, seq, delta: None if delta.error else put(self, seq, delta))
+    put = Deliveries.put
+    patch.setattr(Deliveries, "put", lambda self, seq, delta: None if delta.error else put(self, seq, delta))
 
 
 def two_sequences_get_each_others_text(patch: pytest.MonkeyPatch) -> None:
-    put = Outbox.put
+    put = Deliveries.put
     kept: dict[int, Any] = {}
 
-    def swapped(self: Outbox, seq: Any, delta: Any) -> None:
+    def swapped(self: Deliveries, seq: Any, delta: Any) -> None:
         if delta.is_last or not delta.token_ids:
             return put(self, seq, delta)
         before = kept.get(id(self))
         kept[id(self)] = delta
         return put(self, seq, before or delta)
 
-    patch.setattr(Outbox, "put", swapped)
+    patch.setattr(Deliveries, "put", swapped)
 
 
 def an_outcome_is_not_counted(patch: pytest.MonkeyPatch) -> None:

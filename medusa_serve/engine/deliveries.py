@@ -1,4 +1,4 @@
-"""What sequences are to be told, until each sink is called once for all of it."""
+"""Deltas that wait for delivery: each sink is called once per step with everything new of its sequences."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .sequence import Sequence
 log = QuietLogger(__name__)
 
 
-class Outbox:
-    """The engine thread's, but for `tell_all`. is_open: whether a sequence may still be told that it goes on ·
+class Deliveries:
+    """Used by the engine thread only. is_open: whether a sequence may still get a delta that is not its last one ·
     drop: ends the sequences of a sink that raised."""
 
     def __init__(
@@ -25,22 +25,22 @@ class Outbox:
         drop: Callable[[Sink], None],
     ) -> None:
         self._metrics, self._clock, self._is_open, self._drop = metrics, clock, is_open, drop
-        self._news: dict[Sink, list[tuple[Sequence, Delta]]] = {}
+        self._waiting: dict[Sink, list[tuple[Sequence, Delta]]] = {}
 
     def put(self, seq: Sequence, delta: Delta) -> None:
-        self._news.setdefault(seq.sink, []).append((seq, delta))
+        self._waiting.setdefault(seq.sink, []).append((seq, delta))
 
     def clear(self) -> None:
-        self._news.clear()
+        self._waiting.clear()
 
     def deliver(self) -> None:
-        """One call of each sink that has something new. A sequence that was cancelled, or ended by another thread
+        """Call each sink that has something new, once. A sequence that was cancelled, or that another thread has ended
         meanwhile, gets nothing more."""
-        while self._news:
-            sink = next(iter(self._news))
+        while self._waiting:
+            sink = next(iter(self._waiting))
             news = [
                 (seq, delta)
-                for seq, delta in self._news.pop(sink)
+                for seq, delta in self._waiting.pop(sink)
                 if not seq.cancelled and (delta.is_last or self._is_open(seq.id))
             ]
             if not news:
@@ -63,8 +63,8 @@ class Outbox:
         self._metrics.gap(gap)
 
 
-def tell_all(seqs: Iterable[Sequence], last: Delta) -> None:
-    """Give each its last delta at once, but for cancelled ones. Any thread."""
+def deliver_last(seqs: Iterable[Sequence], last: Delta) -> None:
+    """Give each sequence its last delta at once; cancelled ones get nothing. Any thread may call this."""
     by_sink: dict[Sink, list[tuple[str, Delta]]] = {}
     for seq in seqs:
         if not seq.cancelled:

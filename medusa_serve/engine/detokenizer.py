@@ -1,4 +1,4 @@
-"""Token ids to text, a few ids at a time: no broken UTF-8, no lost spaces, stop strings across steps."""
+"""Token ids to text, a few ids at a time: no broken UTF-8, no lost spaces, stop strings that span steps."""
 
 from __future__ import annotations
 
@@ -8,30 +8,29 @@ from collections.abc import Sequence as Seq
 
 from ..types import TextCodec
 
-REPLACEMENT = "\ufffd"  # what decoders give for bytes that are not (yet) UTF-8
+REPLACEMENT = "\ufffd"  # decoders return it for bytes that are not (yet) UTF-8
 _UTF8 = codecs.getincrementaldecoder("utf-8")
-WINDOW = 8  # ids that are read before the window moves on: a move costs a decode of its own
+WINDOW = 8  # ids that are read before the window moves: a move costs one more decode
 
 
 class Detokenizer:
     """The text of one sequence as it grows.
 
-    Promise: everything `feed` returned, then `flush`, concatenates to `codec.decode(ids without EOS)`, cut before the
-    first stop string. Text is held back only while it could still change: the end of an unfinished character, or the
-    beginning of a stop string. (A decoder that rewrites characters it already completed can break the promise for
-    text that is not valid UTF-8.)
+    Promise: all that `feed` and then `flush` return, joined, is `codec.decode(ids without EOS)`, cut before the first
+    stop string. Text is held back only while it can still change: an unfinished character, or the beginning of a stop
+    string. (A decoder that rewrites finished characters can break the promise for text that is not valid UTF-8.)
     """
 
     def __init__(self, codec: TextCodec, stop: Seq[str] = (), eos_ids: frozenset[int] = frozenset()) -> None:
         self._decoded = _Windows(codec) if codec.pieces is None else _Bytes(codec.pieces)
         self._stop = tuple(stop)
         self._eos_ids = eos_ids
-        self._held = ""  # certain, but may be the beginning of a stop string
+        self._held = ""  # finished text that may be the beginning of a stop string
         self.stopped = False
 
     def feed(self, ids: Seq[int]) -> tuple[str, int, bool]:
-        """Take the next ids. Returns the text that is now certain, how many ids were used, and whether a stop string
-        ended it.
+        """Take the next ids. Returns the text that can no longer change, the number of ids used, and whether a stop
+        string ended the text.
 
         Without a match all ids are used; with one, those up to the id that completes it. EOS ids are used without text.
         After a match further ids are not used.
@@ -42,7 +41,7 @@ class Detokenizer:
             kept = ids if self._eos_ids.isdisjoint(ids) else [i for i in ids if i not in self._eos_ids]
             return self._decoded.next(kept), len(ids), False
         text = ""
-        for used, token in enumerate(ids, 1):  # one by one: the match must not depend on how ids came in steps
+        for used, token in enumerate(ids, 1):  # one by one: the match must not depend on which ids came in one step
             if token not in self._eos_ids:
                 text += self._release(self._decoded.next((token,)))
             if self.stopped:
@@ -50,7 +49,7 @@ class Detokenizer:
         return text, len(ids), False
 
     def flush(self) -> str:
-        """The text still held back, an unfinished character as U+FFFD. Nothing may be fed afterwards."""
+        """The text that is still held back, with U+FFFD for an unfinished character. No `feed` may follow."""
         if self.stopped:
             return ""
         text = self._release(self._decoded.rest())
@@ -59,7 +58,7 @@ class Detokenizer:
         return text
 
     def _release(self, new: str) -> str:
-        """Pass text through the stop strings: cut at the earliest match, else hold back what may begin one."""
+        """Cut the text at the first stop string; otherwise hold back an end that may begin one."""
         text = self._held + new
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if found:
@@ -71,28 +70,28 @@ class Detokenizer:
 
 
 class _Bytes:
-    """Where each id is some bytes, whatever is beside it: a third of what windows take."""
+    """For tokenizers where an id always gives the same bytes: takes a third of the time of _Windows."""
 
-    def __init__(self, pieces: Mapping[int, bytes]) -> None:
-        self._piece, self._decoder = pieces.__getitem__, _UTF8("replace")
+    def __init__(self, token_bytes: Mapping[int, bytes]) -> None:
+        self._bytes_of, self._decoder = token_bytes.__getitem__, _UTF8("replace")
 
     def next(self, ids: Seq[int]) -> str:
-        """The text that these make certain."""
-        data = b"".join(map(self._piece, ids))
+        """The text that can no longer change with these ids."""
+        data = b"".join(map(self._bytes_of, ids))
         if self._decoder.buffer:
             return self._decoder.decode(data)
         try:
-            return data.decode()  # whole characters as a rule: a third of the time
+            return data.decode()  # whole characters, the usual case: a third of the time
         except UnicodeDecodeError:
             return self._decoder.decode(data)
 
     def rest(self) -> str:
-        """What is not certain yet, as it is; then nothing may follow."""
+        """The rest of the text as it is. Nothing may follow."""
         return self._decoder.decode(b"", final=True)
 
 
 class _Windows:
-    """The same of any decoder. Cost of a step: a decode of a window of some 2 WINDOW ids, however long the text is.
+    """The same for any tokenizer. A step decodes a window of about 2 WINDOW ids, however long the text is.
 
     ids     0 ……………… prefix ………… read ………… len(ids)
             shown already │ shown, context │ new
@@ -101,18 +100,19 @@ class _Windows:
     def __init__(self, codec: TextCodec) -> None:
         self._codec = codec
         self._ids: list[int] = []
-        self._prefix = 0  # the window begins here, so that its first id's lost leading space is lost on both sides
+        # The window begins here: the leading space that its first id loses is lost in both texts that are compared.
+        self._prefix = 0
         self._read = 0
-        self._shown = 0  # characters of decode(ids[prefix:]) that were taken out of the window
+        self._shown = 0  # characters of decode(ids[prefix:]) that were returned already
 
     def next(self, ids: Seq[int]) -> str:
-        """A window that is long moves on when it ends in a whole character."""
+        """A long window moves when it ends with a whole character."""
         self._ids.extend(ids)
         text = self._codec.decode(self._ids[self._prefix :])
         certain = text.rstrip(REPLACEMENT)
         new = certain[self._shown :]
         if new and len(certain) == len(text) and len(self._ids) - self._read >= WINDOW:
-            # Only past visible text: an id that shows nothing gives the next one no context to keep its space.
+            # Only after visible text: after an id without text the next id would lose its space.
             self._prefix, self._read = self._read, len(self._ids)
             self._shown = len(self._codec.decode(self._ids[self._prefix : self._read]))
         else:
@@ -124,7 +124,7 @@ class _Windows:
 
 
 class Silent:
-    """A Detokenizer where nobody reads the text."""
+    """A Detokenizer for an engine on ids only: no text."""
 
     def feed(self, ids: Seq[int]) -> tuple[str, int, bool]:
         return "", len(ids), False

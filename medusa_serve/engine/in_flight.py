@@ -1,4 +1,4 @@
-"""Passes under way: started in one turn, read in the next where the device works by itself meanwhile."""
+"""Passes in passed: started in one turn, and read in the next one where the device runs beside the host."""
 
 from __future__ import annotations
 
@@ -21,24 +21,30 @@ class Take(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Flight:
-    """A pass that was started: its sequences, what gives their outputs, and whether it runs as one pass. `nodes` of a
-    decode step and of each row's `trees`, which were drafted a step before; or `counts` of prompt tokens (a row each)
-    of a prefill."""
+class StartedPass:
+    """A pass that was started.
+
+    rows      its sequences
+    outputs   waits for the pass and returns its results, one per row
+    as_one    False: the pass failed and its rows ran alone, one after the other
+    nodes     N of a decode step (0: this is a prefill pass)
+    trees     N of the tree that each row verifies; it was drafted a step earlier
+    counts    prompt tokens of each row of a prefill pass"""
 
     rows: list[Sequence]
     outputs: Callable[[], list[Any]]  # StepOutput, RowFailed, or None where a prompt goes on
-    whole: bool
+    as_one: bool
     started: float
     nodes: int = 0
     trees: tuple[int, ...] = ()
     counts: tuple[int, ...] = ()
 
 
-class Flights:
-    """Starts passes and reads them in the same order; `take` gets what each emitted. The engine thread's.
+class InFlight:
+    """Starts passes and reads them in the same order; `take` gets what each one emitted. Used by the engine thread.
 
-    Where calls return only when the device is done (`runner.overlaps` is false), each flight is read at once.
+    Where the runner's calls return only when the device is done (`runner.overlaps` is false), each pass is read at
+    once.
     """
 
     def __init__(
@@ -46,83 +52,84 @@ class Flights:
     ) -> None:
         self._runner, self._scheduler, self._metrics = runner, scheduler, metrics
         self._clock, self._take = clock, take
-        self._flights: deque[Flight] = deque()
-        self._landed = -math.inf
-        self._alone = True  # no prefill pass was started or read since the last step was
+        self._passes: deque[StartedPass] = deque()
+        self._last_end = -math.inf
+        self._no_prefill = True  # no prefill pass was started or read since the last decode step
 
     def __len__(self) -> int:
-        return len(self._flights)
+        return len(self._passes)
 
     def prefill(self, chunks: tuple[PrefillChunk, ...]) -> None:
         if not chunks:
             return
-        self._alone = False
+        self._no_prefill = False
         started = self._clock()
-        outputs, whole = start_rows(self._runner.prefill, self._runner.prefill, chunks)
+        outputs, as_one = start_rows(self._runner.prefill, self._runner.prefill, chunks)
         rows = [self._scheduler.running[chunk.slot] for chunk in chunks]
         drafted_for = self._runner.first_draft(len(chunks))
         for seq, chunk in zip(rows, chunks, strict=True):
             seq.num_prefilled += chunk.count
             if not seq.num_to_prefill:
-                seq.state = State.DECODING  # the device has its first token, whether we have read it or not
+                seq.state = State.DECODING  # its first token is on the device, read or not
                 seq.drafted_for = drafted_for
-        self._add(Flight(rows, outputs, whole, started, counts=tuple(chunk.count for chunk in chunks)))
+        self._add(StartedPass(rows, outputs, as_one, started, counts=tuple(chunk.count for chunk in chunks)))
 
     def decode(self, slots: tuple[int, ...], nodes: int) -> None:
         slots = tuple(slot for slot in slots if slot in self._scheduler.running)  # a row that ran alone may have ended
         if not slots:
             return
         started = self._clock()
-        # A row alone decodes plainly: the same text with the least memory.
-        outputs, whole = start_rows(
+        # A row that is retried alone decodes plainly: the same text with the least memory.
+        outputs, as_one = start_rows(
             lambda rows: self._runner.decode(rows, nodes), lambda rows: self._runner.decode(rows, 1), slots
         )
         rows = [self._scheduler.running[slot] for slot in slots]
         trees = tuple(min(nodes, seq.drafted_for) for seq in rows)
         for seq in rows:
             seq.drafted_for = nodes
-        self._add(Flight(rows, outputs, whole, started, nodes=nodes, trees=trees))
+        self._add(StartedPass(rows, outputs, as_one, started, nodes=nodes, trees=trees))
 
-    def _add(self, flight: Flight) -> None:
-        self._flights.append(flight)
-        if not (self._runner.overlaps and flight.whole):  # rows that ran alone are over
-            self.land(len(self._flights))
+    def _add(self, passed: StartedPass) -> None:
+        self._passes.append(passed)
+        if not (self._runner.overlaps and passed.as_one):  # rows that ran alone have ended already
+            self.read(len(self._passes))
 
-    def land(self, count: int) -> int:
-        """Wait for the first `count` flights and read them; → how many there were."""
-        count = min(count, len(self._flights))
+    def read(self, count: int) -> int:
+        """Wait for the first `count` passes and read them. Returns how many there were."""
+        count = min(count, len(self._passes))
         for _ in range(count):
-            flight, asked = self._flights.popleft(), self._clock()
-            outputs = flight.outputs()
-            self._note_times(flight, asked)
-            if flight.counts:
-                pairs = zip(flight.counts, outputs, strict=True)
+            passed, asked = self._passes.popleft(), self._clock()
+            outputs = passed.outputs()
+            self._note_times(passed, asked)
+            if passed.counts:
+                pairs = zip(passed.counts, outputs, strict=True)
                 self._metrics.prefilled(computed=sum(n for n, out in pairs if not isinstance(out, RowFailed)))
-            elif flight.whole:
-                self._scheduler.note_gains(flight.rows, outputs, flight.trees)
-            self._hand_out(flight, outputs)
+            elif passed.as_one:
+                self._scheduler.note_gains(passed.rows, outputs, passed.trees)
+            self._hand_out(passed, outputs)
         return count
 
-    def _hand_out(self, flight: Flight, outputs: list[Any]) -> None:
-        decoding, took = flight.nodes > 0, []
-        for seq, out in zip(flight.rows, outputs, strict=True):
-            if out is not None and seq.state is not State.FINISHED:  # it may have ended while this was under way
+    def _hand_out(self, passed: StartedPass, outputs: list[Any]) -> None:
+        decoding, took = passed.nodes > 0, []
+        for seq, out in zip(passed.rows, outputs, strict=True):
+            if out is not None and seq.state is not State.FINISHED:  # it may have ended while the pass was in flight
                 mine = self._take(seq, out, decoding=decoding)
                 if mine is not None:
                     took.append((len(mine.ids), out.num_drafted, mine.accepted))
         self._metrics.emitted(took, decoding=decoding)
 
-    def _note_times(self, flight: Flight, asked: float) -> None:
-        """How long the device was at it: since the start, or since the flight before was over. asked: when we began to
-        wait for its outputs"""
+    def _note_times(self, passed: StartedPass, asked: float) -> None:
+        """Note how long the device took: since the pass was started, or since the pass before it ended.
+
+        asked: when we began to wait for the outputs"""
         now = self._clock()
-        seconds, self._landed = now - max(flight.started, self._landed), now
+        seconds, self._last_end = now - max(passed.started, self._last_end), now
         waited = min(seconds, now - asked) if self._runner.overlaps else seconds
-        if not flight.whole:
+        if not passed.as_one:
             self._metrics.retried()
-        elif flight.nodes:
-            self._scheduler.note_decode(len(flight.rows), flight.nodes, seconds, waited, alone=self._alone)
-            self._alone = True
+        elif passed.nodes:
+            self._scheduler.note_decode(len(passed.rows), passed.nodes, seconds, waited, no_prefill=self._no_prefill)
+            self._no_prefill = True
         else:
-            self._scheduler.note_prefill(sum(flight.counts), seconds)
-            self._alone = False
+            self._scheduler.note_prefill(sum(passed.counts), seconds)
+            self._no_prefill = False

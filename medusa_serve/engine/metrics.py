@@ -19,7 +19,7 @@ OUTCOMES: tuple[Outcome, ...] = ("stop", "length", "error", "cancelled", "timeou
 
 
 class Metrics:
-    """What happened so far. Invariant: accepted_requests = sum of the outcomes + in_flight.
+    """What has happened so far. Invariant: accepted_requests = sum of the outcomes + in_flight.
 
     Medians are over the last `recent` values; counters only grow. Any thread may read and write.
     """
@@ -37,7 +37,7 @@ class Metrics:
         self._first_tokens: deque[float] = deque(maxlen=recent)
         self._largest_gap = 0.0
         self._nodes = 1
-        # of no registry: they are collected from here
+        # in no registry: histograms() collects them
         self._first_token_s = Histogram(
             "medusa_serve_first_token_seconds", "From submission to the first token.", buckets=SECONDS, registry=None
         )
@@ -71,12 +71,12 @@ class Metrics:
             self._nodes = nodes
 
     def finished(self, completion: Completion) -> None:
-        """An answer is whole."""
+        """A sequence ended with an answer."""
         if completion.tokens_per_second:
             self._token_s.observe(1 / completion.tokens_per_second)
 
     def retried(self) -> None:
-        """A call of the runner failed and its rows were run alone."""
+        """A call of the runner failed and its rows ran one by one."""
         with self._lock:
             self._retried_calls += 1
 
@@ -92,8 +92,8 @@ class Metrics:
             self._reused += reused
 
     def emitted(self, rows: Sequence[tuple[int, int, int]], *, decoding: bool) -> None:
-        """What a pass gave its sequences: tokens, draft tokens verified, those of them that were delivered. decoding: a
-        decode step, not a prefill pass"""
+        """Of each sequence of a pass: tokens, verified draft tokens, accepted draft tokens. decoding: it was a decode
+        step, not a prefill pass"""
         if not rows:
             return
         tokens, drafted, accepted = zip(*rows, strict=True)

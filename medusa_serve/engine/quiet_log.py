@@ -1,4 +1,4 @@
-"""A logger that never raises: a handler of the user's that does must not end the engine."""
+"""A logger that never raises: an error in a user's log handler must not end the engine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class QuietLogger(logging.LoggerAdapter[logging.Logger]):
-    """As the logger of that name, but for what its handlers raise."""
+    """The logger of that name, without the errors that its handlers raise."""
 
     def __init__(self, name: str) -> None:
         super().__init__(logging.getLogger(name))

@@ -1,4 +1,4 @@
-"""One row's failure is nobody else's: a call of the runner that raises is repeated row by row."""
+"""One row's failure is no other row's failure: a runner call that raises is repeated row by row."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from ..errors import GenerationFailed, MedusaServeError, OutOfMemory
 from ..types import Started
+from .health import is_out_of_memory, is_sticky
 from .quiet_log import QuietLogger
-from .restarts import is_out_of_memory, is_sticky
 
 log = QuietLogger(__name__)
 
@@ -20,13 +20,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class RowFailed:
-    """The row fails also when it is alone. `reason` is the name of the exception; its text may hold anything."""
+    """The row fails also when it runs alone. `reason` is the name of the exception: its text may hold private data."""
 
     reason: str
     out_of_memory: bool = False
 
     def error(self) -> MedusaServeError:
-        """What its sequence is told."""
+        """The error that ends its sequence."""
         if self.out_of_memory:
             return OutOfMemory("The device has too little memory for this sequence now; a shorter one may fit.")
         return GenerationFailed(f"The model failed on this sequence ({self.reason}).")
@@ -35,12 +35,14 @@ class RowFailed:
 def start_rows(
     call: Callable[[Seq[Row]], Started[Result]], alone: Callable[[Seq[Row]], Started[Result]], rows: Seq[Row]
 ) -> tuple[Callable[[], list[Result | RowFailed]], bool]:
-    """Start a pass: (what gives one result a row, whether `call(rows)` succeeded). When it raises, `alone([row])` is
-    run to its end for each row. An error that every later call would meet too is raised.
+    """Start a pass. Returns a function that gives one result per row, and whether `call(rows)` succeeded.
 
-    Relies on the runner's promise that a call that raises leaves every sequence as it was. Exceptions are dropped
-    before the next try: their tracebacks would keep device memory alive just when it may be short. The results raise
-    RuntimeError when the runner gives another number of them than rows.
+    When it raises, `alone([row])` is run to its end for each row. An error that every later call would meet too is
+    raised.
+
+    The runner promises that a call that raises leaves every sequence as it was. Exceptions are dropped before the next
+    try, because their tracebacks would keep device memory alive when it may be short. Reading the results raises
+    RuntimeError when the runner returns another number of results than rows.
     """
     try:
         started = call(rows)

@@ -1,4 +1,4 @@
-"""Who runs: the waiting queue, the slot table, and what the next turn does. No tensors, no threads."""
+"""Decides which sequences run: the waiting queue, the slot table, the plan of the next turn. No tensors, no threads."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ..types import PrefillChunk, Runner, StepOutput
 from .node_budget import NodeBudget
 from .sequence import Sequence, State
 
-MIN_REUSE = 16  # a shorter common prefix is not worth a slot's history
+MIN_REUSE = 16  # a shorter common prefix is not worth giving up a slot's history
 FIRST_CHUNK = 16  # prompt tokens of a chunk between decode steps while its cost is unknown
-MAX_WAIT_S = 0.1  # what a decoding sequence may wait for a prefill chunk, or MAX_WAIT_STEPS plain steps if longer
+MAX_WAIT_S = 0.1  # a decoding sequence may wait this long for a prefill chunk, or MAX_WAIT_STEPS plain steps if longer
 MAX_WAIT_STEPS = 3
-WAIT_SHARE = 0.8  # of it are planned; the rest is for the error of the estimate
-RECENT = 8  # prefill passes that tell what one costs: few, as prompts and neighbours change
-GROWTH = 4  # a chunk is so many times the largest measured one at most
-NOTED = 8  # rows of a step whose gains are noted, on average: more would cost the host more than they tell
-ADMIT_SHARE = 8  # where prefill passes are packed, one waits for 1/8 as many new sequences as decode now …
-ADMIT_TURNS = 8  # … but no longer than so many turns
+WAIT_SHARE = 0.8  # the share of that wait that is planned; the rest is for errors of the estimate
+RECENT = 8  # prefill passes that the cost estimate uses: few, since prompts and other load change
+GROWTH = 4  # a chunk has at most this many times the tokens of the largest measured one
+NOTED = 8  # rows whose gains are noted per step, on average: more would cost the host more than they are worth
+ADMIT_SHARE = 8  # a packed prefill pass waits until 1/8 as many sequences are new as are decoding …
+ADMIT_TURNS = 8  # … but at most this many turns
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One turn: a pass of prefill chunks, then a decode step of `decode` (slots) with trees of `nodes`."""
+    """One turn: a pass of prefill chunks, then a decode step of the slots `decode` with trees of `nodes` nodes."""
 
     prefill: tuple[PrefillChunk, ...] = ()
     decode: tuple[int, ...] = ()
@@ -35,7 +35,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Resting:
-    """What a free slot still holds in its KV cache, and whose it was. `order` grows with time."""
+    """The ids that a free slot still holds in its KV cache, and the key of their sequence. `order` grows with time."""
 
     ids: tuple[int, ...]
     key: str
@@ -45,8 +45,8 @@ class Resting:
 class Scheduler:
     """First come, first served.
 
-    Every slot is either free or owned by one sequence in `running` (slot → sequence, oldest first). A free slot may
-    rest: its KV rows are kept for a prompt of the same key that begins with the same ids.
+    Every slot is free or has one sequence in `running` (slot → sequence, oldest first). A free slot may rest: its KV
+    rows are kept for a prompt of the same key that begins with the same ids.
     """
 
     def __init__(self, runner: Runner, prefill_chunk: int) -> None:
@@ -61,7 +61,7 @@ class Scheduler:
         self._plain_steps: deque[float] = deque(maxlen=64)
         self._passes: deque[tuple[int, float]] = deque(maxlen=RECENT)  # prefill passes: prompt tokens, seconds
         self._budget: NodeBudget | None = None
-        self._gains, self._largest = 0, 0  # steps that had some, and the largest tree of the last one
+        self._gains, self._largest = 0, 0  # number of steps with gains, and the largest tree of the last one
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}
 
@@ -72,7 +72,7 @@ class Scheduler:
     def admit(self) -> Sequence | None:
         """Give the first waiting sequence a slot, with `slot` and `num_reused` set; None when nothing can be admitted.
 
-        The caller puts it into the runner's slot.
+        The caller admits it to the runner.
         """
         if not self.waiting or not self._free:
             return None
@@ -81,7 +81,7 @@ class Scheduler:
         if not self._admitting:
             return None
         runner = self._runner
-        if self._budget is None and runner.step_ms:  # it may have timed its steps while it idled
+        if self._budget is None and runner.step_ms:  # the runner may have timed its steps while the engine was idle
             known = runner.node_choices, runner.step_ms, runner.expected, runner.num_slots
             self._budget = NodeBudget(*known, shared=not runner.overlaps, step_rows=runner.step_rows)
         seq = self.waiting.popleft()
@@ -96,11 +96,13 @@ class Scheduler:
         return seq
 
     def _worth_a_pass(self) -> bool:
-        """Whether to admit in this turn. A prefill pass costs a GPU the same for one prompt as for many, and all that
-        decode wait for it: under a full load, with some sequence ending at every step, they gather for a few turns."""
+        """Whether to admit sequences in this turn.
+
+        A prefill pass costs a GPU the same for one prompt as for many, and all decoding sequences wait for it. Under
+        full load, where some sequence ends at every step, new sequences therefore gather for a few turns."""
         ready = min(len(self.waiting), len(self._free))
         decoding = sum(seq.state is State.DECODING for seq in self.running.values())
-        enough = min(getattr(self._runner, "prefill_rows", 1), decoding // ADMIT_SHARE)
+        enough = min(self._runner.prefill_rows, decoding // ADMIT_SHARE)
         if ready < enough and self._turns_waited < ADMIT_TURNS:
             self._turns_waited += 1
             return False
@@ -108,13 +110,13 @@ class Scheduler:
         return True
 
     def _choose_slot(self, seq: Sequence) -> tuple[int, int]:
-        """(slot, leading prompt ids that are in its KV cache)."""
+        """(slot, number of leading prompt ids that are in its KV cache)."""
         empty = self._free - self._resting.keys()
         prompt = seq.prompt_ids[:-1]  # the last prompt token must run: it gives the first logits
         best_slot, best = -1, MIN_REUSE - 1
         for slot, rest in self._resting.items() if self._runner.can_reuse else ():
             common = common_prefix(rest.ids, prompt) if rest.key == seq.key else 0
-            # A shared beginning (a system prompt) is not worth another chat's long history while a slot is empty.
+            # For a shared system prompt, do not give up another chat's long history while a slot is empty.
             if common > best and (not empty or 2 * common >= len(rest.ids)):
                 best_slot, best = slot, common
         if best_slot >= 0:
@@ -124,7 +126,7 @@ class Scheduler:
         return min(self._resting, key=lambda slot: self._resting[slot].order), 0
 
     def release(self, seq: Sequence, *, failed: bool = False) -> None:
-        """Take a sequence out of the queue or its slot. What a failed one left in its KV cache is never reused."""
+        """Take a sequence out of the queue or its slot. The KV rows of a failed sequence are never reused."""
         seq.state = State.FINISHED
         if seq.slot is None:
             self.waiting.remove(seq)
@@ -136,32 +138,32 @@ class Scheduler:
             self._resting[seq.slot] = Resting(seq.kv_ids, seq.key, self._order)
 
     def plan(self) -> Plan:
-        """What the next turn runs; empty when there is nothing to do."""
+        """The plan of the next turn; empty when there is nothing to do."""
         self._admitting = None
         decoding = [slot for slot, seq in self.running.items() if seq.state is State.DECODING]
         prefill = self._prefill_chunks(self._chunk_size() if decoding else self._prefill_chunk)
         return Plan(prefill, tuple(sorted(decoding)), self._nodes(self.running[slot] for slot in decoding))
 
     def _prefill_chunks(self, size: int) -> tuple[PrefillChunk, ...]:
-        """The next `size` prompt tokens, oldest sequence first, of as many sequences as the runner packs in a pass."""
+        """The next `size` prompt tokens, oldest sequence first, of at most as many sequences as one pass takes."""
         chunks: list[PrefillChunk] = []
         for slot, seq in self.running.items():
             if seq.state is not State.PREFILLING:
                 continue
-            if size <= 0 or len(chunks) == getattr(self._runner, "prefill_rows", 1):
+            if size <= 0 or len(chunks) == self._runner.prefill_rows:
                 break
             chunks.append(PrefillChunk(slot, min(size, seq.num_to_prefill)))
             size -= chunks[-1].count
         return tuple(chunks)
 
     def _chunk_size(self) -> int:
-        """Prompt tokens of a chunk that others wait for."""
+        """Prompt tokens of a chunk while other sequences wait for it."""
         if not self._passes:
             return min(FIRST_CHUNK, self._prefill_chunk)
         plain = statistics.median(self._plain_steps) if self._plain_steps else 0.0
         budget = WAIT_SHARE * max(MAX_WAIT_S, MAX_WAIT_STEPS * plain)
         fixed, each = cost_of_prefill(self._passes)
-        if fixed >= budget:  # waiting is unavoidable, and smaller chunks would only repeat it
+        if fixed >= budget:  # the wait is unavoidable, and smaller chunks would only repeat it
             return self._prefill_chunk
         fits = int((budget - fixed) / each) if each else self._prefill_chunk
         return max(1, min(fits, GROWTH * max(count for count, _ in self._passes), self._prefill_chunk))
@@ -171,22 +173,24 @@ class Scheduler:
             rows = [(seq.id, seq.slot if seq.speculates else None) for seq in decoding]
             joining = min(len(self.running) + len(self.waiting), len(self._all)) - len(rows)
             return self._budget.choose(rows, joining) if rows else 1
-        # with heads there are drafts as long as steps have nodes; the last step may not be read yet
+        # with heads every step drafts, and the last step may not be read yet
         most = self._runner.node_choices[-1] - 1 if self._runner.has_heads else 0
         ready = [max(most, seq.draft_ready) for seq in decoding if seq.speculates]
         return choose_nodes(self._runner.node_choices, ready, self._runner.row_budget)
 
     def note_prefill(self, count: int, seconds: float) -> None:
-        """A pass over `count` prompt tokens took this long."""
+        """A prefill pass over `count` prompt tokens took this long."""
         self._passes.append((count, seconds))
 
     def note_gains(self, rows: Seq[Sequence], outputs: Seq[StepOutput], trees: Seq[int]) -> None:
-        """What a decode step gave its rows, by the tree that was drafted and verified. With many rows only every so
-        many-th step tells, for all of them at once; so does one with other trees, as a probe is."""
+        """Note how many draft tokens each row of a decode step accepted from its tree.
+
+        With many rows only every n-th step is noted, for all rows at once; a step with a larger or smaller tree than
+        the last one (a probe) is always noted."""
         if self._budget is None:
             return
-        apart, largest = -(-len(rows) // NOTED), max(trees)
-        due = self._gains % apart == 0 or largest != self._largest
+        every, largest = -(-len(rows) // NOTED), max(trees)
+        due = self._gains % every == 0 or largest != self._largest
         self._gains, self._largest = self._gains + 1, largest
         if not due:
             return
@@ -198,11 +202,12 @@ class Scheduler:
         if kept:
             self._budget.note(*zip(*kept, strict=True))
 
-    def note_decode(self, rows: int, nodes: int, seconds: float, waited: float, *, alone: bool = True) -> None:
-        """A decode step of `rows` rows with trees of `nodes` took this long, `waited` of it for its outputs. alone: no
-        prefill pass was started or read meanwhile."""
+    def note_decode(self, rows: int, nodes: int, seconds: float, waited: float, *, no_prefill: bool = True) -> None:
+        """A decode step of `rows` rows with trees of `nodes` took `seconds`, of which the host waited `waited`.
+
+        no_prefill: no prefill pass was started or read since the last step"""
         if self._budget is not None:
-            self._budget.note_time(rows, nodes, seconds, waited, alone=alone)
+            self._budget.note_time(rows, nodes, seconds, waited, no_prefill=no_prefill)
         if nodes == 1:
             self._plain_steps.append(seconds)
 
@@ -219,8 +224,8 @@ class Scheduler:
 
 
 def cost_of_prefill(passes: Seq[tuple[int, float]]) -> tuple[float, float]:
-    """(seconds of any pass, seconds of each prompt token), neither below 0: the line of least squares through (tokens,
-    seconds). From passes of one size alone, all of it is put on the tokens."""
+    """(seconds of any pass, seconds of each prompt token), neither below 0: the least-squares line through (tokens,
+    seconds). When all passes have one size, the whole cost is put on the tokens."""
     counts, seconds = [count for count, _ in passes], [each for _, each in passes]
     count, second = statistics.fmean(counts), statistics.fmean(seconds)
     spread = sum((x - count) ** 2 for x in counts)
@@ -232,7 +237,7 @@ def cost_of_prefill(passes: Seq[tuple[int, float]]) -> tuple[float, float]:
 def common_prefix(a: Seq[int], b: Seq[int]) -> int:
     """Number of leading ids that agree."""
     low, high = 0, min(len(a), len(b))
-    if a[: min(MIN_REUSE, high)] != b[: min(MIN_REUSE, high)]:  # most pairs differ early; short agreements do not count
+    if a[: min(MIN_REUSE, high)] != b[: min(MIN_REUSE, high)]:  # most pairs differ early; short agreement is no use
         return 0
     while low < high:  # a[:low] == b[:low]; slices compare at C speed
         middle = (low + high + 1) // 2
@@ -246,8 +251,8 @@ def common_prefix(a: Seq[int], b: Seq[int]) -> int:
 def choose_nodes(choices: Seq[int], draft_ready: Seq[int], row_budget: int) -> int:
     """The N of a decode step: the smallest choice that holds every draft, within rows x N <= row_budget.
 
-    draft_ready has one entry per row that speculates. 1 (plain decoding) when there is nothing to verify. A runner
-    with one tree (two choices) has no smaller one to turn to, and the user fixed it: the budget is not looked at.
+    draft_ready has one entry per row that speculates. Returns 1 (plain decoding) when there is nothing to verify. With
+    one fixed tree (two choices) the user has chosen: row_budget is ignored.
     """
     want = max(draft_ready, default=0)
     if want == 0:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+import secrets
+import uuid
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ..errors import ContextTooLong, GenerationFailed, InvalidRequest
@@ -23,7 +25,7 @@ class State(enum.Enum):
 
 
 class Took(NamedTuple):
-    """What a sequence kept of a pass: ids, how many of them were drafted, their certain text, and why it is over."""
+    """What a sequence keeps of a pass: ids, the number of them that were drafted, text, and why the sequence ended."""
 
     ids: tuple[int, ...]
     accepted: int
@@ -37,18 +39,18 @@ class Took(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """The engine's unit of work. Only the engine thread changes it, but for `cancelled`.
+    """The engine's unit of work. Only the engine thread changes it; any thread may set `cancelled`.
 
     params         with the seed filled in
     limit          tokens of prompt and completion at most
-    key            whose it is: a KV prefix is reused only within one key
-    cancelled      the outcome it was cancelled with
+    key            a KV prefix is reused only within one key
+    cancelled      the outcome that the canceller gave
     num_reused     leading prompt ids that were in the slot's KV cache already
     num_prefilled  prompt ids in the KV cache, the reused ones included
     token_ids      emitted and delivered; the last one is pending (not in the KV cache)
     logprobs       one for each of token_ids, if asked for
     steps, drafted, accepted   decode steps, draft tokens verified, draft tokens accepted and delivered
-    draft_ready    draft tokens at hand for the next step
+    draft_ready    draft tokens that are ready for the next step
     drafted_for    N of the last tree drafted
     submitted, admitted, first_token, finished, delivered   times in seconds of the engine's clock
     """
@@ -89,7 +91,7 @@ class Sequence:
 
     @property
     def kv_ids(self) -> tuple[int, ...]:
-        """The ids whose KV rows its slot surely holds, between steps."""
+        """The ids of the KV rows that its slot holds between steps."""
         if self.token_ids:
             return self.prompt_ids + tuple(self.token_ids[:-1])
         return self.prompt_ids[: self.num_prefilled]
@@ -98,7 +100,7 @@ class Sequence:
         """Append what a pass emitted. decoding: it was a decode step, not a prefill pass.
 
         Ids after EOS, after the id that completes a stop string, and beyond the limit are dropped and not counted.
-        Raises GenerationFailed when the runner's word and ours differ: the sequence would never end.
+        Raises GenerationFailed when the runner has ended the sequence and this has not: it would never end.
         """
         known = len(self.prompt_ids) + len(self.token_ids)
         ids = out.token_ids[: self.limit - known]
@@ -151,9 +153,25 @@ class Sequence:
         )
 
 
+def new_sequence(
+    prompt_ids: tuple[int, ...],
+    params: SamplingParams,
+    limit: int,
+    sink: Sink,
+    detokenizer: Detokenizer | Silent,
+    key: str,
+    now: float,
+) -> Sequence:
+    """A sequence with an id of its own, and with a random seed where the request gave none."""
+    if params.seed is None:
+        params = replace(params, seed=secrets.randbelow(2**53))  # a JSON number holds it exactly
+    id = f"gen-{uuid.uuid4().hex}"
+    return Sequence(id, prompt_ids, params, limit, sink, detokenizer, key, submitted=now)
+
+
 def token_limit(prompt_ids: Seq[int], params: SamplingParams, *, max_context: int, vocab_size: int) -> int:
-    """Tokens of prompt and completion at most. Raises InvalidRequest for a prompt that cannot run, ContextTooLong for
-    one that leaves no room for a token, or not for the max_tokens it asks for."""
+    """Tokens of prompt and completion at most. Raises InvalidRequest for a prompt that cannot run, and ContextTooLong
+    for one that leaves no room for a token or for its max_tokens."""
     num_prompt = len(prompt_ids)
     if not num_prompt:
         raise InvalidRequest("The prompt is empty.", param="prompt")

@@ -312,9 +312,9 @@ def test_a_submission_does_not_look_at_all_turns(monkeypatch):
     assert engine.manager.status().state == "ok"
     engine.run()
     assert not asked
-    engine.manager._pulse.begin()
+    engine.manager._heartbeat.begin()
     engine.clock.advance(61)
     assert engine.manager.status().state == "ok", "turns of 10 s are usual here"
     engine.clock.advance(140)
     assert engine.manager.status().state == "stalled"
-    engine.manager._pulse.end()
+    engine.manager._heartbeat.end()

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from medusa_serve.engine import pulse
+from medusa_serve.engine import health
 from medusa_serve.engine.batch_manager import BatchManager
 from medusa_serve.errors import EngineDead, EngineRestarting, EngineStalled, ShuttingDown
 from tests.engine.turns import CODEC, Engine, at_rest, overlaps, until
@@ -332,7 +332,7 @@ def test_the_runner_rests_only_when_nothing_has_come_for_a_while(threaded):
 
 
 def test_who_comes_during_a_long_part_of_a_rest_waits_and_is_not_refused(threaded, monkeypatch):
-    monkeypatch.setattr(pulse, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(health, "HEARTBEAT_S", 0.1)
     engine, ids = threaded(grace_s=0.05), []
     rest = engine.runner.rest
 

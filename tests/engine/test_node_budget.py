@@ -112,7 +112,7 @@ def test_what_the_host_does_now_and_then_is_not_what_it_needs():
         made.note_time(8, 1, 0.300, waited=0.0)
         for _ in range(HOST_STEPS):
             made.note_time(8, 1, 0.001, waited=0.0005)
-            made.note_time(8, 1, 0.020, waited=0.0, alone=False)
+            made.note_time(8, 1, 0.020, waited=0.0, no_prefill=False)
             assert made.choose(rows) == 1
 
 
