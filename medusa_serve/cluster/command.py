@@ -14,11 +14,11 @@ from types import FrameType
 from typing import Any
 
 from .. import __version__
-from ..commands.serve import _key_lines, _plain, _print, curl_line
 from ..config import EngineConfig
 from ..errors import LoadError
 from ..server.config import ReplicasConfig, ServerConfig
 from ..server.listen import bind, url_of
+from ..server.start_lines import curl_line, key_lines, model_line, print_lines
 
 NAME = "medusa"  # of the application, as `serve status` shows it
 RAY: dict[str, Any] = {
@@ -110,12 +110,12 @@ def serve_replicas(
         config = ReplicasConfig(replicas=replicas, **running.shares(replicas, engine))
         if not as_json:
             where = f"medusa_serve {__version__} at {running.url}, loading {replicas} × {engine.model} …"
-            _print(where, *_key_lines(server, key_is_ours))
+            print_lines(where, *key_lines(server, key_is_ours))
         running.deploy(engine, config)
         _print_ready(running, replicas, as_json)
         stop.wait()
         if not as_json:
-            _print("stopping: open requests may finish; Ctrl-C again ends them")
+            print_lines("stopping: open requests may finish; Ctrl-C again ends them")
 
 
 def _print_ready(running: Cluster, replicas: int, as_json: bool) -> None:
@@ -124,10 +124,9 @@ def _print_ready(running: Cluster, replicas: int, as_json: bool) -> None:
     curl = curl_line(running.url, key, told["has_chat_template"])
     if as_json:
         ours = {"url": running.url, "api_key": key, "curl": curl, "replicas": replicas}
-        return _print(json.dumps({**ours, **told["facts"], "notes": told["notes"]}))
-    facts = ", ".join(f"{name} {_plain(value)}" for name, value in told["facts"].items())
-    each = f"{replicas} replicas, each with its own slots and queue: {facts}"
-    return _print(each, *(f"  {note}" for note in told["notes"]), "ready; try:", curl)
+        return print_lines(json.dumps({**ours, **told["facts"], "notes": told["notes"]}))
+    each = f"{replicas} replicas, each with its own slots and queue: {model_line(told['facts'])}"
+    return print_lines(each, *(f"  {note}" for note in told["notes"]), "ready; try:", curl)
 
 
 @contextmanager

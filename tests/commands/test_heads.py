@@ -1,7 +1,4 @@
-"""`medusa-serve heads`: inspect, convert and check, on a base whose every next token is known.
-
-pytest tests/test_heads_commands.py
-"""
+"""`medusa-serve heads`: inspect, convert and check, on a base model whose next tokens are all known."""
 
 from __future__ import annotations
 
