@@ -1,107 +1,139 @@
-"""Attention on a CPU whose sums have one order: a token's result depends on the tokens that it sees and on nothing
-else, bit for bit. No tree, no batch and no chunking of a prompt changes it.
+"""Attention on a CPU with one order of sums: a token's result depends on the tokens that it sees and on nothing else,
+bit for bit. Trees, batches and chunks of a prompt do not change it.
 
-Each query adds up along its own path, the history and then its ancestors, by the same compiled code for any path of
-that length; where a key lies in the slab, and what else lies there, does not matter. Sums are float32. Faster than
-SDPA for few queries: one call, no mask.
+Each query adds up along its own path, first the history, then its ancestors, by the same compiled code for any path of
+that length. It does not matter where in the slab a key is. Sums are float32. Faster than SDPA for few queries: one
+call, no mask.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+import ctypes
+from ctypes import addressof
+from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, njit
+from torch import Tensor
 
 from ..forward.attention import View
 from .attention_tiles import BLOCK, QUERIES, scores_of, weigh
-from .base import OPTIONS, bits_of, exponential, half, number_of, pointer, wide
-from .layer_ops import _rotate, _write_rows
-from .threads import HEAD, meet, run_in_team, share_of, team, thread_of
+from .base import OPTIONS, as_function, exponential, half, keep, pointer, record, record_at, wide
+from .layer_ops import rotate_rows, write_slab_rows
+from .threads import range_of_thread, run_in_threads, task_record, thread_of, threads, wait_for_all
 
 TILE = QUERIES  # that read a key together
 LANES = 16
+# addresses, strides and sizes of a pass that are the same in every layer · bits: 0 in a causal pass, in which a query
+# sees all columns up to its position · new_columns: of the flat tokens
+PassView = record(
+    "slots length positions positions_row bits rows new columns width new_columns cos cos_row sin sin_row"
+)
+VIEW = np.dtype(PassView)
+# pass_view: address of a VIEW · query: (B, N, heads) by its strides; if raw_query is given, room for the rotated
+# queries, then the rotated keys · raw_…: what a layer's products made, before rotation
+Attention = task_record(
+    "pass_view query query_row query_head query_new keys values out heads kv_heads dim value_dim window "
+    "raw_query raw_query_head raw_query_token raw_key raw_key_head raw_key_token raw_value raw_value_head "
+    "raw_value_token",
+    scaling=ctypes.c_float,
+)
+ATTENTION = np.dtype(Attention)
 
 
-def fits(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, view: View) -> bool:
+def fits(query: Tensor, keys: Tensor, values: Tensor, view: View) -> bool:
     return query.dtype == torch.bfloat16 and query.stride(3) == 1 and fits_slab(keys, values, view)
 
 
-def fits_slab(keys: torch.Tensor, values: torch.Tensor, view: View) -> bool:
+def fits_slab(keys: Tensor, values: Tensor, view: View) -> bool:
     slabs = keys.is_contiguous() and values.is_contiguous()
     return keys.dtype == torch.bfloat16 and slabs and (view.causal or view.num_new <= 64)
 
 
+def view_record(view: View, columns: int, cos: Tensor | None = None, sin: Tensor | None = None) -> Any:
+    """What attention reads of a pass; columns: of a slot. It holds addresses: view, cos and sin must stay alive."""
+    rows, new = view.positions.shape
+    made = PassView(rows=rows, new=new, columns=columns, width=view.width)
+    made.slots, made.length = view.slots.data_ptr(), view.length.data_ptr()
+    made.positions, made.positions_row = view.positions.data_ptr(), view.positions.stride(0)
+    made.bits = 0 if view.causal else view.bits.data_ptr()
+    if cos is not None and sin is not None:
+        made.new_columns = view.flat_columns.data_ptr()
+        made.cos, made.cos_row, made.sin, made.sin_row = cos.data_ptr(), cos.stride(1), sin.data_ptr(), sin.stride(1)
+    return made
+
+
 def canonical_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, view: View, scaling: float, window: int | None
-) -> torch.Tensor:
+    query: Tensor, keys: Tensor, values: Tensor, view: View, scaling: float, window: int | None
+) -> Tensor:
     """As attention.attend, for bfloat16 on a CPU: query (B, heads, N, dim), keys, values (S, C, kv_heads, dim) →
     (B, N, heads, value dim)"""
     rows, heads, new, dim = query.shape
-    slots, columns, kv_heads, value_dim = values.shape
-    out = query.new_empty(rows, new, heads, value_dim)
-    bits = 0 if view.causal else view.bits.data_ptr()
-    _attend(
-        query.data_ptr(), query.stride(0), query.stride(1), query.stride(2),
-        keys.data_ptr(), values.data_ptr(), out.data_ptr(),
-        view.slots.data_ptr(), view.length.data_ptr(), view.positions.data_ptr(), view.positions.stride(0), bits,
-        rows, new, heads, kv_heads, columns, dim, value_dim, view.width + TILE, scaling, window or 0,
-        *team().given(), attention_share(),
-    )  # fmt: skip
+    out = query.new_empty(rows, new, heads, values.shape[3])
+    seen = view_record(view, values.shape[1])
+    task = _task(query, keys, values, out, scaling, window)
+    task.pass_view, task.query = addressof(seen), query.data_ptr()
+    task.query_row, task.query_head, task.query_new, _ = query.stride()
+    _attend(addressof(task), attention_function())
     return out
 
 
+def _task(query: Tensor, keys: Tensor, values: Tensor, out: Tensor, scaling: float, window: int | None) -> Any:
+    task = Attention(*threads().given(), scaling=scaling, window=window or 0, heads=query.shape[1])
+    task.keys, task.values, task.out = keys.data_ptr(), values.data_ptr(), out.data_ptr()
+    task.kv_heads, task.dim, task.value_dim = keys.shape[2], query.shape[3], values.shape[3]
+    return task
+
+
 def rotated_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    slabs: tuple[torch.Tensor, torch.Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slabs: tuple[Tensor, Tensor],
     view: View,
     scaling: float,
     window: int | None,
-) -> torch.Tensor:
+) -> Tensor:
     """What a layer does between its products, as one call: rotary positions, the slab's new rows, attention.
 
     query, key, value (1, heads or kv_heads, B·N, dim), cos, sin (1, B·N, dim) → (1, B·N, heads, value dim)"""
     keys, values = slabs
     _, heads, tokens, dim = query.shape
-    _, columns, kv_heads, value_dim = values.shape
-    rows, new = view.positions.shape
-    out = torch.empty(1, tokens, heads, value_dim, dtype=torch.bfloat16)
-    _rotate_and_attend(
-        query.data_ptr(), query.stride(1), query.stride(2), key.data_ptr(), key.stride(1), key.stride(2),
-        value.data_ptr(), value.stride(1), value.stride(2),
-        cos.data_ptr(), cos.stride(1), sin.data_ptr(), sin.stride(1),
-        keys.data_ptr(), values.data_ptr(), out.data_ptr(),
-        view.slots.data_ptr(), view.length.data_ptr(), view.positions.data_ptr(), view.positions.stride(0),
-        view.flat_columns.data_ptr(), 0 if view.causal else view.bits.data_ptr(),
-        rows, new, heads, kv_heads, columns, dim, value_dim, view.width, scaling, window or 0,
-        *team().given(), attention_share(),
-    )  # fmt: skip
+    out = torch.empty(1, tokens, heads, values.shape[3], dtype=torch.bfloat16)
+    rotated = torch.empty(tokens * (heads + keys.shape[2]) * dim, dtype=torch.bfloat16)
+    seen = view_record(view, values.shape[1], cos, sin)
+    task = _task(query, keys, values, out, scaling, window)
+    task.pass_view, task.query = addressof(seen), rotated.data_ptr()
+    task.raw_query, task.raw_key, task.raw_value = query.data_ptr(), key.data_ptr(), value.data_ptr()
+    _, task.raw_query_head, task.raw_query_token, _ = query.stride()
+    _, task.raw_key_head, task.raw_key_token, _ = key.stride()
+    _, task.raw_value_head, task.raw_value_token, _ = value.stride()
+    _attend(addressof(task), attention_function())
     return out
 
 
-@lru_cache
-def attention_share() -> int:
-    """Address of the function that a thread runs: its share of the tiles of queries."""
+@njit(cache=True, nogil=True, **OPTIONS)
+def _attend(task_at, function):
+    run_in_threads(record_at(task_at, ATTENTION), function)
 
-    @cfunc(types.void(types.voidptr), cache=True, **OPTIONS)
-    def body(task_at):
-        task = carray(task_at, (TASK,), np.int64)
-        if task[TURN]:
-            _turn_share(task, thread_of(task))
-        _attend_share(task, thread_of(task))
 
-    return int(body.address or 0)
+@as_function
+def attention_function(task_at):
+    """A thread's part: rotation and the slab's rows of some tokens, then some tiles of queries."""
+    task = record_at(task_at, ATTENTION)
+    thread = thread_of(task)
+    if task.raw_query:
+        _rotate_and_write(task, record_at(task.pass_view, VIEW), thread)
+    _attend_tiles(task, record_at(task.pass_view, VIEW), thread)
 
 
 @njit(inline="never", **OPTIONS)
 def _score(queries, q, keys_at, key_row, count, room, out_at, soon):
-    """out[i, t] = q[i] · key t, of a tile's queries and the first `count` keys. q as native_attend.py has queries ·
-    soon: where rows lie that are read next"""
+    """out[i, t] = q[i] · key t, of a tile's queries and the first `count` keys. q: in attention_tiles.py's order ·
+    soon: address of the rows that are read next"""
     dim = q.shape[1]
     blocks = dim // BLOCK
     scores_of(queries, q.ctypes.data, 4 * dim, keys_at, key_row, 0, count, blocks, out_at, 4 * room, soon)
@@ -156,112 +188,52 @@ def _weigh_rest(weight, value, sums):
 
 @njit(inline="always", **OPTIONS)
 def _spot(d, dim):
-    """Where a head's place lies in the order of native_attend.py."""
+    """The place of a head's element in attention_tiles.py's order."""
     return d if d >= dim - dim % BLOCK else d - d % BLOCK + d % 2 * (BLOCK // 2) + d % BLOCK // 2
 
 
-# numbers of a task: what it begins with; as `fill_attention` has them; as `fill_turn` has them, the first one 0 where
-# queries are turned and keys and values in the slab
-TURN = HEAD + 22
-TASK = TURN + 14
-
-
-@njit(inline="always", **OPTIONS)
-def fill_attention(
-    task, query_at, query_row, query_head, query_new, keys_at, values_at, out_at,
-    slots_at, length_at, positions_at, positions_row, bits_at,
-    rows, new, heads, kv_heads, columns, dim, value_dim, room, scaling, window,
-):  # fmt: skip
-    """query_row, _head, _new: strides · bits_at: 0 where each query sees all columns up to its position"""
-    task[HEAD], task[HEAD + 1], task[HEAD + 2], task[HEAD + 3] = query_at, query_row, query_head, query_new
-    task[HEAD + 4], task[HEAD + 5], task[HEAD + 6], task[HEAD + 7] = keys_at, values_at, out_at, slots_at
-    task[HEAD + 8], task[HEAD + 9], task[HEAD + 10], task[HEAD + 11] = length_at, positions_at, positions_row, bits_at
-    task[HEAD + 12], task[HEAD + 13], task[HEAD + 14], task[HEAD + 15] = rows, new, heads, kv_heads
-    task[HEAD + 16], task[HEAD + 17], task[HEAD + 18], task[HEAD + 19] = columns, dim, value_dim, room
-    task[HEAD + 20], task[HEAD + 21], task[TURN] = np.int64(bits_of(np.float32(scaling))), window, 0
-
-
-@njit(inline="always", **OPTIONS)
-def fill_turn(
-    task, query_at, query_head, query_token, key_at, key_head, key_token, value_at, value_head, value_token,
-    cos_at, cos_row, sin_at, sin_row, columns_at,
-):  # fmt: skip
-    """What comes first: the queries of fill_attention lie one after the other, and keys behind them, once turned."""
-    task[TURN], task[TURN + 1], task[TURN + 2], task[TURN + 3] = query_at, query_head, query_token, key_at
-    task[TURN + 4], task[TURN + 5], task[TURN + 6], task[TURN + 7] = key_head, key_token, value_at, value_head
-    task[TURN + 8], task[TURN + 9], task[TURN + 10], task[TURN + 11] = value_token, cos_at, cos_row, sin_at
-    task[TURN + 12], task[TURN + 13] = sin_row, columns_at
-
-
-@njit(cache=True, nogil=True, **OPTIONS)
-def _attend(
-    query_at, query_row, query_head, query_new, keys_at, values_at, out_at,
-    slots_at, length_at, positions_at, positions_row, bits_at,
-    rows, new, heads, kv_heads, columns, dim, value_dim, room, scaling, window, threads, team_at, share,
-):  # fmt: skip
-    task = np.empty(TASK, np.int64)
-    task[0], task[1] = threads, team_at
-    fill_attention(
-        task, query_at, query_row, query_head, query_new, keys_at, values_at, out_at,
-        slots_at, length_at, positions_at, positions_row, bits_at,
-        rows, new, heads, kv_heads, columns, dim, value_dim, room, scaling, window,
-    )  # fmt: skip
-    run_in_team(task, share)
-
-
 @njit(inline="never", **OPTIONS)
-def _turn_share(task, thread):
-    """One thread's share of the tokens: rotary positions, and the slab's new rows."""
-    turned, keys_at, values_at, slots_at = task[HEAD], task[HEAD + 4], task[HEAD + 5], task[HEAD + 7]
-    rows, new, heads, kv_heads, columns, dim, value_dim = (
-        task[HEAD + 12], task[HEAD + 13], task[HEAD + 14], task[HEAD + 15], task[HEAD + 16], task[HEAD + 17],
-        task[HEAD + 18],
-    )  # fmt: skip
-    query_at, query_head, query_token, key_at, key_head, key_token = (
-        task[TURN], task[TURN + 1], task[TURN + 2], task[TURN + 3], task[TURN + 4], task[TURN + 5],
-    )  # fmt: skip
-    value_at, value_head, value_token, columns_at = task[TURN + 6], task[TURN + 7], task[TURN + 8], task[TURN + 13]
-    cos_row, sin_row = task[TURN + 10], task[TURN + 12]
-    first, end = share_of(rows * new, task, thread)
-    cos_at, sin_at = task[TURN + 9] + 2 * first * cos_row, task[TURN + 11] + 2 * first * sin_row
+def _rotate_and_write(task, view, thread):
+    """A thread's part of the tokens: rotary positions, and the slab's new rows."""
+    new, columns, slots, new_columns = view.new, view.columns, view.slots, view.new_columns
+    heads, kv_heads, dim, value_dim = task.heads, task.kv_heads, task.dim, task.value_dim
+    first, end = range_of_thread(view.rows * new, task, thread)
+    cos, sin = view.cos + 2 * first * view.cos_row, view.sin + 2 * first * view.sin_row
     across = kv_heads * dim
-    turned_key = turned + 2 * rows * new * heads * dim
-    _rotate(
-        query_at + 2 * first * query_token, cos_at, sin_at, turned + 2 * first * heads * dim,
-        query_head, query_token, cos_row, sin_row, heads, end - first, dim,
+    keys = task.query + 2 * view.rows * new * heads * dim
+    rotate_rows(
+        task.raw_query + 2 * first * task.raw_query_token, cos, sin, task.query + 2 * first * heads * dim,
+        task.raw_query_head, task.raw_query_token, view.cos_row, view.sin_row, heads, end - first, dim,
     )  # fmt: skip
-    _rotate(
-        key_at + 2 * first * key_token, cos_at, sin_at, turned_key + 2 * first * across,
-        key_head, key_token, cos_row, sin_row, kv_heads, end - first, dim,
+    rotate_rows(
+        task.raw_key + 2 * first * task.raw_key_token, cos, sin, keys + 2 * first * across,
+        task.raw_key_head, task.raw_key_token, view.cos_row, view.sin_row, kv_heads, end - first, dim,
     )  # fmt: skip
-    _write_rows(
-        keys_at, slots_at, columns_at, turned_key, new * across, dim, across, first, end, kv_heads, new, dim, columns
+    strides = new * across, dim, across
+    write_slab_rows(task.keys, slots, new_columns, keys, *strides, first, end, kv_heads, new, dim, columns)
+    strides = new * task.raw_value_token, task.raw_value_head, task.raw_value_token
+    write_slab_rows(
+        task.values, slots, new_columns, task.raw_value, *strides, first, end, kv_heads, new, value_dim, columns
     )
-    apart = (new * value_token, value_head, value_token)
-    _write_rows(values_at, slots_at, columns_at, value_at, *apart, first, end, kv_heads, new, value_dim, columns)
-    meet(task)
+    wait_for_all(task)
 
 
 @njit(**OPTIONS)
-def _attend_share(task, thread):
-    query_at, query_row, query_head, query_new = task[HEAD], task[HEAD + 1], task[HEAD + 2], task[HEAD + 3]
-    keys_at, values_at, out_at, slots_at, length_at = (
-        task[HEAD + 4], task[HEAD + 5], task[HEAD + 6], task[HEAD + 7], task[HEAD + 8],
-    )  # fmt: skip
-    positions_at, positions_row, bits_at, rows, new = (
-        task[HEAD + 9], task[HEAD + 10], task[HEAD + 11], task[HEAD + 12], task[HEAD + 13],
-    )  # fmt: skip
-    heads, kv_heads, columns, dim, value_dim = (
-        task[HEAD + 14], task[HEAD + 15], task[HEAD + 16], task[HEAD + 17], task[HEAD + 18],
-    )  # fmt: skip
-    room, scale, window = task[HEAD + 19], number_of(np.int32(task[HEAD + 20])), task[HEAD + 21]
-    group, one = heads // kv_heads, np.int64(1)  # as a number of the code it would be a type of its own
-    slots, lengths = carray(pointer(slots_at), (rows,), np.int64), carray(pointer(length_at), (rows,), np.int64)
-    positions = carray(pointer(positions_at), (rows * positions_row + new,), np.int64)
+def _attend_tiles(task, view, thread):
+    query_at, query_row, query_head, query_new = task.query, task.query_row, task.query_head, task.query_new
+    keys_at, values_at, out_at, window = task.keys, task.values, task.out, task.window
+    heads, kv_heads, dim, value_dim = task.heads, task.kv_heads, task.dim, task.value_dim
+    rows, new, columns, bits_at, positions_row = view.rows, view.new, view.columns, view.bits, view.positions_row
+    if task.raw_query:
+        query_row, query_head, query_new = new * heads * dim, dim, heads * dim
+    room, scale = view.width + TILE, task.scaling
+    group, one = heads // kv_heads, np.int64(1)  # a literal would have another type
+    slots, lengths = carray(pointer(view.slots), (rows,), np.int64), carray(pointer(view.length), (rows,), np.int64)
+    positions = carray(pointer(view.positions), (rows * positions_row + new,), np.int64)
     bits = carray(pointer(bits_at), (rows, new), np.int64)
     out = carray(pointer(out_at), (rows, new, heads, value_dim), np.uint16)
     scratch = np.empty(TILE * (room + dim + value_dim), np.float32)
-    scratch_at = np.int64(scratch.ctypes.data)  # an address of the other sign compiles whatever takes it once more
+    scratch_at = np.int64(scratch.ctypes.data)  # unsigned, it would compile its callees a second time
     q = carray(pointer(scratch_at + 4 * TILE * room), (TILE, dim), np.float32)
     sums_at = scratch_at + 4 * TILE * (room + dim)
     sums = carray(pointer(sums_at), (TILE, value_dim), np.float32)
@@ -269,13 +241,13 @@ def _attend_share(task, thread):
     first, total = np.empty(TILE, np.int64), np.empty(TILE, np.int64)
     weight, lanes = np.empty(TILE, np.float32), np.empty(LANES, np.float32)
     tiles = (new * group + TILE - 1) // TILE
-    unit, end = share_of(rows * kv_heads * tiles, task, thread)
+    unit, end = range_of_thread(rows * kv_heads * tiles, task, thread)
     while unit < end:
         b, kv, tile = unit // (kv_heads * tiles), unit // tiles % kv_heads, unit % tiles * TILE
         length, slot = lengths[b], slots[b] * columns * kv_heads
         keys, values = keys_at + 2 * (slot + kv) * dim, values_at + 2 * (slot + kv) * value_dim
         unit += 1
-        after = min(unit, end - 1)  # whose keys are asked for while values are weighed
+        after = min(unit, end - 1)  # its keys are prefetched while values are weighed
         soon = keys_at + 2 * (slots[after // (kv_heads * tiles)] * columns * kv_heads + after // tiles % kv_heads) * dim
         reach, begin, shared, queries = 0, 0, columns, min(TILE, new * group - tile)
         for i in range(queries):
@@ -295,7 +267,7 @@ def _attend_share(task, thread):
         for i in range(queries):
             n, _ = _place(tile + i, group, kv)
             scores_at, sum_at = scratch_at + 4 * i * room, sums_at + 4 * i * value_dim
-            if bits_at:  # scores of the ancestors close up behind the history's
+            if bits_at:  # the ancestors' scores move next to the history's
                 scores, place = carray(pointer(scores_at), (room,), np.float32), length
                 for j in range(n + 1):
                     if (bits[b, n] >> j) & 1:
@@ -323,32 +295,10 @@ def _attend_share(task, thread):
                 _weigh(one, scores_at, room, values, value_row, start, total[i], sum_at, value_dim, soon)
             for d in range(value_dim):
                 out[b, n, head, d] = half(sums[i, _spot(d, value_dim)] / weight[i])
-    scratch[0] = 0  # as in run_in_team
+    keep(scratch)
 
 
 @njit(inline="always", **OPTIONS)
 def _place(index, group, kv):
     """(token, head) of a packed query."""
     return index // group, kv * group + index % group
-
-
-@njit(cache=True, nogil=True, **OPTIONS)
-def _rotate_and_attend(
-    query_at, query_head, query_token, key_at, key_head, key_token, value_at, value_head, value_token,
-    cos_at, cos_row, sin_at, sin_row, keys_at, values_at, out_at,
-    slots_at, length_at, positions_at, positions_row, columns_at, bits_at,
-    rows, new, heads, kv_heads, columns, dim, value_dim, width, scaling, window, threads, team_at, share,
-):  # fmt: skip
-    task, turned = np.empty(TASK, np.int64), np.empty(rows * new * (heads + kv_heads) * dim, np.uint16)
-    task[0], task[1] = threads, team_at
-    fill_attention(
-        task, turned.ctypes.data, new * heads * dim, dim, heads * dim, keys_at, values_at, out_at,
-        slots_at, length_at, positions_at, positions_row, bits_at,
-        rows, new, heads, kv_heads, columns, dim, value_dim, width + TILE, scaling, window,
-    )  # fmt: skip
-    fill_turn(
-        task, query_at, query_head, query_token, key_at, key_head, key_token, value_at, value_head, value_token,
-        cos_at, cos_row, sin_at, sin_row, columns_at,
-    )  # fmt: skip
-    run_in_team(task, share)
-    turned[0] = 0  # as in run_in_team

@@ -1,16 +1,18 @@
-"""What Numba's kernels for a CPU share: bfloat16 numbers and tensors' memory. Numba is imported by those who compile
-with it, so that nothing here is needed where it is missing.
+"""What the Numba kernels share: records, functions that threads run, and bfloat16 numbers.
 
-Kernels take tensors as addresses: a call then costs a third of a microsecond, where one of ATen's operations costs two.
+Kernels take tensors as addresses: such a call costs a third of a microsecond, one of ATen's operations costs two.
 """
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
+from functools import lru_cache, update_wrapper
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
 
@@ -18,6 +20,73 @@ from numba.extending import intrinsic as numba_intrinsic
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 intrinsic: Any = numba_intrinsic
 OPTIONS: dict[str, Any] = {"fastmath": FAST, "error_model": "numpy", "boundscheck": False}
+
+
+# ---- records: Python fills them by name, kernels read and write them by name -----------------------------------------
+
+
+def record(fields: str, **others: Any) -> Any:
+    """A ctypes structure of int64 fields by their names, then `others` by their ctypes types. Kernels know it by its
+    np.dtype. A field that it does not have raises AttributeError."""
+    layout = [*((name, ctypes.c_int64) for name in fields.split()), *others.items()]
+    return type("Record", (ctypes.Structure,), {"__slots__": (), "_fields_": layout})
+
+
+@intrinsic
+def record_at(_, address, layout):
+    """The record of this np.dtype at an address"""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(layout.dtype))
+
+    return layout.dtype(types.int64, layout), generate
+
+
+@intrinsic
+def new_record(_, layout):
+    """A record of this np.dtype, not yet filled; it lives until the calling function returns."""
+
+    def generate(context, builder, signature, arguments):
+        place = cgutils.alloca_once(builder, context.get_data_type(layout.dtype))
+        place.align = 8
+        return builder.bitcast(place, context.get_value_type(layout.dtype))
+
+    return layout.dtype(layout), generate
+
+
+@intrinsic
+def address_of(_, task):
+    """Of a record, as int64"""
+
+    def generate(context, builder, signature, arguments):
+        return builder.ptrtoint(arguments[0], ir.IntType(64))
+
+    return types.int64(task), generate
+
+
+@intrinsic
+def keep(_, array):
+    """Numba frees an array after its last use and does not see that its address is in use: name it here, after that."""
+
+    def generate(context, builder, signature, arguments):
+        return context.get_dummy_value()
+
+    return types.void(array), generate
+
+
+def as_function(body: Callable[[int], None]) -> Any:
+    """Of a function of a record's address: what gives its own address as a C function, compiled at the first call.
+
+    Numba finds it on the disk by the file and the name of `body`; so `body` has to be a module's own function."""
+
+    @lru_cache
+    def address() -> int:
+        return int(cfunc(types.void(types.int64), cache=True, **OPTIONS)(body).address or 0)
+
+    return update_wrapper(address, body)
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
 @intrinsic

@@ -1,52 +1,84 @@
-"""The greedy draft of sequential heads on a CPU as one call: SequentialDrafter's search over SequentialHeads' cell with
-products of few bits, in the same order and rounded at the same places. Of a draft of three nodes Python and a hundred
-small operations are two thirds.
+"""The greedy draft of sequential heads on a CPU as one call: SequentialDrafter's search with SequentialHeads' cell, in
+the same order and rounded at the same places. In a draft of three nodes, Python and a hundred small operations take two
+thirds of the time.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+import ctypes
+from ctypes import addressof
 from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, njit
 from torch import Tensor, nn
 
 from ..drafting.heads import GatedBlock, SequentialHeads
 from ..drafting.tree import HeadNodes
-from .base import OPTIONS, copy_halves, half, pointer, wide
-from .int_products import NativeInt4Linear, NativeInt8Linear, native_product, product_share
+from .base import (
+    OPTIONS,
+    address_of,
+    as_function,
+    copy_halves,
+    half,
+    keep,
+    new_record,
+    pointer,
+    record,
+    record_at,
+    wide,
+)
+from .int_products import PRODUCT, NativeInt4Linear, NativeInt8Linear, product_function, run_product
 from .layer_ops import native_rms_norm, native_silu_times
-from .search import children_share, native_children
-from .threads import call, team
+from .search import CHILDREN, children_function, run_items
+from .threads import call, task_record, threads, use_threads
 
-# the products of the heads, then two of each block of the cell
-MIX, START, READ_IN, READ_OUT, TO_HIDDEN, OUTPUT, CELL = range(7)
-CREW = 3  # numbers: threads, the team's functions, a product's share
-LINE = 6  # of a product: addresses of weights, scales and bias (0: none), inputs, outputs, bits
 EPSILON = 1e-6  # of heads.rms_norm
+# the heads' linear layers; two of each block of the cell come after them
+MIX, START, READ_IN, READ_OUT, TO_HIDDEN, OUTPUT, CELL = range(7)
+# bias: 0 if there is none · a layer that the heads do not have: all 0
+Linear = record("weights scales bias inputs outputs bits")
+LINEAR = np.dtype(Linear)
+LINEAR_BYTES = LINEAR.itemsize
+# multiply … block: addresses of functions · linears: of LINEAR records · norms: of the addresses of the norms' weights,
+# the readout's second · hidden_size … cells: the heads' sizes · hidden … tau: what `run` gives
+DraftTask = task_record(
+    "multiply children linear block linears norms ones embedding token_map hidden_size width embed_size hidden_inputs "
+    "cells hidden pending found rows count pool beams num_beams ranks tau",
+    step_cost=ctypes.c_double,
+    never=ctypes.c_double,
+)
+DRAFT = np.dtype(DraftTask)
+LINEAR_TASK = np.dtype(record("draft linear x out rows"))
+# into, out_of: the block's linear layers · norm: its weight · tokens: 0, or (rows) · constant: (B, start) numbers, one
+# row for `each` rows · spare: room for the inputs, and rows times one and a half of the inner products
+BLOCK_TASK = np.dtype(record("draft into out_of states norm tokens constant each spare out rows"))
 
 
 class NativeDraft:
-    """Over heads that `fit`, which must stay as they are."""
+    """For heads that `fit`, which must not change."""
 
     def __init__(self, heads: SequentialHeads, tau: Tensor, num_ranks: int, costs: tuple[float, float]) -> None:
         """tau (D) · costs: beam.STEP_COST and NEVER"""
-        self._heads, self._ranks, self._costs = heads, num_ranks, costs
-        self._tau = tau.contiguous()
+        self._heads, self._tau = heads, tau.contiguous()  # kept alive: their addresses are in use
         blocks: list[Any] = list(heads.cell)
         cells = [product for block in blocks for product in (block.w_in, block.w_out)]
         output = heads.output.small
         parts = [heads.mix, heads.start_proj, heads.readout.w_in, heads.readout.w_out, heads.to_hidden, output, *cells]
-        self._products = np.array([_line(part) for part in parts], np.int64)
+        self._linears = (Linear * len(parts))(*map(_linear_record, parts))
         norms = [heads.norm, heads.readout.norm, *(block.norm for block in blocks)]
         self._norms = np.array([norm.data_ptr() for norm in norms], np.int64)
         self._ones = torch.ones(heads.hidden_size, dtype=torch.bfloat16)
         embedding = heads._embedding[0]
         self._embedding = embedding if isinstance(embedding, Tensor) else embedding.weight
-        sizes = (heads.hidden_size, heads.width, heads.embed_size, heads.hidden_inputs, len(heads.cell))
-        self._sizes = np.array(sizes, np.int64)
+        made = DraftTask(ranks=num_ranks, step_cost=costs[0], never=costs[1], cells=len(blocks))
+        made.linears, made.norms, made.tau = addressof(self._linears), self._norms.ctypes.data, self._tau.data_ptr()
+        made.ones, made.embedding = self._ones.data_ptr(), self._embedding.data_ptr()
+        made.token_map = 0 if heads.token_map is None else heads.token_map.data_ptr()
+        made.hidden_size, made.hidden_inputs = heads.hidden_size, heads.hidden_inputs
+        made.width, made.embed_size = heads.width, heads.embed_size
+        self._constants = made
 
     @staticmethod
     def fits(heads: Any) -> bool:
@@ -67,29 +99,34 @@ class NativeDraft:
         )
 
     def run(self, hidden: Tensor, pending: Tensor, widths: list[int], pool: int, nodes: int) -> HeadNodes:
-        """hidden (B, M·H), pending (B), widths: beams after each depth, 0 after the last · pool: nodes that are looked
-        at · nodes: that are kept"""
+        """hidden (B, M·H), pending (B) · widths: beams after each depth, 0 after the last · pool: nodes that are scored
+        · nodes: that are kept"""
         rows, count = pending.shape[0], min(nodes, pool)
         found = torch.empty(3, rows, count, dtype=torch.int64)
-        hidden = hidden.bfloat16().contiguous()
-        token_map, beams = self._heads.token_map, np.array(widths, np.int64)
-        _draft(
-            hidden.data_ptr(), pending.contiguous().data_ptr(), found.data_ptr(), rows, count, pool,
-            beams, self._ranks, self._tau.data_ptr(), *self._costs, self._products, self._norms, self._ones.data_ptr(),
-            self._embedding.data_ptr(), 0 if token_map is None else token_map.data_ptr(), self._sizes,
-            *team().given(), product_share(), children_share(), linear_share(), block_share(),
-        )  # fmt: skip
+        hidden, pending = hidden.bfloat16().contiguous(), pending.contiguous()
+        beams = np.array(widths, np.int64)
+        task = DraftTask.from_buffer_copy(self._constants)
+        task.threads, task.openmp = threads().given()
+        task.hidden, task.pending, task.found = hidden.data_ptr(), pending.data_ptr(), found.data_ptr()
+        task.rows, task.count, task.pool, task.beams, task.num_beams = rows, count, pool, beams.ctypes.data, len(beams)
+        task.multiply, task.children = product_function(), children_function()
+        task.linear, task.block = linear_function(), block_function()
+        _draft(addressof(task))
         return HeadNodes(found[0], found[1], found[2])
 
 
-def _line(product: Any) -> list[int]:
-    if product is None:
-        return [0] * LINE
-    four = isinstance(product, NativeInt4Linear)
-    weights, scales = (product.packed, product.scales) if four else (product.weight, product.scale)
-    bias = 0 if product.bias is None else product.bias.data_ptr()
-    bits = product.bits if four else 8
-    return [weights.data_ptr(), scales.data_ptr(), bias, product.in_features, product.out_features, bits]
+def _linear_record(layer: Any) -> Any:
+    if layer is None:
+        return Linear()
+    four = isinstance(layer, NativeInt4Linear)
+    weights, scales = (layer.packed, layer.scales) if four else (layer.weight, layer.scale)
+    made = Linear(inputs=layer.in_features, outputs=layer.out_features, bits=layer.bits if four else 8)
+    made.weights, made.scales = weights.data_ptr(), scales.data_ptr()
+    made.bias = 0 if layer.bias is None else layer.bias.data_ptr()
+    return made
+
+
+# ---- inside kernels --------------------------------------------------------------------------------------------------
 
 
 @njit(inline="always", **OPTIONS)
@@ -97,78 +134,61 @@ def _halves(address, count):
     return carray(pointer(address), (count,), np.uint16)
 
 
-# numbers of a task: a product's line, x, out, rows, the team
-LINEAR_TASK = LINE + 3 + CREW
-# the lines of a block's two products, then as `_block` names them
-BLOCK_TASK = 2 * LINE + 12 + CREW
+@njit(inline="always", **OPTIONS)
+def _linear(draft, index):
+    return record_at(draft.linears + index * LINEAR_BYTES, LINEAR)
 
 
-@lru_cache
-def linear_share() -> int:
-    """Address of `_linear` as a function of its task: whoever calls it there has not its code to compile again."""
-
-    @cfunc(types.void(types.voidptr), cache=True, **OPTIONS)
-    def body(task_at):
-        _linear(carray(task_at, (LINEAR_TASK,), np.int64))
-
-    return int(body.address or 0)
+@njit(inline="always", **OPTIONS)
+def _norm(draft, index):
+    return carray(pointer(draft.norms), (2 + draft.cells,), np.int64)[index]
 
 
-@lru_cache
-def block_share() -> int:
-    """The same of `_block`."""
-
-    @cfunc(types.void(types.voidptr), cache=True, **OPTIONS)
-    def body(task_at):
-        _block(carray(task_at, (BLOCK_TASK,), np.int64))
-
-    return int(body.address or 0)
+@as_function
+def linear_function(task_at):
+    """A linear layer, as a function: its callers do not compile its code once more."""
+    task = record_at(task_at, LINEAR_TASK)
+    _multiply(record_at(task.draft, DRAFT), record_at(task.linear, LINEAR), task.x, task.out, task.rows)
 
 
 @njit(**OPTIONS)
-def _linear(task):
-    x_at, out_at, rows = task[LINE], task[LINE + 1], task[LINE + 2]
-    _product(task, x_at, out_at, rows, task[LINE + 3 :])
-
-
-@njit(**OPTIONS)
-def _product(line, x_at, out_at, rows, crew):
+def _multiply(draft, linear, x_at, out_at, rows):
     """With its bias."""
-    native_product(x_at, line[0], line[1], out_at, rows, line[3], line[4], line[5], crew[0], crew[1], crew[2])
-    if line[2]:
-        bias = _halves(line[2], line[4])
+    task, outputs = new_record(PRODUCT), linear.outputs
+    use_threads(task, draft)
+    task.x, task.weights, task.scales, task.out = x_at, linear.weights, linear.scales, out_at
+    task.rows, task.inputs, task.outputs, task.bits = rows, linear.inputs, outputs, linear.bits
+    run_product(task, draft.multiply)
+    if linear.bias:
+        bias = _halves(linear.bias, outputs)
         for row in range(rows):
-            _add(_halves(out_at + 2 * row * line[4], line[4]), bias)
+            _add(_halves(out_at + 2 * row * outputs, outputs), bias)
 
 
-@njit(**OPTIONS)
-def _block(task):
-    """A GatedBlock over states (rows, w) and, where tokens (rows) are given, their embeddings: out = states + block.
-
-    norm: its weight · constant: (B, constants) numbers, one row for `each` of these rows · spare: room for the inputs,
-    and rows times one and a half of the inner products"""
-    into, outof, given = task[:LINE], task[LINE : 2 * LINE], task[2 * LINE :]
-    states_at, norm, tokens_at, embedding_at, embed = given[0], given[1], given[2], given[3], given[4]
-    constant_at, constants, each, spare, out_at, rows, width = (
-        given[5], given[6], given[7], given[8], given[9], given[10], given[11],
-    )  # fmt: skip
-    inputs, inner = into[3], into[4] // 2
-    tokens = carray(pointer(tokens_at), (rows,), np.int64)
+@as_function
+def block_function(task_at):
+    """A GatedBlock of states (rows, w) and, if tokens are given, of their embeddings: out = states + block."""
+    task = record_at(task_at, BLOCK_TASK)
+    draft = record_at(task.draft, DRAFT)
+    into, out_of = record_at(task.into, LINEAR), record_at(task.out_of, LINEAR)
+    width, embed, rows, spare, norm = draft.width, draft.embed_size, task.rows, task.spare, task.norm
+    constants, inputs, inner = _linear(draft, START).outputs, into.inputs, into.outputs // 2
+    tokens = carray(pointer(task.tokens), (rows,), np.int64)
     for row in range(rows):
-        native_rms_norm(states_at + 2 * row * width, norm, spare + 2 * row * inputs, 1, width, EPSILON)
-        if tokens_at:
-            token_at = embedding_at + 2 * tokens[row] * embed
+        native_rms_norm(task.states + 2 * row * width, norm, spare + 2 * row * inputs, 1, width, EPSILON)
+        if task.tokens:
+            token_at = draft.embedding + 2 * tokens[row] * embed
             native_rms_norm(token_at, norm + 2 * width, spare + 2 * (row * inputs + width), 1, embed, EPSILON)
     both_at = spare + 2 * rows * inputs
-    _product(into, spare, both_at, rows, given[12:])
+    _multiply(draft, into, spare, both_at, rows)
     for row in range(rows):
-        constant = _halves(constant_at + 2 * (row // each) * constants, 2 * inner)
+        constant = _halves(task.constant + 2 * (row // task.each) * constants, 2 * inner)
         _add(_halves(both_at + 4 * row * inner, 2 * inner), constant)
     active = both_at + 4 * rows * inner
     native_silu_times(both_at, 2 * inner, both_at + 2 * inner, 2 * inner, active, rows, inner)
     made = active + 2 * rows * inner
-    _product(outof, active, made, rows, given[12:])
-    states, out = _halves(states_at, rows * width), _halves(out_at, rows * width)
+    _multiply(draft, out_of, active, made, rows)
+    states, out = _halves(task.states, rows * width), _halves(task.out, rows * width)
     block = _halves(made, rows * width)
     for i in range(rows * width):
         out[i] = half(wide(states[i]) + wide(block[i]))
@@ -181,80 +201,62 @@ def _add(numbers, others):
 
 
 @njit(**OPTIONS)
-def _run_linear(line, x_at, out_at, rows, crew):
-    task = np.empty(LINEAR_TASK, np.int64)
-    for i in range(LINE):
-        task[i] = line[i]
-    task[LINE], task[LINE + 1], task[LINE + 2] = x_at, out_at, rows
-    for i in range(CREW):
-        task[LINE + 3 + i] = crew[i]
-    call(crew[CREW], task.ctypes.data)
-    task[0] = 0  # as in run_in_team
+def _run_linear(draft, index, x_at, out_at, rows):
+    task = new_record(LINEAR_TASK)
+    task.draft, task.linear = address_of(draft), address_of(_linear(draft, index))
+    task.x, task.out, task.rows = x_at, out_at, rows
+    call(draft.linear, address_of(task))
 
 
 @njit(**OPTIONS)
-def _run_block(
-    into, outof, states_at, norm, tokens_at, embedding_at, embed, constant_at, constants, each, spare, out_at, rows,
-    width, crew,
-):  # fmt: skip
-    task = np.empty(BLOCK_TASK, np.int64)
-    for i in range(LINE):
-        task[i], task[LINE + i] = into[i], outof[i]
-    given = task[2 * LINE :]
-    given[0], given[1], given[2], given[3], given[4] = states_at, norm, tokens_at, embedding_at, embed
-    given[5], given[6], given[7], given[8], given[9] = constant_at, constants, each, spare, out_at
-    given[10], given[11] = rows, width
-    for i in range(CREW):
-        given[12 + i] = crew[i]
-    call(crew[CREW + 1], task.ctypes.data)
-    task[0] = 0
+def _run_block(draft, index, norm, states_at, tokens_at, constant_at, each, spare, out_at, rows):
+    """index: of the first of its two linear layers; norm: of its weight"""
+    task = new_record(BLOCK_TASK)
+    task.draft, task.norm = address_of(draft), _norm(draft, norm)
+    task.into, task.out_of = address_of(_linear(draft, index)), address_of(_linear(draft, index + 1))
+    task.states, task.tokens, task.constant, task.each = states_at, tokens_at, constant_at, each
+    task.spare, task.out, task.rows = spare, out_at, rows
+    call(draft.block, address_of(task))
 
 
 @njit(**OPTIONS)
-def _advance(products, norms, states_at, tokens, embedding_at, base_at, total, each, spare, sizes, rows, crew):
+def _advance(draft, states_at, tokens, base_at, each, spare, rows):
     """states (rows, w) go one token further."""
-    width, column = sizes[1], sizes[1]
-    for block in range(sizes[4]):
-        into, outof = products[CELL + 2 * block], products[CELL + 2 * block + 1]
+    column = draft.width
+    for block in range(draft.cells):
+        index = CELL + 2 * block
         tokens_at = np.int64(tokens.ctypes.data) if block == 0 else np.int64(0)
-        _run_block(
-            into, outof, states_at, norms[2 + block], tokens_at, embedding_at, sizes[2], base_at + 2 * column, total,
-            each, spare, states_at, rows, width, crew,
-        )  # fmt: skip
-        column += into[4]
+        _run_block(draft, index, 2 + block, states_at, tokens_at, base_at + 2 * column, each, spare, states_at, rows)
+        column += _linear(draft, index).outputs
 
 
 @njit(**OPTIONS)
-def _logits(products, norms, states_at, base_at, total, each, spare, sizes, rows, crew):
+def _logits(draft, states_at, base_at, each, spare, rows):
     """→ the address of (rows, V')"""
-    hidden, width = sizes[0], sizes[1]
-    x_at = spare
-    y_at = x_at + 2 * rows * max(width, hidden)
-    rest = y_at + 2 * rows * max(width, hidden)
-    column = total - products[READ_IN][4]
-    nothing = np.int64(0)
-    _run_block(
-        products[READ_IN], products[READ_OUT], states_at, norms[1], nothing, nothing, nothing, base_at + 2 * column,
-        total, each, rest, y_at, rows, width, crew,
-    )  # fmt: skip
-    if products[TO_HIDDEN][4]:
-        _run_linear(products[TO_HIDDEN], y_at, x_at, rows, crew)
+    hidden = draft.hidden_size
+    size = 2 * rows * max(draft.width, hidden)
+    x_at, y_at, rest = spare, spare + size, spare + 2 * size
+    column = _linear(draft, START).outputs - _linear(draft, READ_IN).outputs
+    constant_at = base_at + 2 * column
+    _run_block(draft, READ_IN, 1, states_at, 0, constant_at, each, rest, y_at, rows)
+    if _linear(draft, TO_HIDDEN).outputs:
+        _run_linear(draft, TO_HIDDEN, y_at, x_at, rows)
         x_at, y_at = y_at, x_at
-    native_rms_norm(y_at, norms[0], x_at, rows, hidden, EPSILON)
-    _run_linear(products[OUTPUT], x_at, rest, rows, crew)
+    native_rms_norm(y_at, _norm(draft, 0), x_at, rows, hidden, EPSILON)
+    _run_linear(draft, OUTPUT, x_at, rest, rows)
     return rest
 
 
 @njit(**OPTIONS)
-def _begin(products, ones_at, hidden_at, base_at, spare, sizes, rows, crew):
+def _begin(draft, base_at, spare):
     """SequentialHeads._begin into base (rows, S)"""
-    hidden, inputs = sizes[0], sizes[3]
-    native_rms_norm(hidden_at, ones_at, spare, rows * inputs, hidden, EPSILON)
+    rows, hidden, inputs = draft.rows, draft.hidden_size, draft.hidden_inputs
+    native_rms_norm(draft.hidden, draft.ones, spare, rows * inputs, hidden, EPSILON)
     mixed = spare
-    if products[MIX][4]:
+    if _linear(draft, MIX).outputs:
         mixed = spare + 2 * rows * inputs * hidden
-        _run_linear(products[MIX], spare, mixed, rows, crew)
-    _run_linear(products[START], mixed, base_at, rows, crew)
+        _run_linear(draft, MIX, spare, mixed, rows)
+    _run_linear(draft, START, mixed, base_at, rows)
 
 
 @njit(**OPTIONS)
@@ -272,23 +274,26 @@ def _take_best(scores, row, first, end, count, chosen):
 
 
 @njit(cache=True, nogil=True, **OPTIONS)
-def _draft(
-    hidden_at, pending_at, found_at, rows, count, pool, beams, ranks, tau_at, step_cost, never,
-    products, norms, ones_at, embedding_at, map_at, sizes, threads, team_at, share, children, linear, block,
-):  # fmt: skip
-    crew = (threads, team_at, share, linear, block)
-    hidden, width, inputs = sizes[0], sizes[1], sizes[3]
+def _draft(task_at):
+    draft = record_at(task_at, DRAFT)
+    rows, count, pool, ranks, token_map_at = draft.rows, draft.count, draft.pool, draft.ranks, draft.token_map
+    hidden, width, inputs = draft.hidden_size, draft.width, draft.hidden_inputs
+    step_cost, never = np.float32(draft.step_cost), np.float32(draft.never)
+    beams = carray(pointer(draft.beams), (draft.num_beams,), np.int64)
+    vocab = _linear(draft, OUTPUT).outputs
     widest, inner = np.int64(1), np.int64(0)
     for i in range(len(beams)):
         widest = max(widest, beams[i])
-    for i in range(len(products)):
-        inner = max(inner, max(products[i, 3], products[i, 4]))
-    most, total = rows * widest, products[START, 4]
+    for i in range(CELL + 2 * draft.cells):
+        inner = max(inner, max(_linear(draft, i).inputs, _linear(draft, i).outputs))
+    most, total = rows * widest, _linear(draft, START).outputs
     # a block's inputs, its products, the gated half and what comes of it; or the logits
     room = most * (4 * inner + 2 * max(width, hidden) + hidden * inputs)
     halves = rows * total + 2 * most * width + room
     numbers = most * (5 + 2 * ranks) + 4 * rows * pool + max(count, widest)
-    memory = np.empty(8 * numbers + 2 * halves, np.uint8)  # one, and views of it: each array costs half a second
+    memory = np.empty(
+        8 * numbers + 2 * halves, np.uint8
+    )  # one array and views of it: each array takes half a second to compile
     place = np.int64(memory.ctypes.data)
     tokens = carray(pointer(place), (most,), np.int64)
     parents = carray(pointer(place + 8 * most), (2, most), np.float32)
@@ -307,35 +312,36 @@ def _draft(
     states_at = base_at + 2 * rows * total
     other_at = states_at + 2 * most * width
     spare = other_at + 2 * most * width
-    token_map = carray(pointer(map_at), (products[OUTPUT, 4],), np.int64)
-    found = carray(pointer(found_at), (3, rows, count), np.int64)
-    pending = carray(pointer(pending_at), (rows,), np.int64)
+    token_map = carray(pointer(token_map_at), (vocab,), np.int64)
+    found = carray(pointer(draft.found), (3, rows, count), np.int64)
+    pending = carray(pointer(draft.pending), (rows,), np.int64)
+    search = new_record(CHILDREN)
+    use_threads(search, draft)
+    search.ids, search.logp, search.beams, search.vocab, search.ranks = ids_at, logp_at, 1, vocab, ranks
     for i in range(most):
         parents[0, i], at[0, i] = 0, 0
 
-    _begin(products, ones_at, hidden_at, base_at, spare, sizes, rows, crew)
+    _begin(draft, base_at, spare)
     for row in range(rows):
         tokens[row] = pending[row]
         copy_halves(base_at + 2 * row * total, states_at + 2 * row * width, width)
     each, filled = np.int64(1), np.int64(0)
-    _advance(products, norms, states_at, tokens, embedding_at, base_at, total, each, spare, sizes, rows, crew)
+    _advance(draft, states_at, tokens, base_at, each, spare, rows)
     for depth in range(len(beams)):
         places, now, then = rows * each, depth % 2, (depth + 1) % 2
-        logits_at = _logits(products, norms, states_at, base_at, total, each, spare, sizes, places, crew)
-        native_children(
-            logits_at, tau_at + 4 * depth, ids_at, logp_at, places, 1, products[OUTPUT, 4], ranks,
-            threads, team_at, children,
-        )  # fmt: skip
+        search.logits = _logits(draft, states_at, base_at, each, spare, places)
+        search.tau, search.count, search.threads = draft.tau + 4 * depth, places, draft.threads
+        run_items(search, draft.children)
         more = beams[depth]
         for row in range(rows):
             for beam in range(each):
                 place, parent = row * each + beam, parents[now, row * each + beam]
                 for rank in range(ranks):
                     own, i = logp[place, rank], filled + beam * ranks + rank
-                    own = own if own > np.float32(never) else np.float32(never)
-                    least = parent * np.float32(1 + 1e-6) - np.float32(step_cost)
+                    own = own if own > never else never
+                    least = parent * np.float32(1 + 1e-6) - step_cost
                     scores[row, i] = min(parent + own, least)
-                    pool_tokens[row, i] = token_map[ids[place, rank]] if map_at else ids[place, rank]
+                    pool_tokens[row, i] = token_map[ids[place, rank]] if token_map_at else ids[place, rank]
                     above[row, i], depths[row, i] = at[now, place], depth + 1
             _take_best(scores, row, filled, filled + each * ranks, more, chosen)
             for j in range(more):
@@ -348,9 +354,7 @@ def _draft(
         if more:
             each = more
             states_at, other_at = other_at, states_at
-            _advance(
-                products, norms, states_at, tokens, embedding_at, base_at, total, each, spare, sizes, rows * each, crew
-            )  # fmt: skip
+            _advance(draft, states_at, tokens, base_at, each, spare, rows * each)
     for row in range(rows):
         _take_best(scores, row, np.int64(0), filled, count, chosen)
         for n in range(count):
@@ -359,4 +363,4 @@ def _draft(
             for other in range(n):
                 if chosen[other] == above[row, best] - 1:
                     found[1, row, n] = other + 1
-    memory[0] = 0  # as in run_in_team
+    keep(memory)

@@ -1,4 +1,4 @@
-"""int4.plain_few_bit_parts in one pass over the weights: torch goes over them ten times, a start's longest work."""
+"""int4.plain_few_bit_parts in one pass over the weights. torch needs ten: the longest part of a start."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ EXACT: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}  
 
 def four_bit_steps(weight: Tensor, near: float) -> tuple[Tensor, Tensor, Tensor] | None:
     """weight (out, in) float32 → steps (out, in) uint8 of 0 … 15, scale and lowest of each group (out, in / 32);
-    None: a weight lies further than `near` beside its step"""
+    None: a weight is further than `near` from its step"""
     return _found(weight, near, False)
 
 
 def eight_bit_steps(weight: Tensor, near: float) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The same of steps + 128 of -127 … 127; the lowest mean nothing."""
+    """The same for steps of -127 … 127, plus 128; the lowest are not used."""
     return _found(weight, near, True)
 
 
@@ -35,7 +35,7 @@ def _found(weight: Tensor, near: float, eight: bool) -> tuple[Tensor, Tensor, Te
 
 @njit(**EXACT)
 def _fill(weight, near, eight, steps, scales, lows):
-    """False: a weight lies beside its step. eight: its steps are counted from -128, else from the group's lowest"""
+    """→ whether all weights are near a step. eight: steps are counted from -128, else from the group's lowest"""
     shift = np.float32(128 if eight else 0)
     for row in range(weight.shape[0]):
         for group in range(scales.shape[1]):

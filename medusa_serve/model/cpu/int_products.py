@@ -1,29 +1,29 @@
-"""int4 and int8 products by kernels of our own, where this machine makes them faster than torch's."""
+"""Linear layers of int4 and int8 weights by our own kernels, for machines on which they are faster than torch's."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from ctypes import addressof
 from typing import Any, Self
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import njit
 from numba.extending import register_jitable
 from torch import Tensor
 
 from ..weights.int4 import GROUP, Int4Linear
 from ..weights.int8 import Int8Linear
-from .base import OPTIONS
-from .int16_inputs import FACTS, whole
+from .base import OPTIONS, as_function, keep, record_at
+from .int16_inputs import SUMMARY, to_int16
 from .int_tiles import HALF, PAIR, QUAD, UNIT, Int4Tile, Int8Tile, most_rows, tiles
-from .threads import HEAD, meet, run_in_team, share_of, team, thread_of
+from .threads import range_of_thread, run_in_threads, task_record, thread_of, threads, wait_for_all
 
 
 class NativeInt4Linear(Int4Linear):
-    """packed (1, out / 16, in / 4, 32) uint8: of four inputs and two vectors of eight outputs the steps of (output,
-    input of a pair, pair), the first vector's in the low bits · scales (1, out / 16, in / 32, 2, 16) bfloat16: scale
-    and zero, the second vector's scales a sixteenth. Of weights with two parts packed (1, out / 16, in / 2, 16, 2)
-    int8, both in one, and scales (1, out / 16, in / 32, 16)"""
+    """packed (1, out / 16, in / 4, 32) uint8: four inputs of two vectors of eight outputs, in the order (output, input
+    of a pair, pair), the first vector's steps in the low bits · scales (1, out / 16, in / 32, 2, 16) bfloat16: scale
+    and zero; the second vector's scales are divided by 16. Weights of two parts: packed (1, out / 16, in / 2, 16, 2)
+    int8, both parts in one number, scales (1, out / 16, in / 32, 16)"""
 
     note = ", own products"
 
@@ -61,14 +61,14 @@ class NativeInt4Linear(Int4Linear):
 
     @classmethod
     def merged(cls, layers: list[Any]) -> Self:
-        """One layer with the outputs of all, whose weights the layers share."""
-        whole = cls(*(torch.cat([getattr(layer, name) for layer in layers], dim=1) for name in ("packed", "scales")))
+        """One layer with the outputs of all. The layers' weights become views of its weights."""
+        merged = cls(*(torch.cat([getattr(layer, name) for layer in layers], dim=1) for name in ("packed", "scales")))
         units = [layer.packed.shape[1] for layer in layers]
         for name in ("packed", "scales"):
-            for layer, rows in zip(layers, getattr(whole, name).split(units, dim=1), strict=True):
+            for layer, rows in zip(layers, getattr(merged, name).split(units, dim=1), strict=True):
                 setattr(layer, name, rows)
                 layer._parts = None
-        return whole
+        return merged
 
     def _part(self, x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
         return product(x, packed, scales, self.bits)
@@ -104,7 +104,7 @@ def _in_pairs(numbers: Tensor) -> Tensor:
 
 @njit(cache=True, nogil=True)
 def _in_quads(steps, packed):
-    """NativeInt4Linear's order: by torch's operations it takes ten times as long, at every start"""
+    """NativeInt4Linear's order. torch's operations would take ten times as long, at every start."""
     inputs = steps.shape[1]
     for unit in range(packed.shape[0]):
         for output in range(HALF):
@@ -119,86 +119,67 @@ def _in_units(numbers: Tensor) -> Tensor:
     return numbers.unflatten(0, (-1, UNIT)).transpose(1, 2).contiguous()
 
 
-def product(x: Tensor, packed: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """x (M, in) bfloat16, without gaps, by weights of so many bits → (M, out) bfloat16"""
-    (rows, inputs), outputs = x.shape, packed.shape[0] * UNIT
-    out = torch.empty(rows, outputs, dtype=torch.bfloat16)
-    native_product(
-        x.data_ptr(), packed.data_ptr(), scales.data_ptr(), out.data_ptr(), rows, inputs, outputs, bits,
-        *team().given(), product_share(),
-    )  # fmt: skip
-    return out
-
-
-@lru_cache
-def product_share() -> int:
-    """Address of the function that a thread runs: its share of a product's outputs."""
-
-    @cfunc(types.void(types.voidptr), cache=True, **OPTIONS)
-    def body(task_at):
-        task = carray(task_at, (TASK,), np.int64)
-        _share(task, thread_of(task))
-
-    return int(body.address or 0)
-
-
+# room: address of `product_room` numbers of 16 bits for each row
+Product = task_record("x weights scales out rows inputs outputs bits room")
+PRODUCT = np.dtype(Product)
 ROWS = most_rows()
 _4_tile, _8_tile = tiles(Int4Tile), tiles(Int8Tile)
 
-# numbers of a task: what it begins with, then as `fill_product` has them
-TASK = HEAD + 9
+
+def product(x: Tensor, weights: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """x (M, in) bfloat16, contiguous, by weights of that many bits → (M, out) bfloat16"""
+    (rows, inputs), outputs = x.shape, weights.shape[0] * UNIT
+    out = torch.empty(rows, outputs, dtype=torch.bfloat16)
+    task = Product(*threads().given())
+    task.x, task.weights, task.scales, task.out = x.data_ptr(), weights.data_ptr(), scales.data_ptr(), out.data_ptr()
+    task.rows, task.inputs, task.outputs, task.bits = rows, inputs, outputs, bits
+    _multiply(addressof(task), product_function())
+    return out
+
+
+@njit(cache=True, **OPTIONS)
+def _multiply(task_at, function):
+    run_product(record_at(task_at, PRODUCT), function)
 
 
 @njit(inline="always", **OPTIONS)
-def fill_product(task, x_at, packed, scales, out, rows, inputs, outputs, bits, room):
-    """room: address of `product_room` for each row"""
-    task[HEAD], task[HEAD + 1], task[HEAD + 2], task[HEAD + 3], task[HEAD + 4] = x_at, packed, scales, out, rows
-    task[HEAD + 5], task[HEAD + 6], task[HEAD + 7], task[HEAD + 8] = inputs, outputs, bits, room
+def run_product(task, function):
+    """Of a task that has no room yet."""
+    room = np.empty(task.rows * product_room(task.inputs), np.int16)
+    task.room = room.ctypes.data
+    run_in_threads(task, function)
+    keep(room)
 
 
 @register_jitable
 def product_room(inputs):
-    """Numbers of 16 bits that a row's inputs take as native_whole.py makes them."""
-    return inputs + 2 * FACTS * (inputs // GROUP)
+    """Numbers of 16 bits that the inputs of a row take as int16_inputs.py makes them."""
+    return inputs + 2 * SUMMARY * (inputs // GROUP)
 
 
-@njit(cache=True, **OPTIONS)
-def native_product(x_at, packed, scales, out, rows, inputs, outputs, bits, threads, team_at, share):
-    task = np.empty(TASK, np.int64)
-    task[0], task[1] = threads, team_at
-    room = np.empty(rows * product_room(inputs), np.int16)
-    fill_product(task, x_at, packed, scales, out, rows, inputs, outputs, bits, room.ctypes.data)
-    run_in_team(task, share)
-    room[0] = 0  # as in run_in_team
-
-
-@njit(**OPTIONS)
-def _share(task, thread):
-    """One thread's share of the inputs, then of the output rows."""
-    x, packed, scales, out, rows, inputs, outputs, bits, numbers = (
-        task[HEAD], task[HEAD + 1], task[HEAD + 2], task[HEAD + 3], task[HEAD + 4], task[HEAD + 5], task[HEAD + 6],
-        task[HEAD + 7], task[HEAD + 8],
-    )  # fmt: skip
-    groups, facts = inputs // GROUP, numbers + 2 * rows * inputs
-    first, last = share_of(rows, task, thread)
-    whole(
-        x + 2 * first * inputs, (last - first) * groups, numbers + 2 * first * inputs,
-        facts + 4 * FACTS * first * groups,
-    )  # fmt: skip
-    meet(task)
+@as_function
+def product_function(task_at):
+    """A thread's part: first of the inputs' rows, then of the outputs."""
+    task = record_at(task_at, PRODUCT)
+    thread = thread_of(task)
+    rows, inputs, outputs, bits = task.rows, task.inputs, task.outputs, task.bits
+    groups, summaries = inputs // GROUP, task.room + 2 * rows * inputs
+    numbers, out = task.room, task.out
+    first, last = range_of_thread(rows, task, thread)
+    x, own = task.x + 2 * first * inputs, numbers + 2 * first * inputs
+    to_int16(x, (last - first) * groups, own, summaries + 4 * SUMMARY * first * groups)
+    wait_for_all(task)
     weight_bytes, scale_bytes = inputs * UNIT * bits // 8, groups * UNIT * (4 if bits == 4 else 2)
-    unit, end = share_of(outputs // UNIT, task, thread)
+    unit, end = range_of_thread(outputs // UNIT, task, thread)
     while unit < end:
-        w, s = packed + unit * weight_bytes, scales + unit * scale_bytes
+        w, s = task.weights + unit * weight_bytes, task.scales + unit * scale_bytes
         row = 0
         while row < rows:
             left = rows - row
             count = -(-left // -(-left // ROWS))
-            a, t, o = (
-                numbers + 2 * row * inputs,
-                facts + 4 * FACTS * row * groups,
-                out + 2 * (row * outputs + unit * UNIT),
-            )
+            a = numbers + 2 * row * inputs
+            t = summaries + 4 * SUMMARY * row * groups
+            o = out + 2 * (row * outputs + unit * UNIT)
             if bits == 4:
                 _4_tile(count, a, inputs, t, w, s, o, outputs)
             else:

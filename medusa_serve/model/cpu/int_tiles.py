@@ -1,10 +1,10 @@
 """Products of a few rows with int4 and int8 weights, as LLVM's vectors: what Numba makes of loops over such weights
 takes three times as long.
 
-Weights are whole numbers, and so are the inputs: a group of 32 is its numbers of 16 bits and one scale, a power of two
-(native_whole.py). A vector holds the products of eight or sixteen output rows, summed up as 32-bit integers, which
-know no order: a row's sums are bitwise the same whatever the others are, whatever the tile, and whatever the vector. A
-tile is some rows by a unit of 16 outputs.
+Weights are integers, and so are the inputs: a group of 32 is 32 int16 numbers and one scale, a power of two
+(int16_inputs.py). A vector holds the products of eight or sixteen output rows. They are added up as 32-bit integers,
+in which the order does not matter: a row's sums are bitwise the same whatever the other rows, the tile's size and the
+vector's length are. A tile is some rows by a unit of 16 outputs.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from numba.core import cgutils, config
 
 from ..weights.int4 import GROUP
 from .base import intrinsic
-from .int16_inputs import FACTS
+from .int16_inputs import SUMMARY
 from .vectors import F32, I8, I16, I32, Vectors, same
 
-UNIT = 16  # output rows that lie together
-HALF = UNIT // 2  # of them, whose int4 steps lie in the low bits of bytes
-PAIR = 2  # inputs whose products with a weight's row are one integer
-QUAD = 4  # inputs that a step goes over
+UNIT = 16  # output rows that are stored together
+HALF = UNIT // 2  # the first half's int4 steps are the low bits of bytes
+PAIR = 2  # inputs that one multiplication adds up
+QUAD = 4  # inputs of one loop step
 LINE = 64  # bytes of a cache line
 WIDE = 16  # numbers of a vector of AVX-512
-# LLVM's names of what multiplies pairs of 16 bits and adds up each two, by the vector's results
+# LLVM's names of the instruction that multiplies int16 pairs and adds each two products, by its number of results
 PAIR_PRODUCTS = {WIDE: "llvm.x86.avx512.pmaddw.d.512", WIDE // 2: "llvm.x86.avx2.pmadd.wd"}
 
 
 def tiles(kind: type[Tile]) -> Any:
-    """What makes one of so many rows, up to most_rows()."""
+    """A function that computes a tile of 1 to most_rows() rows."""
 
     @intrinsic
-    def run(_, rows, x, inputs, facts, packed, scales, out, outputs):
-        """rows: of the tile · addresses of x (M, inputs) int16 and facts (M, groups, FACTS) as native_whole.py gives
-        them, the weights of a unit, its scales, and out (M, outputs) bfloat16"""
+    def run(_, rows, x, inputs, summaries, packed, scales, out, outputs):
+        """rows: of the tile · addresses: x (M, inputs) int16 and summaries (M, groups, SUMMARY) from int16_inputs.py,
+        a unit's weights and scales, out (M, outputs) bfloat16"""
 
         def generate(context, builder, signature, arguments):
             count, *rest = arguments
@@ -58,33 +58,33 @@ def tiles(kind: type[Tile]) -> Any:
 
 
 def lanes_here() -> tuple[int, bool]:
-    """Numbers of a vector that this processor's products are made of, and whether it has an instruction for them."""
-    told: Any = config  # Numba's settings may name another processor, or forbid instructions of this one
-    if told.CPU_NAME is not None or told.CPU_FEATURES is not None or not told.ENABLE_AVX:
+    """(numbers in a vector on this processor, whether it has an instruction for products of int16 pairs)"""
+    settings: Any = config  # Numba's settings may name another processor, or forbid instructions of this one
+    if settings.CPU_NAME is not None or settings.CPU_FEATURES is not None or not settings.ENABLE_AVX:
         return WIDE // 2, False
     has = binding.get_host_cpu_features()
     return (WIDE, True) if has.get("avx512bw") else (WIDE // 2, bool(has.get("avx2")))
 
 
 def most_rows() -> int:
-    """Of a tile: of more, not all sums stay in registers."""
+    """Of a tile: with more rows, not all sums stay in registers."""
     return 8 if lanes_here()[0] == WIDE else 4
 
 
 class Tile(Vectors):
-    """The instructions of a tile, made of those of a group of inputs."""
+    """Writes the instructions of a tile. Its subclasses know how weights are stored."""
 
     group_bytes: int  # of a unit's weights
-    scale_bytes: int  # of a unit's scales, of a group
+    scale_bytes: int  # of a unit's scales
 
-    def __init__(self, builder: Any, rows: int, x, inputs, facts, packed, scales, out, outputs) -> None:
+    def __init__(self, builder: Any, rows: int, x, inputs, summaries, packed, scales, out, outputs) -> None:
         lanes, known = lanes_here()
         super().__init__(builder, lanes)
         self.bytes, self.pairs, self.both = (ir.VectorType(kind, PAIR * lanes) for kind in (I8, I16, I32))
         self.rows, self.vectors = range(rows), range(UNIT // lanes)
         self.groups = builder.udiv(inputs, self.word(GROUP))
         self.x = [self.at(x, r, inputs, 2) for r in self.rows]
-        self.facts = [self.at(facts, r, self.groups, 4 * FACTS) for r in self.rows]
+        self.summaries = [self.at(summaries, r, self.groups, 4 * SUMMARY) for r in self.rows]
         self.packed, self.scales = packed, scales
         self.out = [self.at(out, r, outputs, 2) for r in self.rows]
         self._pair_products = self.declared(PAIR_PRODUCTS[lanes], self.words, [self.pairs] * 2) if known else None
@@ -94,22 +94,22 @@ class Tile(Vectors):
         totals = [self.variables(len(self.vectors), same(self.floats, 0.0)) for _ in self.rows]
         with cgutils.for_range(b, self.groups) as loop:
             x = [self.at(row, loop.index, self.word(2 * GROUP)) for row in self.x]
-            facts = [self.at(row, loop.index, self.word(4 * FACTS)) for row in self.facts]
+            summaries = [self.at(row, loop.index, self.word(4 * SUMMARY)) for row in self.summaries]
             packed = self.at(self.packed, loop.index, self.word(self.group_bytes))
             scales = self.at(self.scales, loop.index, self.word(self.scale_bytes))
             self.fetch(packed, self.group_bytes)
             self.fetch(scales, self.scale_bytes)
-            found = self.summed_up(x, packed, self.starts(facts))
+            found = self.summed_up(x, packed, self.starts(summaries))
             for r in self.rows:
                 for v, total in enumerate(totals[r]):
-                    value = self.scaled(b.load(total), b.sitofp(found[r][v], self.floats), facts[r], scales, v)
+                    value = self.scaled(b.load(total), b.sitofp(found[r][v], self.floats), summaries[r], scales, v)
                     b.store(value, total)
         for r, row in enumerate(totals):
             for v, total in enumerate(row):
                 self.keep(self.at(self.out[r], 2 * self.lanes * v), b.load(total))
 
     def summed_up(self, x: list[Any], packed: Any, sums: list[list[Any]]) -> list[list[Any]]:
-        """Each row's sums of a group, from where they start."""
+        """Each row's sums over a group; sums: their first values."""
         b = self.b
         for quad in range(GROUP // QUAD):
             pairs = self.steps(self.at(packed, quad, self.word(self.group_bytes * QUAD // GROUP)))
@@ -123,8 +123,8 @@ class Tile(Vectors):
         return sums
 
     def fenced(self, sums: list[list[Any]]) -> list[list[Any]]:
-        """The same, here and all at once: LLVM alone takes a group's products in an order for which there are not
-        registers enough."""
+        """The same sums, all needed at this place: without that LLVM orders a group's products so that the registers
+        are too few."""
         every = [each for row in sums for each in row]
         if self._pair_products is None or len(every) == 1:
             return sums
@@ -135,20 +135,20 @@ class Tile(Vectors):
         found, number = [self.b.extract_value(held, n) for n in range(len(every))], len(self.vectors)
         return [found[n : n + number] for n in range(0, len(found), number)]
 
-    def starts(self, facts: list[Any]) -> list[list[Any]]:
-        """What each row's sums of a group begin with, by vector."""
+    def starts(self, summaries: list[Any]) -> list[list[Any]]:
+        """The first values of each row's sums over a group, by vector."""
         raise NotImplementedError
 
     def steps(self, packed: Any) -> list[list[Any]]:
-        """Of QUAD inputs, two by two, by the unit's vectors of outputs, 16 bits each."""
+        """The int16 weights of QUAD inputs: for each pair of inputs the unit's vectors of outputs."""
         raise NotImplementedError
 
-    def scaled(self, total: Any, sums: Any, facts: Any, scales: Any, v: int) -> Any:
-        """A row's total of a vector with a group's sums."""
+    def scaled(self, total: Any, sums: Any, summary: Any, scales: Any, v: int) -> Any:
+        """A row's total of a vector plus a group's scaled sums."""
         raise NotImplementedError
 
     def products(self, numbers: Any, steps: Any) -> Any:
-        """Of pairs of 16 bits, each two added, int32"""
+        """int16 pairs → int32: each two products added"""
         numbers = self.b.bitcast(numbers, self.pairs)
         if self._pair_products is not None:
             return self.b.call(self._pair_products, [numbers, steps])
@@ -157,7 +157,7 @@ class Tile(Vectors):
         return self.b.add(even, odd)
 
     def fetch(self, place: Any, size: int) -> None:
-        """Ask for what the next unit's tile reads of this group: the hardware alone does not come after."""
+        """Prefetch the same group of the next unit: the hardware's own prefetching is too slow for it."""
         ahead = self.at(place, self.groups, self.word(size))
         for line in range(0, size, LINE):
             self.ask_for(self.at(ahead, line))
@@ -169,27 +169,27 @@ class Int4Tile(Tile):
 
     group_bytes, scale_bytes = GROUP * UNIT // 2, 4 * UNIT
 
-    def starts(self, facts: list[Any]) -> list[list[Any]]:
-        eight = [self.spread(self.at(fact, 8), I32, self.words) for fact in facts]
+    def starts(self, summaries: list[Any]) -> list[list[Any]]:
+        eight = [self.spread(self.at(summary, 8), I32, self.words) for summary in summaries]
         return [[self.b.shl(start, shift) for shift in self.halved(self.words, 0, 4)] for start in eight]
 
     def steps(self, packed: Any) -> list[list[Any]]:
-        """The second half's are sixteen times as large: a shift less, and its scales are so much smaller."""
+        """The second half's steps are sixteen times as large, which saves a shift; its scales are a sixteenth."""
         four = self.load(packed, ir.VectorType(I16, UNIT), 1)
         four = self.shuffled(four, four, [place % UNIT for place in range(PAIR * self.lanes)])
         both, bits = (four, self.b.lshr(four, same(self.pairs, 8))), self.halved(self.pairs, 15, 240)
         return [[self.b.and_(two, mask) for mask in bits] for two in both]
 
     def halved(self, kind: Any, first: int, second: int) -> list[Any]:
-        """The unit's vectors, full of the first number where the first half's outputs are, then of the second."""
+        """The unit's vectors with the first number for the first half of the outputs, the second for the others."""
         half = HALF * kind.count // self.lanes
         numbers = [ir.Constant(kind.element, number) for number in [first] * half + [second] * half]
         return [ir.Constant(kind, numbers[n : n + kind.count]) for n in range(0, 2 * half, kind.count)]
 
-    def scaled(self, total: Any, sums: Any, facts: Any, scales: Any, v: int) -> Any:
+    def scaled(self, total: Any, sums: Any, summary: Any, scales: Any, v: int) -> Any:
         scale, zero = (self.wide(self.at(scales, 2 * (part * UNIT + v * self.lanes))) for part in (0, 1))
-        own, whole = (self.spread(self.at(facts, 4 * n), F32, self.floats) for n in (0, 1))
-        return self.fma(zero, whole, self.fma(self.b.fmul(scale, own), sums, total))
+        own, sum_x = (self.spread(self.at(summary, 4 * n), F32, self.floats) for n in (0, 1))
+        return self.fma(zero, sum_x, self.fma(self.b.fmul(scale, own), sums, total))
 
 
 class Int8Tile(Tile):
@@ -198,8 +198,8 @@ class Int8Tile(Tile):
 
     group_bytes, scale_bytes = GROUP * UNIT, 2 * UNIT
 
-    def starts(self, facts: list[Any]) -> list[list[Any]]:
-        return [[same(self.words, 0) for _ in self.vectors] for _ in facts]
+    def starts(self, summaries: list[Any]) -> list[list[Any]]:
+        return [[same(self.words, 0) for _ in self.vectors] for _ in summaries]
 
     def steps(self, packed: Any) -> list[list[Any]]:
         size, number = PAIR * self.lanes, len(self.vectors)
@@ -207,6 +207,6 @@ class Int8Tile(Tile):
         wide = [self.b.sext(self.load(place, self.bytes, 1), self.pairs) for place in places]
         return [wide[n : n + number] for n in range(0, len(wide), number)]
 
-    def scaled(self, total: Any, sums: Any, facts: Any, scales: Any, v: int) -> Any:
-        own = self.spread(self.at(facts, 0), F32, self.floats)
+    def scaled(self, total: Any, sums: Any, summary: Any, scales: Any, v: int) -> Any:
+        own = self.spread(self.at(summary, 0), F32, self.floats)
         return self.fma(self.b.fmul(self.wide(self.at(scales, 2 * v * self.lanes)), own), sums, total)

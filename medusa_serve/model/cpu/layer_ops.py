@@ -37,7 +37,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     _, heads, rows, dim = x.shape
     out = torch.empty(1, rows, heads, dim, dtype=BFLOAT16)
     strides = (x.stride(1), x.stride(2), cos.stride(1), sin.stride(1))
-    _rotate(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), *strides, heads, rows, dim)
+    rotate_rows(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), *strides, heads, rows, dim)
     return out.transpose(1, 2)
 
 
@@ -45,7 +45,7 @@ def write_rows(slab: Tensor, slots: Tensor, columns: Tensor, rows: Tensor) -> No
     """slab (S, C, heads, dim) · slots (B) · columns (B, N) · rows (B, heads, N, dim)"""
     batch, heads, new, dim = rows.shape
     strides, at = rows.stride(), columns if columns.is_contiguous() else columns.contiguous()
-    _write_rows(
+    write_slab_rows(
         slab.data_ptr(), slots.data_ptr(), at.data_ptr(), rows.data_ptr(), strides[0], strides[1], strides[2],
         0, batch * new, heads, new, dim, slab.shape[1],
     )  # fmt: skip
@@ -87,7 +87,7 @@ def native_silu_times(gate_at, gate_row, up_at, up_row, out_at, rows, dim):
 
 
 @njit(cache=True, **OPTIONS)
-def _rotate(x_at, cos_at, sin_at, out_at, x_head, x_row, cos_row, sin_row, heads, rows, dim):
+def rotate_rows(x_at, cos_at, sin_at, out_at, x_head, x_row, cos_row, sin_row, heads, rows, dim):
     middle = dim // 2
     for row in range(rows):
         cos, sin = _row(cos_at, row * cos_row, dim), _row(sin_at, row * sin_row, dim)
@@ -103,7 +103,7 @@ def _rotate(x_at, cos_at, sin_at, out_at, x_head, x_row, cos_row, sin_row, heads
 
 
 @njit(cache=True, **OPTIONS)
-def _write_rows(slab_at, slots_at, columns_at, rows_at, row, head, new_row, first, end, heads, new, dim, capacity):
+def write_slab_rows(slab_at, slots_at, columns_at, rows_at, row, head, new_row, first, end, heads, new, dim, capacity):
     """first, end: which of the tokens"""
     slots = carray(pointer(slots_at), (end // new + 1,), np.int64)
     columns = carray(pointer(columns_at), (end,), np.int64)

@@ -25,8 +25,8 @@ from ..forward.tree_forward import TreeForward, decoder_layers
 from ..weights.int4 import Int4Linear
 from ..weights.int8 import Int8Linear
 from . import layer_ops
-from .attention import fits_slab
-from .tape import NoTape, Tape, TapeRun, view_facts
+from .attention import fits_slab, view_record
+from .tape import NoTape, Tape, TapeRun
 from .whole_pass import Call, NativePass, OtherPass, calls_of, hands_on, noted
 
 aten = torch.ops.aten
@@ -77,7 +77,7 @@ class NativeLayers(FusedLayers):
         self._inputs: list[list[Any]] = []
         self._natives: list[_Native] = []
         weights: list[Any] = []
-        self._facts: Any = None  # of the pass, for a tape
+        self._seen: Any = None  # of the pass, for a tape
         for index, layer in enumerate(self._layers):
             kind = repr((_facts(layer), [(name, type(module)) for name, module in layer.named_modules()]))
             if kind not in made:
@@ -120,14 +120,14 @@ class NativeLayers(FusedLayers):
             if not native.traced.takes(leaves, spec):
                 return type(layer).forward(layer, *args, **kwargs)
             self._shared, self._tensors = mine, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            self._facts = self._facts_of(view, native)
-        if native.tape is not None and self._facts is not None and args[0].is_contiguous():
+            self._seen = self._view_record(view, native)
+        if native.tape is not None and self._seen is not None and args[0].is_contiguous():
             cache, self._end = self._forward.cache, self._ends[index]
             span = slice(index, self._end)
             self._ahead = native.tape(
                 args[0],
                 self._weights[span] if self._alike else self._weights[index],
-                self._facts,
+                self._seen,
                 cache.keys[span],
                 cache.values[span],
                 {},
@@ -145,7 +145,7 @@ class NativeLayers(FusedLayers):
         read = [place for place in self._forward.tap.layers if place > index]
         return min(read, default=len(self._layers))
 
-    def _facts_of(self, view: View, native: _Native) -> Any:
+    def _view_record(self, view: View, native: _Native) -> Any:
         """What a tape needs of the pass; None where the graph runs as it is."""
         cache = self._forward.cache
         if native.tape is None or not self._forward.exact or not fits_slab(cache.keys, cache.values, view):
@@ -154,11 +154,11 @@ class NativeLayers(FusedLayers):
         cos, sin = (self._tensors[places[place]] for place in native.tape.tape.positions)
         if cos.stride(2) != 1 or sin.stride(2) != 1:
             return None
-        return view_facts(view, cache.keys.shape[2], cos, sin)
+        return view_record(view, cache.keys.shape[2], cos, sin)
 
     def close(self) -> None:
         super().close()
-        self._shared, self._facts, self._ahead = (), None, None
+        self._shared, self._seen, self._ahead = (), None, None
 
 
 class _Native:

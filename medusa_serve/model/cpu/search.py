@@ -1,21 +1,26 @@
-"""What a CPU's greedy step looks for, each one kernel: the largest logits, the lookup, and a draft's best children.
-Three tenths of a millisecond of small operations each otherwise.
+"""The searches of a CPU's greedy step, one kernel each: the largest logits, the lookup, and a draft's best children.
+torch's small operations take three tenths of a millisecond for each of them.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from ctypes import addressof
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, njit
 from torch import Tensor
 
-from .base import OPTIONS, exponential, pointer, wide
-from .threads import HEAD, run_in_team, share_of, team, thread_of
+from .base import OPTIONS, as_function, exponential, pointer, record_at, wide
+from .threads import range_of_thread, run_in_threads, task_record, thread_of, threads
 
-BLOCK = 1024  # numbers whose largest is looked for at once
-INFINITE = 0x7F80  # bfloat16's bits of infinity; above it is no number
+BLOCK = 1024  # numbers of one search for the largest
+INFINITE = 0x7F80  # bfloat16's bits of infinity; larger bits are NaN
+Largest = task_record("logits picked best count vocab")
+LARGEST = np.dtype(Largest)
+# tau: (beams) float32; the items are beams of one row after the other
+Children = task_record("logits tau ids logp count beams vocab ranks")
+CHILDREN = np.dtype(Children)
 
 
 def fits(logits: Tensor) -> bool:
@@ -23,39 +28,15 @@ def fits(logits: Tensor) -> bool:
 
 
 def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (B, N, V) → the place of each node's largest, the first among equals, and that number, float32; NaN where
-    not all are numbers. (B, N) both"""
+    """logits (B, N, V) → the index of each node's largest logit, the first among equals, and that logit, float32; NaN
+    where one of them is NaN or infinite. (B, N) both"""
     rows, nodes, vocab = logits.shape
     picked = torch.empty(rows, nodes, dtype=torch.int64)
     best = torch.empty(rows, nodes, dtype=torch.float32)
-    _largest(
-        logits.data_ptr(), picked.data_ptr(), best.data_ptr(), rows * nodes, vocab, *team().given(), largest_share()
-    )
+    task = Largest(*threads().given(), count=rows * nodes, vocab=vocab)
+    task.logits, task.picked, task.best = logits.data_ptr(), picked.data_ptr(), best.data_ptr()
+    _find_largest(addressof(task), largest_function())
     return picked, best
-
-
-@lru_cache
-def children_share() -> int:
-    """Address of the function that a thread runs: its share of the places."""
-
-    @cfunc(types.void(types.voidptr), cache=True, **OPTIONS)
-    def body(task_at):
-        task = carray(task_at, (CHILDREN_TASK,), np.int64)
-        _children(task, thread_of(task))
-
-    return int(body.address or 0)
-
-
-@lru_cache
-def largest_share() -> int:
-    """Address of the function that a thread runs: its share of the nodes."""
-
-    @cfunc(types.void(types.voidptr), cache=True, **OPTIONS)
-    def body(task_at):
-        task = carray(task_at, (TASK,), np.int64)
-        _largest_of(task, thread_of(task))
-
-    return int(body.address or 0)
 
 
 def best_children(logits: Tensor, tau: Tensor, num_ranks: int) -> tuple[Tensor, Tensor]:
@@ -65,48 +46,49 @@ def best_children(logits: Tensor, tau: Tensor, num_ranks: int) -> tuple[Tensor, 
     ids = torch.empty(rows, beams, num_ranks, dtype=torch.int64)
     logp = torch.empty(rows, beams, num_ranks, dtype=torch.float32)
     each = tau.expand(beams).contiguous()
-    native_children(
-        logits.data_ptr(), each.data_ptr(), ids.data_ptr(), logp.data_ptr(), rows * beams, beams, vocab, num_ranks,
-        *team().given(), children_share(),
-    )  # fmt: skip
+    task = Children(*threads().given(), count=rows * beams, beams=beams, vocab=vocab, ranks=num_ranks)
+    task.logits, task.tau, task.ids, task.logp = logits.data_ptr(), each.data_ptr(), ids.data_ptr(), logp.data_ptr()
+    _find_children(addressof(task), children_function())
     return ids, logp
 
 
 def continuation(history: Tensor, length: Tensor, num_tokens: int, longest: int, shortest: int) -> Tensor:
     """As lookup.lookup. history (B, C), contiguous"""
     found = torch.full((len(length), num_tokens), -1, dtype=torch.int64)
-    _continue(
-        history.data_ptr(), length.data_ptr(), found.data_ptr(), *history.shape, num_tokens, longest, shortest
-    )  # fmt: skip
+    sizes = (*history.shape, num_tokens, longest, shortest)
+    _continue(history.data_ptr(), length.data_ptr(), found.data_ptr(), *sizes)
     return found
 
 
-# numbers of a task: what thread_of reads, then logits, picked, best, count, vocab
-TASK = HEAD + 5
+@njit(inline="always", **OPTIONS)
+def run_items(task, function):
+    """A single item is not worth waking threads for."""
+    task.threads = task.threads if task.count > 1 else 1
+    run_in_threads(task, function)
 
 
 @njit(cache=True, **OPTIONS)
-def _largest(logits_at, picked_at, best_at, count, vocab, threads, team_at, share):
-    threads = threads if count > 1 else 1
-    task = np.array((threads, team_at, logits_at, picked_at, best_at, count, vocab), np.int64)
-    run_in_team(task, share)
+def _find_largest(task_at, function):
+    run_items(record_at(task_at, LARGEST), function)
 
 
-@njit(**OPTIONS)
-def _largest_of(task, thread):
-    count, vocab = task[HEAD + 3], task[HEAD + 4]
-    picked = carray(pointer(task[HEAD + 1]), (count,), np.int64)
-    best = carray(pointer(task[HEAD + 2]), (count,), np.float32)
-    first, end = share_of(count, task, thread)
+@as_function
+def largest_function(task_at):
+    """A thread's part of the nodes."""
+    task = record_at(task_at, LARGEST)
+    count, vocab, logits_at = task.count, task.vocab, task.logits
+    picked = carray(pointer(task.picked), (count,), np.int64)
+    best = carray(pointer(task.best), (count,), np.float32)
+    first, end = range_of_thread(count, task, thread_of(task))
     for place in range(first, end):
-        numbers = carray(pointer(task[HEAD] + 2 * place * vocab), (vocab,), np.uint16)
+        numbers = carray(pointer(logits_at + 2 * place * vocab), (vocab,), np.uint16)
         picked[place], good = _argmax(numbers)
         best[place] = wide(numbers[picked[place]]) if good else np.float32(np.nan)
 
 
 @njit(inline="never", **OPTIONS)
 def _argmax(numbers):
-    """(place of the largest bfloat16, the first among equals; whether all are numbers and it is finite)"""
+    """(index of the largest bfloat16, the first among equals; whether it is finite and none is NaN)"""
     best, at, bad = np.int32(-0x8000), 0, np.int32(0)
     for start in range(0, len(numbers), BLOCK):
         end = min(start + BLOCK, len(numbers))
@@ -131,26 +113,20 @@ def _ordered(half):
     return signed if signed >= 0 else np.int32(signed ^ np.int32(0x7FFF))
 
 
-# as TASK: then logits, tau, ids, log-probabilities, count, beams, vocab, ranks
-CHILDREN_TASK = HEAD + 8
-
-
 @njit(cache=True, **OPTIONS)
-def native_children(logits_at, tau_at, ids_at, logp_at, count, beams, vocab, ranks, threads, team_at, share):
-    """tau (beams): of the places one after the other"""
-    threads = threads if count > 1 else 1
-    task = np.array((threads, team_at, logits_at, tau_at, ids_at, logp_at, count, beams, vocab, ranks), np.int64)
-    run_in_team(task, share)
+def _find_children(task_at, function):
+    run_items(record_at(task_at, CHILDREN), function)
 
 
-@njit(**OPTIONS)
-def _children(task, thread):
-    logits_at = task[HEAD]
-    count, beams, vocab, ranks = task[HEAD + 4], task[HEAD + 5], task[HEAD + 6], task[HEAD + 7]
-    taus = carray(pointer(task[HEAD + 1]), (beams,), np.float32)
-    ids = carray(pointer(task[HEAD + 2]), (count, ranks), np.int64)
-    logp = carray(pointer(task[HEAD + 3]), (count, ranks), np.float32)
-    first, last = share_of(count, task, thread)
+@as_function
+def children_function(task_at):
+    """A thread's part of the items."""
+    task = record_at(task_at, CHILDREN)
+    count, beams, vocab, ranks, logits_at = task.count, task.beams, task.vocab, task.ranks, task.logits
+    taus = carray(pointer(task.tau), (beams,), np.float32)
+    ids = carray(pointer(task.ids), (count, ranks), np.int64)
+    logp = carray(pointer(task.logp), (count, ranks), np.float32)
+    first, last = range_of_thread(count, task, thread_of(task))
     for place in range(first, last):
         numbers = carray(pointer(logits_at + 2 * place * vocab), (vocab,), np.uint16)
         best, where = logp[place], ids[place]
@@ -194,7 +170,7 @@ def _continue(history_at, length_at, found_at, rows, columns, num_tokens, longes
 
 @njit(**OPTIONS)
 def native_continue(history, length, found, keep, longest, shortest):
-    """As lookup.lookup, of one row, into `found` where it is to be kept; → tokens found"""
+    """lookup.lookup of one row; fills `found` if `keep`; → number of tokens found"""
     best, at = shortest - 1, -1
     for end in range(length - 1, -1, -1):
         if best == longest:

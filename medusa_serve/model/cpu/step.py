@@ -1,10 +1,11 @@
-"""What stands around a CPU's greedy step as kernels of Numba: fused_step.py's three, by the same names and with the
-same results, where torch would take a hundred small operations. Behind a pass that went through the weights each of
-these costs three times what it costs alone.
+"""A CPU's greedy step around the model's pass, as Numba kernels: gpu/step.py's three functions, with the same names and
+results, instead of torch's hundred small operations. After a pass that went through all weights, each of these
+operations takes three times its usual time.
 """
 
 from __future__ import annotations
 
+from ctypes import addressof
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,54 +17,72 @@ from ..drafting.lookup import MAX_NGRAM, MIN_NGRAM
 from ..drafting.tree import HeadNodes
 from ..gpu.step import Closed, Opened
 from ..tables import FACTS
-from .base import OPTIONS, pointer
+from .base import OPTIONS, pointer, record, record_at
 from .search import native_continue
 
 if TYPE_CHECKING:
     from ..shapes import Shape
     from ..tables import SlotTables
 
+# addresses and sizes of SlotTables, in `_tables_of`'s order
+TABLES = (
+    "history lengths totals eos limits head_tokens head_parents head_depths found_tokens "
+    "num_slots columns num_eos width chain "
+)
+# per_node, per_row, on: of what an Opened's tensors are parts
+Opening = record(TABLES + "slots active per_node per_row on rows nodes num_lookup")
+OPENING = np.dtype(Opening)
+# results: the host's lines, then tokens and path of each · rest: drop all drafts and look nothing up
+Closing = record(
+    TABLES + "slots active before tokens parents drafted picked usable results per_row rows nodes depths rest"
+)
+CLOSING = np.dtype(Closing)
+Keeping = record(TABLES + "slots active tokens parents depths results rows num_results count ready")
+KEEPING = np.dtype(Keeping)
+
+
+def _tables_of(tables: SlotTables) -> tuple[int, ...]:
+    heads, history, lookup = tables.heads, tables.history, tables.lookup
+    parts = history, tables.length, tables.total, tables.eos, tables.node_limit, *heads, lookup
+    sizes = *history.shape, tables.eos.shape[1], heads.tokens.shape[1], lookup.shape[1]
+    return *(part.data_ptr() for part in parts), *sizes
+
 
 def open_step(tables: SlotTables, slots: Tensor, active: Tensor, shape: Shape) -> Opened:
-    rows, nodes, heads = slots.shape[0], shape.num_nodes, tables.heads
-    whole = torch.empty(5, rows, nodes, dtype=torch.int64)
-    each, on = torch.empty(2, rows, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
-    _open(
-        slots.data_ptr(), active.data_ptr(), tables.history.data_ptr(), tables.length.data_ptr(),
-        tables.total.data_ptr(), tables.eos.data_ptr(), tables.node_limit.data_ptr(),
-        heads.tokens.data_ptr(), heads.parents.data_ptr(), heads.depths.data_ptr(), tables.lookup.data_ptr(),
-        whole.data_ptr(), each.data_ptr(), on.data_ptr(),
-        *tables.history.shape, tables.eos.shape[1], heads.tokens.shape[1], tables.lookup.shape[1],
-        rows, nodes, shape.num_lookup,
-    )  # fmt: skip
-    return Opened(whole[0], whole[1], whole[2], whole[3], whole[4], each[0], on, each[1])
+    rows, nodes = slots.shape[0], shape.num_nodes
+    per_node = torch.empty(5, rows, nodes, dtype=torch.int64)
+    per_row, on = torch.empty(2, rows, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
+    task = Opening(*_tables_of(tables), rows=rows, nodes=nodes, num_lookup=shape.num_lookup)
+    task.slots, task.active, task.on = slots.data_ptr(), active.data_ptr(), on.data_ptr()
+    task.per_node, task.per_row = per_node.data_ptr(), per_row.data_ptr()
+    _open(addressof(task))
+    return Opened(*per_node, per_row[0], on, per_row[1])
 
 
 def close_step(
     tables: SlotTables, slots: Tensor, opened: Opened, picked: Tensor, best: Tensor, max_depth: int, *, rest: bool
 ) -> Closed:
-    (rows, nodes), heads = picked.shape, tables.heads
-    facts = torch.empty(rows, FACTS + 2 * (max_depth + 1), dtype=torch.int64)
-    each = torch.empty(3, rows, dtype=torch.int64)
-    usable = best.isfinite()
-    _close(
-        slots.data_ptr(), opened.active.data_ptr(), opened.length.data_ptr(), opened.tokens.data_ptr(),
-        opened.parents.data_ptr(), opened.drafted.data_ptr(), picked.data_ptr(), usable.data_ptr(),
-        tables.history.data_ptr(), tables.length.data_ptr(), tables.total.data_ptr(), tables.eos.data_ptr(),
-        tables.lookup.data_ptr(), heads.tokens.data_ptr(), facts.data_ptr(), each.data_ptr(),
-        *tables.history.shape, tables.eos.shape[1], heads.tokens.shape[1], tables.lookup.shape[1],
-        rows, nodes, max_depth + 1, rest,
+    (rows, nodes), depths = picked.shape, max_depth + 1
+    results = torch.empty(rows, FACTS + 2 * depths, dtype=torch.int64)
+    per_row, usable = torch.empty(3, rows, dtype=torch.int64), best.isfinite()
+    task = Closing(*_tables_of(tables), rows=rows, nodes=nodes, depths=depths, rest=rest)
+    task.slots, task.active, task.before = slots.data_ptr(), opened.active.data_ptr(), opened.length.data_ptr()
+    task.tokens, task.parents, task.drafted = (
+        opened.tokens.data_ptr(), opened.parents.data_ptr(), opened.drafted.data_ptr(),
     )  # fmt: skip
-    return Closed(facts, facts[:, FACTS + max_depth + 1 :], *each)
+    task.picked, task.usable = picked.data_ptr(), usable.data_ptr()
+    task.results, task.per_row = results.data_ptr(), per_row.data_ptr()
+    _close(addressof(task))
+    return Closed(results, results[:, FACTS + depths :], *per_row)
 
 
 def keep_heads(tables: SlotTables, slots: Tensor, active: Tensor, heads: HeadNodes, facts: Tensor, ready: int) -> None:
     tokens, parents, depths = (part if part.is_contiguous() else part.contiguous() for part in heads)
-    _keep(
-        slots.data_ptr(), active.data_ptr(), tokens.data_ptr(), parents.data_ptr(), depths.data_ptr(),
-        tables.heads.tokens.data_ptr(), tables.heads.parents.data_ptr(), tables.heads.depths.data_ptr(),
-        facts.data_ptr(), *tables.heads.tokens.shape, *facts.shape, tokens.shape[1], ready,
-    )  # fmt: skip
+    rows, num_results = facts.shape
+    task = Keeping(*_tables_of(tables), rows=rows, num_results=num_results, count=tokens.shape[1], ready=ready)
+    task.slots, task.active, task.results = slots.data_ptr(), active.data_ptr(), facts.data_ptr()
+    task.tokens, task.parents, task.depths = tokens.data_ptr(), parents.data_ptr(), depths.data_ptr()
+    _keep(addressof(task))
 
 
 @njit(inline="always", **OPTIONS)
@@ -76,21 +95,24 @@ def _column(address, rows):
     return carray(pointer(address), (rows,), np.int64)
 
 
+@njit(inline="always", **OPTIONS)
+def _flags(address, rows):
+    return carray(pointer(address), (rows,), np.bool_)
+
+
 @njit(cache=True, **OPTIONS)
-def _open(
-    slots_at, active_at, history_at, length_at, total_at, eos_at, limit_at,
-    head_tokens_at, head_parents_at, head_depths_at, found_at, whole_at, each_at, on_at,
-    num_slots, columns, num_eos, width, chain_width, rows, nodes, chain,
-):  # fmt: skip
-    slots, active = _column(slots_at, rows), carray(pointer(active_at), (rows,), np.bool_)
-    history, eos = _table(history_at, num_slots, columns), _table(eos_at, num_slots, num_eos)
-    lengths, totals, limits = _column(length_at, num_slots), _column(total_at, num_slots), _column(limit_at, num_slots)
-    head_tokens, head_parents = _table(head_tokens_at, num_slots, width), _table(head_parents_at, num_slots, width)
-    head_depths, found = _table(head_depths_at, num_slots, width), _table(found_at, num_slots, chain_width)
-    whole = carray(pointer(whole_at), (5, rows, nodes), np.int64)
-    each, on = carray(pointer(each_at), (2, rows), np.int64), carray(pointer(on_at), (rows,), np.bool_)
-    tokens, parents, positions, places, bits = whole[0], whole[1], whole[2], whole[3], whole[4]
-    first = nodes - chain
+def _open(task_at):
+    task = record_at(task_at, OPENING)
+    rows, nodes, num_slots, width = task.rows, task.nodes, task.num_slots, task.width
+    slots, active, on = _column(task.slots, rows), _flags(task.active, rows), _flags(task.on, rows)
+    history, eos = _table(task.history, num_slots, task.columns), _table(task.eos, num_slots, task.num_eos)
+    lengths, totals = _column(task.lengths, num_slots), _column(task.totals, num_slots)
+    limits, found = _column(task.limits, num_slots), _table(task.found_tokens, num_slots, task.chain)
+    head_tokens, head_parents = _table(task.head_tokens, num_slots, width), _table(task.head_parents, num_slots, width)
+    head_depths, per_row = _table(task.head_depths, num_slots, width), _table(task.per_row, 2, rows)
+    per_node = carray(pointer(task.per_node), (5, rows, nodes), np.int64)
+    tokens, parents, positions, columns, bits = per_node[0], per_node[1], per_node[2], per_node[3], per_node[4]
+    num_eos, first = task.num_eos, nodes - task.num_lookup
     for row in range(rows):
         slot = slots[row]
         length, drafted = lengths[slot], 0
@@ -110,46 +132,42 @@ def _open(
             token = token if n < limits[slot] else -1
             drafted += n > 0 and token >= 0
             tokens[row, n], parents[row, n], bits[row, n] = token, parent, seen
-            positions[row, n], places[row, n] = length + depth, length + n
-        each[0, row], each[1, row] = length, drafted
+            positions[row, n], columns[row, n] = length + depth, length + n
+        per_row[0, row], per_row[1, row] = length, drafted
         on[row] = active[row] and not over
 
 
 @njit(cache=True, **OPTIONS)
-def _close(
-    slots_at, active_at, length_at, tokens_at, parents_at, drafted_at, picked_at, usable_at,
-    history_at, lengths_at, total_at, eos_at, found_at, head_tokens_at, facts_at, each_at,
-    num_slots, columns, num_eos, width, chain, rows, nodes, depths, rest,
-):  # fmt: skip
-    slots, active = _column(slots_at, rows), carray(pointer(active_at), (rows,), np.bool_)
-    before, drafted = _column(length_at, rows), _column(drafted_at, rows)
-    tokens, parents, picked = (
-        _table(tokens_at, rows, nodes), _table(parents_at, rows, nodes), _table(picked_at, rows, nodes),
-    )  # fmt: skip
-    usable = carray(pointer(usable_at), (rows, nodes), np.bool_)
-    history, eos = _table(history_at, num_slots, columns), _table(eos_at, num_slots, num_eos)
-    lengths, totals = _column(lengths_at, num_slots), _column(total_at, num_slots)
-    found, head_tokens = _table(found_at, num_slots, chain), _table(head_tokens_at, num_slots, width)
-    facts = _table(facts_at, rows, FACTS + 2 * depths)
-    each = _table(each_at, 3, rows)
+def _close(task_at):
+    task = record_at(task_at, CLOSING)
+    rows, nodes, depths, rest, num_slots = task.rows, task.nodes, task.depths, task.rest, task.num_slots
+    columns, num_eos, chain = task.columns, task.num_eos, task.chain
+    slots, active = _column(task.slots, rows), _flags(task.active, rows)
+    before, drafted = _column(task.before, rows), _column(task.drafted, rows)
+    tokens, parents = _table(task.tokens, rows, nodes), _table(task.parents, rows, nodes)
+    picked, usable = _table(task.picked, rows, nodes), carray(pointer(task.usable), (rows, nodes), np.bool_)
+    history, eos = _table(task.history, num_slots, columns), _table(task.eos, num_slots, num_eos)
+    lengths, totals = _column(task.lengths, num_slots), _column(task.totals, num_slots)
+    found, head_tokens = _table(task.found_tokens, num_slots, chain), _table(task.head_tokens, num_slots, task.width)
+    results, per_row = _table(task.results, rows, FACTS + 2 * depths), _table(task.per_row, 3, rows)
     alive = np.empty(nodes, np.bool_)
     for row in range(rows):
-        slot, line = slots[row], facts[row]
-        said, path = line[FACTS : FACTS + depths], line[FACTS + depths :]
-        said[:], path[:] = -1, 0
+        slot, line = slots[row], results[row]
+        emitted_tokens, path = line[FACTS : FACTS + depths], line[FACTS + depths :]
+        emitted_tokens[:], path[:] = -1, 0
         alive[:] = False
         alive[0] = True
         node, emitted, finished, finite, last = 0, 0, False, True, 0
         while emitted < depths:
             token = picked[row, node]
-            said[emitted], path[emitted], last = token, node, node
+            emitted_tokens[emitted], path[emitted], last = token, node, node
             finite = finite and usable[row, node]
             emitted += 1
             finished = before[row] + emitted + 1 >= totals[slot]
             for end in range(num_eos):
                 finished = finished or eos[slot, end] == token
             node = -1
-            for n in range(nodes - 1, 0, -1):  # parents come before children: theirs is not yet overwritten
+            for n in range(nodes - 1, 0, -1):  # from the last: a parent's flag is read before it is overwritten
                 alive[n] = alive[parents[row, n]] and tokens[row, n] == token
                 node = n if alive[n] else node
             alive[0] = False
@@ -157,11 +175,11 @@ def _close(
                 break
         count, length = emitted if active[row] and finite else 0, before[row]
         for i in range(count):
-            history[slot, min(length + 1 + i, columns - 1)] = said[i]
+            history[slot, min(length + 1 + i, columns - 1)] = emitted_tokens[i]
         length += count
         lengths[slot] = length
         line[0], line[1], line[2], line[3], line[4] = count, finished, finite, drafted[row], 0
-        each[0, row], each[1, row], each[2, row] = last, length, history[slot, length]
+        per_row[0, row], per_row[1, row], per_row[2, row] = last, length, history[slot, length]
         if active[row]:
             found[slot] = -1
             if rest:
@@ -171,25 +189,20 @@ def _close(
 
 
 @njit(cache=True, **OPTIONS)
-def _keep(
-    slots_at, active_at, tokens_at, parents_at, depths_at, to_tokens_at, to_parents_at, to_depths_at, facts_at,
-    num_slots, width, rows, num_facts, count, ready,
-):  # fmt: skip
-    slots, active = _column(slots_at, rows), carray(pointer(active_at), (rows,), np.bool_)
-    tokens, parents, depths = (
-        _table(tokens_at, rows, count), _table(parents_at, rows, count), _table(depths_at, rows, count),
-    )  # fmt: skip
-    to_tokens, to_parents, to_depths = (
-        _table(to_tokens_at, num_slots, width), _table(to_parents_at, num_slots, width),
-        _table(to_depths_at, num_slots, width),
-    )  # fmt: skip
-    facts = _table(facts_at, rows, num_facts)
+def _keep(task_at):
+    task = record_at(task_at, KEEPING)
+    rows, count, num_slots, width, ready = task.rows, task.count, task.num_slots, task.width, task.ready
+    slots, active = _column(task.slots, rows), _flags(task.active, rows)
+    tokens, parents = _table(task.tokens, rows, count), _table(task.parents, rows, count)
+    depths, results = _table(task.depths, rows, count), _table(task.results, rows, task.num_results)
+    to_tokens, to_parents = _table(task.head_tokens, num_slots, width), _table(task.head_parents, num_slots, width)
+    to_depths = _table(task.head_depths, num_slots, width)
     for row in range(rows):
         slot, some = slots[row], False
         for n in range(count):
             some = some or tokens[row, n] >= 0
         if some:
-            facts[row, 4] = max(facts[row, 4], ready)
+            results[row, 4] = max(results[row, 4], ready)
         for n in range(width if active[row] else 0):
             there = n < count
             to_tokens[slot, n] = tokens[row, n] if there else -1

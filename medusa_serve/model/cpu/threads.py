@@ -1,95 +1,107 @@
-"""Numba's kernels on the threads that torch's products run on: OpenMP's, whose workers wait for the next product.
+"""Kernels run on OpenMP's threads, the same ones that torch's products run on.
 
-Numba's own pool would be a second one on the same cores, and each would keep the other's threads from waiting.
+OpenMP's workers wait actively for the next product. Numba's own threads would be a second set on the same cores, and
+each set would keep the other from that.
 """
 
 from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, njit, types
 
-from .base import OPTIONS, intrinsic, pointer
+from .base import OPTIONS, address_of, intrinsic, pointer, record
 from .workers import openmp_address
 
+FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num", "GOMP_barrier")
+START, NUMBER, BARRIER = range(3)
 VOID, ADDRESS, INT = ir.VoidType(), ir.IntType(8).as_pointer(), ir.IntType(32)
 
 
-HEAD = 2  # numbers that a task begins with: of threads, and the address of the team's functions
-FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num", "GOMP_barrier")
-START, NUMBER, BARRIER = range(3)
+def task_record(fields: str, **others: Any) -> Any:
+    """The record of a task for several threads: it begins with what `Threads.given` gives."""
+    return record(f"threads openmp {fields}", **others)
 
 
-class Team:
-    """Of OpenMP's threads; one alone where a function is missing."""
+class Threads:
+    """OpenMP's threads; a single thread where a function is missing."""
 
     def __init__(self, functions: list[int]) -> None:
-        """Addresses of FUNCTIONS; empty: none"""
+        """functions: addresses of FUNCTIONS; empty: there are none"""
         self._functions = np.array(functions or [0] * len(FUNCTIONS), np.int64)
-        self._at, self._whole = self._functions.ctypes.data, bool(functions)
+        self._address, self._usable = self._functions.ctypes.data, bool(functions)
 
-    def threads(self) -> int:
-        return torch.get_num_threads() if self._whole else 1
+    def count(self) -> int:
+        return torch.get_num_threads() if self._usable else 1
 
     def given(self) -> tuple[int, int]:
-        """To a kernel: what its task begins with."""
-        return self.threads(), self._at
+        """The first fields of a task: the number of threads, the address of OpenMP's functions."""
+        return self.count(), self._address
 
 
 @lru_cache
-def team() -> Team:
+def threads() -> Threads:
     functions = [openmp_address(name) for name in FUNCTIONS]
-    return Team(functions if all(functions) and _gives_what_is_asked() else [])
+    return Threads(functions if all(functions) and _starts_as_many_as_asked() else [])
 
 
-def _gives_what_is_asked() -> bool:
-    """Whether a team has as many threads as it is asked for: a smaller one would leave shares undone."""
+def _starts_as_many_as_asked() -> bool:
+    """Fewer threads than a task asks for would leave a part of it undone."""
     dynamic, limit = openmp_address("omp_get_dynamic"), openmp_address("omp_get_thread_limit")
-    told = ctypes.CFUNCTYPE(ctypes.c_int)
-    return bool(dynamic and limit) and not told(dynamic)() and told(limit)() >= torch.get_num_threads()
+    getter = ctypes.CFUNCTYPE(ctypes.c_int)
+    return bool(dynamic and limit) and not getter(dynamic)() and getter(limit)() >= torch.get_num_threads()
+
+
+# ---- inside kernels --------------------------------------------------------------------------------------------------
 
 
 @njit(inline="always", **OPTIONS)
-def run_in_team(task, share):
-    """Call share(address of the task) in as many threads as the task names, and wait for all of them."""
-    if task[0] > 1:
-        _fork(_function(task, START), share, task.ctypes.data, task[0])
+def run_in_threads(task, function):
+    """Call function(address of the task) in as many threads as the task names, and wait for all of them."""
+    if task.threads > 1:
+        _fork(_openmp(task, START), function, address_of(task), task.threads)
     else:
-        call(share, task.ctypes.data)
-    task[0] = 0  # Numba frees an array behind its last use, and of an address it does not know
+        call(function, address_of(task))
 
 
 @njit(inline="always", **OPTIONS)
 def thread_of(task):
-    """Which of the task's threads runs this."""
-    return _number(_function(task, NUMBER)) if task[0] > 1 else 0
+    """The number of the thread that runs this, among the task's."""
+    return _number(_openmp(task, NUMBER)) if task.threads > 1 else 0
 
 
 @njit(inline="always", **OPTIONS)
-def meet(task):
+def wait_for_all(task):
     """Wait until all of the task's threads are here."""
-    if task[0] > 1:
-        _wait(_function(task, BARRIER))
+    if task.threads > 1:
+        _wait(_openmp(task, BARRIER))
 
 
 @njit(inline="always", **OPTIONS)
-def share_of(count, task, thread):
-    """(first, end) of a thread's part of so many; of a single one it is the first thread's."""
-    threads = task[0]
+def range_of_thread(count, task, thread):
+    """(first, end): which of `count` items a thread computes; a single item is the first thread's."""
+    threads = task.threads
     return (count * thread + threads - 1) // threads, (count * (thread + 1) + threads - 1) // threads
 
 
 @njit(inline="always", **OPTIONS)
-def _function(task, which):
-    return carray(pointer(task[1]), (len(FUNCTIONS),), np.int64)[which]
+def use_threads(task, other):
+    """A task that the other one's threads take part in."""
+    task.threads, task.openmp = other.threads, other.openmp
+
+
+@njit(inline="always", **OPTIONS)
+def _openmp(task, which):
+    return carray(pointer(task.openmp), (len(FUNCTIONS),), np.int64)[which]
 
 
 @intrinsic
-def _fork(_, start, share, task, threads):
+def _fork(_, start, function, task, threads):
     def generate(context, builder, signature, arguments):
         kind = ir.FunctionType(VOID, [ADDRESS, ADDRESS, INT, INT])
         function = builder.inttoptr(arguments[0], kind.as_pointer())
@@ -101,8 +113,8 @@ def _fork(_, start, share, task, threads):
 
 
 @intrinsic
-def call(_, share, task):
-    """share(task), both addresses"""
+def call(_, function, task):
+    """function(task), both addresses"""
 
     def generate(context, builder, signature, arguments):
         function = builder.inttoptr(arguments[0], ir.FunctionType(VOID, [ADDRESS]).as_pointer())

@@ -1,4 +1,4 @@
-"""LLVM's vectors of eight or sixteen numbers: what kernels are written with where what Numba makes of loops is slow."""
+"""LLVM's vectors of eight or sixteen numbers, for kernels in which Numba's code for loops is slow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-LANES = 8  # of a vector, where a kernel does not ask for more
+LANES = 8  # numbers in a vector, unless a kernel asks for more
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
@@ -42,7 +42,7 @@ class Vectors:
         return value
 
     def ask_for(self, address: Any) -> None:
-        """The cache line there, that it may be at hand later; nothing happens where there is no memory."""
+        """Prefetch the cache line there; nothing happens if there is no memory."""
         where = self.b.inttoptr(address, I8.as_pointer())
         self.b.call(self._fetch, [where, *(ir.Constant(I32, number) for number in (0, 3, 1))])
 
@@ -52,7 +52,7 @@ class Vectors:
         return self.as_floats(self.b.shl(halves, same(self.words, 16)))
 
     def spread(self, address: Any, kind: Any, vector: Any) -> Any:
-        """A vector of one number."""
+        """A vector filled with the number at an address."""
         return self.filled(self.load(address, kind, 4), vector)
 
     def filled(self, number: Any, vector: Any) -> Any:
@@ -61,7 +61,7 @@ class Vectors:
         return self.b.shuffle_vector(self.b.insert_element(nothing, number, ir.Constant(I32, 0)), nothing, places)
 
     def two_wide(self, address: Any) -> tuple[Any, Any]:
-        """Twice as many bfloat16 → float32, those in even places and those in odd ones: cheaper than in their order"""
+        """Twice as many bfloat16 → float32: the even elements, the odd ones. That is cheaper than their own order."""
         both = self.load(address, self.words, 2)
         odd = self.b.and_(both, same(self.words, 0xFFFF0000))
         return self.as_floats(self.b.shl(both, same(self.words, 16))), self.as_floats(odd)
@@ -70,7 +70,7 @@ class Vectors:
         return self.b.bitcast(words, self.floats)
 
     def shuffled(self, a: Any, b: Any, places: Iterable[int]) -> Any:
-        """Numbers of two vectors by their places, b's behind a's."""
+        """Elements of two vectors by their indices; b's come after a's."""
         mask = [ir.Constant(I32, place) for place in places]
         return self.b.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(mask)), mask))
 
@@ -81,14 +81,14 @@ class Vectors:
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer())).align = align
 
     def variables(self, count: int, first: Any) -> list[Any]:
-        """So many, all with this value, that loops may change."""
+        """`count` variables with this first value, which loops may change."""
         found = [cgutils.alloca_once(self.b, first.type) for _ in range(count)]
         for each in found:
             self.b.store(first, each)
         return found
 
     def keep(self, address: Any, numbers: Any) -> None:
-        """float32 → bfloat16 as native.half"""
+        """float32 → bfloat16 as base.half"""
         b, bits = self.b, self.b.bitcast(numbers, self.words)
         odd = b.and_(b.lshr(bits, same(self.words, 16)), same(self.words, 1))
         rounded = b.lshr(b.add(b.add(bits, same(self.words, 0x7FFF)), odd), same(self.words, 16))

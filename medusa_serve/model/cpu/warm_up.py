@@ -1,7 +1,6 @@
-"""The kernels of a CPU's passes, made ready while a model is read: at the first start on a machine half a minute of
-compiling, of which LLVM's part alone leaves the interpreter to others.
-
-So a process of its own makes half of them where another was not found on the disk.
+"""Compiles the kernels of a CPU's passes while a model is read. At the first start on a machine that takes half a
+minute, and only LLVM's part of it leaves the interpreter to other threads. So a second process compiles half of the
+kernels if the first kernel was not found on the disk.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ import threading
 import time
 from pathlib import Path
 
-FOUND_S = 0.2  # a kernel that lies on the disk is read in a twentieth of that
-APART_S = 120.0
+FOUND_S = 0.2  # a kernel that is on the disk is read in a twentieth of that
+PROCESS_S = 120.0
 
 
 def kernels_ahead() -> threading.Thread:
-    """Begin, in a thread. What fails is told by whoever uses the kernel."""
+    """Begin, in a thread. A kernel that fails here raises its error again where it is used."""
     thread = threading.Thread(target=_make, name="medusa-kernels", daemon=True)
     thread.start()
     return thread
@@ -31,32 +30,32 @@ def _make() -> None:
 
 
 def _make_all() -> None:
-    from .draft import block_share, linear_share
-    from .int_products import product_share
-    from .search import children_share, largest_share
+    from .draft import block_function, linear_function
+    from .int_products import product_function
+    from .search import children_function, largest_function
 
-    largest_share()  # and what Numba makes ready at its first kernel
+    largest_function()  # Numba prepares itself at its first kernel
     began = time.perf_counter()
-    children_share()
-    apart = _apart() if time.perf_counter() - began > FOUND_S else None
-    for share in (product_share, block_share, linear_share):
-        share()
-    if apart is not None:
+    children_function()
+    process = _second_process() if time.perf_counter() - began > FOUND_S else None
+    for function in (product_function, block_function, linear_function):
+        function()
+    if process is not None:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            apart.wait(APART_S)
+            process.wait(PROCESS_S)
     make_layers()
 
 
 def make_layers() -> None:
-    from .attention import attention_share
-    from .tape import tape_share
+    from .attention import attention_function
+    from .tape import tape_function
 
-    attention_share()
-    tape_share()
+    attention_function()
+    tape_function()
 
 
-def _apart() -> subprocess.Popen[bytes] | None:
-    """A process that makes what `make_layers` does and leaves it on the disk; None where there cannot be one."""
+def _second_process() -> subprocess.Popen[bytes] | None:
+    """A process that runs `make_layers`, which leaves its kernels on the disk; None if it cannot start."""
     root = str(Path(__file__).parents[3])
     paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     code = f"from {__name__} import make_layers; make_layers()"

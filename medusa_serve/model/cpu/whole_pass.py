@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..forward.attention import View, chain_view
-from .attention import fits_slab
+from .attention import fits_slab, view_record
 from .layer_ops import rms_norm
-from .tape import TapeRun, view_facts
+from .tape import TapeRun
 
 if TYPE_CHECKING:
     from ..forward.tree_forward import TreeForward
@@ -85,10 +85,10 @@ class NativePass:
         places = F.embedding(positions, self._positions)
         cos, sin = places[..., : self._dim], places[..., self._dim :]
         cache, tap = self._forward.cache, self._forward.tap
-        facts = view_facts(view, cache.keys.shape[2], cos, sin)
+        seen = view_record(view, cache.keys.shape[2], cos, sin)
         x = F.embedding(tokens, self._embedding.weight)
         kept = {layer: torch.empty_like(x) for layer in tap.layers}
-        x = self._tape(x, self._weights, facts, cache.keys, cache.values, kept)
+        x = self._tape(x, self._weights, seen, cache.keys, cache.values, kept)
         for layer, hidden in kept.items():
             tap.keep(layer, hidden)
         x = self._norm(x)

@@ -1,8 +1,8 @@
-"""OpenMP's worker threads, which belong to the thread that computes.
+"""OpenMP's worker threads. Nothing here needs Numba.
 
-Each thread that multiplies keeps workers of its own. Where those of two threads are together more than the cores,
+Each thread that multiplies has workers of its own. Where the workers of two threads are together more than the cores,
 libgomp lets all of them sleep after every product instead of waiting for the next one, and both threads take twice as
-long (measured on two cores). So whoever has nothing to compute gives them up; the next product makes new ones.
+long (measured on two cores). So a thread with nothing to compute gives its workers up; the next product makes new ones.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-NAMES = ("libgomp", "libiomp5", "libomp")
-SOFT = 1  # omp_pause_soft: variables keep their values
+LIBRARIES = ("libgomp", "libiomp5", "libomp")
+PAUSE_SOFT = 1  # omp_pause_soft: variables keep their values
 
 
 def give_up_workers() -> bool:
     """End the calling thread's idle OpenMP workers; → False where that cannot be done (no Linux, no OpenMP 5)."""
     pause = _pause()
-    return pause is not None and pause(SOFT) == 0
+    return pause is not None and pause(PAUSE_SOFT) == 0
 
 
 def _pause() -> Callable[[int], int] | None:
@@ -29,7 +29,7 @@ def _pause() -> Callable[[int], int] | None:
 
 
 def openmp_address(name: str) -> int:
-    """Of a function of the OpenMP that torch computes with; 0 where there is none."""
+    """Address of a function of the OpenMP that torch computes with; 0 where there is none."""
     return ctypes.cast(_function(name), ctypes.c_void_p).value or 0
 
 
@@ -40,8 +40,8 @@ def _function(name: str) -> Any:
     except OSError:
         return None
     paths = {fields[5] for line in maps if len(fields := line.split(maxsplit=5)) == 6}
-    loaded = [path for path in sorted(paths) if Path(path).name.startswith(NAMES)]
-    # torch's wheel brings its own; one that something else loaded has no workers of torch's
+    loaded = [path for path in sorted(paths) if Path(path).name.startswith(LIBRARIES)]
+    # torch's wheel brings its own; a library that something else loaded has none of torch's workers
     for path in sorted(loaded, key=lambda path: "/torch" not in path):
         function = getattr(ctypes.CDLL(path), name, None)
         if function is not None:

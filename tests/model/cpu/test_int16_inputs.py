@@ -5,20 +5,20 @@ import torch
 from numba import njit
 
 from medusa_serve.model.cpu.base import OPTIONS
-from medusa_serve.model.cpu.int16_inputs import FACTS, whole
+from medusa_serve.model.cpu.int16_inputs import SUMMARY, to_int16
 
 GROUP = 32
 
 
 @njit(**OPTIONS)
 def run(x, groups, numbers, facts):
-    whole(x, groups, numbers, facts)
+    to_int16(x, groups, numbers, facts)
 
 
 def of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """x (G, 32) → numbers (G, 32) int64, of each group scale, scaled sum, minus eight times the sum"""
     x = x.bfloat16().contiguous()
-    numbers, facts = torch.empty(len(x), GROUP, dtype=torch.int16), torch.empty(len(x), FACTS, dtype=torch.int32)
+    numbers, facts = torch.empty(len(x), GROUP, dtype=torch.int16), torch.empty(len(x), SUMMARY, dtype=torch.int32)
     run(x.data_ptr(), len(x), numbers.data_ptr(), facts.data_ptr())
     scale, scaled = facts[:, :2].contiguous().view(torch.float32).unbind(1)
     return numbers.long(), scale, scaled, facts[:, 2].long()

@@ -6,7 +6,7 @@ from torch import nn
 
 from medusa_serve.model.cpu import int_products as native_products
 from medusa_serve.model.cpu.int_products import NativeInt4Linear, NativeInt8Linear
-from medusa_serve.model.cpu.threads import Team, team
+from medusa_serve.model.cpu.threads import Threads, threads
 from medusa_serve.model.cpu.workers import openmp_address
 from medusa_serve.model.weights.int4 import Int4Linear
 from medusa_serve.model.weights.int8 import Int8Linear, quantize_linears
@@ -51,7 +51,7 @@ def test_other_shapes_stay_torchs():
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("kind", [NativeInt4Linear, NativeInt8Linear])
 def test_no_row_sees_the_others(kind, threads, monkeypatch):
-    monkeypatch.setattr(Team, "threads", lambda self: threads)
+    monkeypatch.setattr(Threads, "count", lambda self: threads)
     torch.manual_seed(0)
     layer, x = kind.of(linear(four_bits(208, 576))), torch.randn(70, 576)  # 13 units: no number of threads divides them
     together = layer(x)
@@ -65,8 +65,8 @@ def test_without_openmp_one_thread_does_it(monkeypatch):
     torch.manual_seed(0)
     layer, x = NativeInt4Linear.of(linear(four_bits(96, 64))), torch.randn(5, 64)
     wanted = layer(x)
-    monkeypatch.setattr(native_products, "team", lambda: Team([]))
-    assert native_products.team().threads() == 1
+    monkeypatch.setattr(native_products, "threads", lambda: Threads([]))
+    assert native_products.threads().count() == 1
     assert torch.equal(layer(x), wanted)
 
 
@@ -89,5 +89,5 @@ def test_a_merged_product_is_the_separate_ones():
     assert parts[1].packed.untyped_storage().data_ptr() == whole.packed.untyped_storage().data_ptr()
 
 
-def test_the_team_is_torchs():
-    assert team().threads() == (torch.get_num_threads() if openmp_address("GOMP_barrier") else 1)
+def test_the_threads_are_torchs():
+    assert threads().count() == (torch.get_num_threads() if openmp_address("GOMP_barrier") else 1)

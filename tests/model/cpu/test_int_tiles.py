@@ -6,7 +6,7 @@ from numba import njit
 
 from medusa_serve.model.cpu import int_tiles as native_tile
 from medusa_serve.model.cpu.base import OPTIONS
-from medusa_serve.model.cpu.int16_inputs import FACTS, whole
+from medusa_serve.model.cpu.int16_inputs import SUMMARY, to_int16
 from medusa_serve.model.cpu.int_products import NativeInt4Linear
 from medusa_serve.model.cpu.int_tiles import Int4Tile, Int8Tile, lanes_here, tiles
 from tests.model.weights.test_int4 import eight_bits, four_bits, linear
@@ -26,11 +26,11 @@ def test_other_processors_get_the_same_bits(make, kind, rows, vectors, monkeypat
 
     @njit(**OPTIONS)
     def run(x, numbers, facts, packed, scales, out):
-        whole(x, rows * INPUTS // 32, numbers, facts)
+        to_int16(x, rows * INPUTS // 32, numbers, facts)
         tile(rows, numbers, INPUTS, facts, packed, scales, out, OUTPUTS)
 
     layer, x = NativeInt4Linear.of(linear(make(OUTPUTS, INPUTS))), torch.randn(rows, INPUTS).bfloat16()
-    numbers, facts = torch.empty(rows, INPUTS, dtype=torch.int16), torch.empty(rows, INPUTS // 32 * FACTS).int()
+    numbers, facts = torch.empty(rows, INPUTS, dtype=torch.int16), torch.empty(rows, INPUTS // 32 * SUMMARY).int()
     out = torch.empty(rows, OUTPUTS, dtype=torch.bfloat16)
     run(*(each.data_ptr() for each in (x, numbers, facts, layer.packed, layer.scales, out)))
     monkeypatch.undo()

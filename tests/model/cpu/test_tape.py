@@ -7,7 +7,7 @@ from medusa_serve.config import EngineConfig
 from medusa_serve.model.build import build_runner
 from medusa_serve.model.cpu.int_products import NativeInt4Linear
 from medusa_serve.model.cpu.layers import NativeLayers
-from medusa_serve.model.cpu.threads import Team
+from medusa_serve.model.cpu.threads import Threads
 from medusa_serve.model.exact import make_exact
 from medusa_serve.model.forward.tree_forward import TreeForward, decoder_layers
 from medusa_serve.model.weights.int4 import Int4Linear, use_few_bits
@@ -60,9 +60,9 @@ def test_shares_of_any_number_of_threads_make_the_same(threads, forward_of, monk
     """Rows, outputs and heads do not divide by three."""
     forward = forward_of("llama")
     assert make_exact(forward, None, SLOTS).startswith("exact:")
-    monkeypatch.setattr(Team, "threads", lambda self: 2)
+    monkeypatch.setattr(Threads, "count", lambda self: 2)
     wanted = passes(forward)
-    monkeypatch.setattr(Team, "threads", lambda self: threads)
+    monkeypatch.setattr(Threads, "count", lambda self: threads)
     for one, other in zip(passes(forward), wanted, strict=True):
         assert torch.equal(one, other)
 
@@ -80,7 +80,7 @@ def test_a_pass_that_is_not_exact_keeps_the_graph(forward_of):
     assert forward.layers._natives[0].tape is not None
     assert not forward.exact
     passes(forward)
-    assert forward.layers._facts is None
+    assert forward.layers._seen is None
 
 
 def test_what_own_kernels_multiply_is_not_compiled():

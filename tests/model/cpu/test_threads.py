@@ -1,4 +1,4 @@
-"""Teams of OpenMP's threads: what they may be relied on for."""
+"""OpenMP's threads: when kernels may use them."""
 
 import os
 import subprocess
@@ -9,14 +9,14 @@ import pytest
 PROGRAM = """
 import torch
 torch.set_num_threads(2)
-from medusa_serve.model.native_team import team
-print(team().threads())
+from medusa_serve.model.cpu.threads import threads
+print(threads().count())
 """
 
 
 @pytest.mark.parametrize(("set_to", "threads"), [({}, 2), ({"OMP_DYNAMIC": "true"}, 1), ({"OMP_THREAD_LIMIT": "1"}, 1)])
-def test_a_team_that_may_be_smaller_than_asked_for_is_not_used(set_to, threads):
-    """Each thread has a share of its own: a team of fewer would leave some undone."""
+def test_openmp_that_may_start_fewer_threads_is_not_used(set_to, threads):
+    """Each thread computes its own part: fewer threads would leave some of it undone."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=kept | set_to, capture_output=True, text=True, check=True
