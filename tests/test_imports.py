@@ -24,7 +24,6 @@ ALLOWED = {
     "bench": {"server", "engine", "model", "llm", "training"},
     "heads_commands": {"bench", "model", "training"},
     "cli": {"server", "engine", "model", "llm", "bench", "heads_commands", "training", "notebook"},
-    "build_compiled": {"model", "llm"},
     "__main__": {"cli"},
 }
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

@@ -14,7 +14,6 @@ import torch
 
 from ..config import EngineConfig
 from ..errors import LoadError
-from .compiled import compile_passes
 from .drafting.draft import Drafter
 from .drafting.drafters import SequentialDrafter
 from .exact import make_exact
@@ -31,7 +30,7 @@ from .selftest import check, references
 from .shapes import expected_tokens, plan_context, plan_shapes, plan_slots
 from .tables import SlotTables
 from .timing import time_steps, worth_timing
-from .weights.int4 import Int4Linear, int4_kind_of
+from .weights.int4 import int4_kind_of
 
 
 @dataclass(frozen=True)
@@ -91,9 +90,8 @@ def build_runner(
     shapes = plan_shapes(config, drafter, device)
     columns = context + SLACK
     indexes, more_notes = hidden_inputs(drafter), list[str]()
-    if config.compile and int4_kind_of(model) is not Int4Linear:
-        config = replace(config, compile=None)
-        more_notes.append("no compiled passes because own kernels make this model's products faster than torch's")
+    if config.compile and device.type == "cpu":
+        more_notes.append("no compiled passes because only a GPU's layers are compiled")
     plugged, slots, slots_why, error, plain_because, packed = _plug_in(
         model, config, columns, max_positions, indexes, more_notes, tried
     )
@@ -110,9 +108,6 @@ def build_runner(
         notes.append(f"this model decodes plainly, one row at a time, because {plain_because}")
     if plugged is not None and plugged.layers is not None:
         what = what and f"{what}, layers merged{int4_kind_of(model).note}"
-    if config.compile and plugged is not None and plugged.attends:
-        notes.append(compile_passes(plugged, drafter, shapes, config, cache_folder()))
-        what = what and f"{what}, compiled {plugged.compiled.sizes if plugged.compiled else 'nothing'}"
     if isinstance(drafter, SequentialDrafter) and has_numba():
         drafter.use_kernels()
     vocab_size = model.get_input_embeddings().num_embeddings
@@ -194,7 +189,7 @@ def _plug_in(
             with torch.inference_mode():
                 notes.append(native_layers(forward, packed))
         try:
-            unasked = config.exact is None and (config.compile or not forward.attends)
+            unasked = config.exact is None and not forward.attends
             exact = make_exact(forward, False if unasked else config.exact, slots)
         except LoadError:
             forward.close()
@@ -209,7 +204,7 @@ def _plug_in(
 
 
 def _may_trace(forward: TreeForward, config: EngineConfig) -> bool:
-    """Whether the layers' passes on a CPU are to be traced: not where they are compiled whole, or left as they are."""
+    """Whether the layers' passes on a CPU are to be traced: not where they are to be left as they are."""
     model = forward.model
-    wanted = config.compile is None and model.device.type == "cpu" and model.dtype == torch.bfloat16
+    wanted = config.compile is not False and model.device.type == "cpu" and model.dtype == torch.bfloat16
     return wanted and has_numba() and forward.attends and not forward.is_split

@@ -137,7 +137,6 @@ class TreeForward:
     ) -> None:
         """hidden_inputs: as HiddenTap's indexes, M of them"""
         self.model, self.max_positions, self.hidden_inputs = model, max_positions, tuple(hidden_inputs)
-        self.compiled: Any = None  # CompiledPasses, once there are some
         self.layers: Any = None  # FusedLayers, once there are some
         self.around: Any = None  # NativePass, once there is one
         self.packs = False  # whether all passes see their rows as one: traced layers of a CPU want that
@@ -265,8 +264,6 @@ class TreeForward:
         self, tokens: torch.Tensor, view: View, last_only: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """tokens (B, N), -1 empty → logits (B, N, V), hidden (B, N, M·H); with last_only of the last token alone."""
-        if self.compiled is not None and self.compiled.covers(view):
-            return self.compiled.run(tokens, view)
         if self.packs and not view.packed:
             view = replace(view, packed=True)
             if last_only:

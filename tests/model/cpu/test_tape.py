@@ -83,11 +83,11 @@ def test_a_pass_that_is_not_exact_keeps_the_graph(forward_of):
     assert forward.layers._facts is None
 
 
-def test_what_own_kernels_multiply_is_not_compiled():
+def test_a_cpu_compiles_nothing_and_says_so():
     model = on_steps(tiny_model("llama", torch.float32, layers=2))
     use_few_bits(model, NativeInt4Linear)
     built = build_runner(model, EngineConfig(compile=True), eos_ids=[], max_positions=512)
-    assert any(note.startswith("no compiled passes because own kernels") for note in built.notes)
+    assert any(note.startswith("no compiled passes because only a GPU") for note in built.notes)
     assert any(note.startswith("exact:") for note in built.notes)
     assert built.runner.forward.layers._natives[0].tape is not None
     built.runner.close()
