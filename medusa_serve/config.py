@@ -31,11 +31,10 @@ class EngineConfig:
     lookup       also draft from n-gram matches in the sequence's own tokens
     draft_vocab  tokens that tied heads draft from, the first of their list; 0: the whole vocabulary; None: of a longer
                  list 16384 on a CPU
-    compile      on a GPU the decoder layers, while it idles, unless it is false; on a CPU, if it is true, the passes of
-                 one row over small trees as C++, built at the first start (minutes) and kept; false: layers run as they
-                 are, else traced, with kernels of Numba's
+    compile      a GPU's: the decoder layers, while it idles, unless it is false; false on either: layers run as they
+                 are, where a CPU else traces them and gives them kernels of Numba's
     exact        on a CPU in bfloat16, int8 or int4: the same text whatever the tree, the company and the chunks of a
-                 prompt, bit for bit; None: where a test at load shows that it holds, and nothing is compiled
+                 prompt, bit for bit; None: where a test at load shows that it holds
     prefill_chunk  prompt tokens of one pass at most; smaller while others decode
     max_queue    sequences that may wait for a slot; one more is refused (429)
     """

@@ -25,7 +25,6 @@ ALLOWED = {
     "bench": {"server", "engine", "model", "llm", "training"},
     "commands": {"bench", "cluster", "server", "engine", "model", "llm", "training"},
     "cli": {"commands"},
-    "build_compiled": {"model", "llm"},
     "__main__": {"cli"},
 }
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

@@ -25,8 +25,7 @@ def speed_table(results: Sequence[dict[str, Any]]) -> str:
 def _heading(result: dict[str, Any]) -> str:
     facts, together = result["machine"], result["options"]["concurrency"]
     where = f"{facts['cores']} CPU cores" if facts["device"].endswith("CPU") else facts["device"]
-    compiled = ", `--compile`" if where.endswith("cores") and result["engine"]["compile"] else ""
-    return f"{where}{compiled}, {together} at once"
+    return f"{where}, {together} at once"
 
 
 def _cell(result: dict[str, Any], label: str) -> str:

@@ -38,7 +38,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, heads: bool = True) ->
     if heads:
         about = "auto, none; on a CPU int8, int4; on a GPU nf4"
         group.add_argument("--quantize", default="auto", help=about)
-        about = "on a GPU the decoder layers (the default); on a CPU small passes as C++, a minute each, then kept"
+        about = "on a GPU the decoder layers (the default); --no-compile leaves the layers as they are, on a CPU too"
         group.add_argument("--compile", action=argparse.BooleanOptionalAction, help=about)
         about = "on a CPU: the same text, bit for bit, whatever the tree and the batch (default: where it holds)"
         group.add_argument("--exact", action=argparse.BooleanOptionalAction, help=about)

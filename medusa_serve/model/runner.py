@@ -18,8 +18,9 @@ from .drafting.draft import Drafter
 from .drafting.lookup import lookup
 from .drafting.tree import assemble
 from .forward.attention import View, chain_view, has_numba, tree_view
+from .forward.plain_forward import PlainForward
 from .forward.prefill_blocks import BLOCK, FEW, Packed, Run, block_view, pack, rows_for
-from .forward.tree_forward import PlainForward, TreeForward
+from .forward.tree_forward import TreeForward
 from .gpu.capture import TURN, CaptureFailed, give_back, settle
 from .gpu.graphs import StepGraphs
 from .sampling.accept import Limits, Walk, accept, ended, pick_all

@@ -1,4 +1,12 @@
-"""The load-time self-test: on the actual model, the plugged pass must give what the plain forward gives."""
+"""The tests at load, on the actual model: its plugged pass must give what the plain forward gives, and whether passes
+are exact.
+
+The exact mode of a CPU: in bfloat16, int8 and int4 too, a token's logits are the same bits whatever the tree, the
+batch and the chunks of a prompt. So a text is what plain decoding alone would have given, token for token. Products
+give each row the same bits for any number of rows (int8.py, int4.py; bfloat16's from a few rows on, so fewer are
+padded), and so do norms and all that works element by element; what differs is attention, hence cpu/attention.py.
+Nothing of this is taken on trust: passes of the model itself are compared.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +14,9 @@ from typing import Any
 
 import torch
 
+from ..errors import LoadError
 from .drafting.tree import Tree
-from .forward.attention import chain_view, tree_view
+from .forward.attention import chain_view, has_numba, tree_view
 from .forward.tree_forward import PlugInError, TreeForward
 
 # Relative error ‖got - want‖ / ‖want‖ of one node's logits. A wrong mask bit or position gives errors near 1; models
@@ -16,6 +25,9 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.1, torch
 TREE = Tree(paths=((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))
 PATH = (0, 1, 3, 6)  # the nodes that the test commits: the root and (0,) (0,0) (0,0,0)
 LEAVES = ((0, 1, 4), (0, 2, 5))  # the paths to the others: (0,1) and (1,0)
+PROMPT, TOKENS = 21, 4  # of the exactness test's sequence: a prompt, and tokens decoded after it
+EXACT_TREE = Tree(((0,), (1,), (1, 0), (0, 0), (1, 0, 0), (0, 0, 0), (1, 1)))
+EXACT_PATH = (0, 2, 3, 5)  # the nodes that hold the sequence; the others hold something else
 
 
 @torch.no_grad()
@@ -86,3 +98,66 @@ def check(
     if not error <= TOLERANCE.get(forward.model.dtype, 0.1):
         raise PlugInError(f"its logits differ from a plain forward (relative error {error:.1g})")
     return error
+
+
+def make_exact(forward: TreeForward, wanted: bool | None, slots: int) -> str | None:
+    """Use the forward's pass as an exact one where that holds; → a note, None where it is not for this model. Raises
+    LoadError where it is `wanted` and does not hold. The first two slots must be free."""
+    if wanted is False or (wanted is None and not _is_for(forward)):
+        return None
+    why = None if _is_for(forward) else "it is for a CPU in bfloat16, int8 or int4"
+    why = why or (None if has_numba() else "it needs Numba (pip install numba)")
+    if why is None:
+        forward.use(forward.active, exact=True)
+        why = difference(forward, slots)
+    if why is None:
+        return "exact: the same bits whatever the tree, the batch and a prompt's chunks"
+    forward.use(forward.active)
+    if wanted:
+        raise LoadError(f"The exact mode cannot be had: {why}.")
+    return f"not exact, near-ties may fall either way, because {why}"
+
+
+def _is_for(forward: TreeForward) -> bool:
+    model = forward.model
+    return model.device.type == "cpu" and model.dtype == torch.bfloat16 and not forward.is_split
+
+
+@torch.inference_mode()
+def difference(forward: TreeForward, slots: int) -> str | None:
+    """What changes the bits of a token's logits; None: neither chunks of a prompt, nor a tree, nor a batch. Wipes the
+    first two slots."""
+    vocab = forward.model.get_input_embeddings().num_embeddings
+    count = PROMPT + TOKENS
+    ids = torch.randint(vocab, (count,), generator=torch.Generator().manual_seed(2))
+    other = (ids + 1) % vocab
+    end = PROMPT - 1
+
+    def chain(slot: int, start: int, stop: int) -> torch.Tensor:
+        view = chain_view([slot], [start], [stop - start], ids.device)
+        return forward.run(ids[None, start:stop], view)[0][0]
+
+    first = chain(0, 0, PROMPT)
+    plain = torch.stack([first[end], *(chain(0, at, at + 1)[0] for at in range(PROMPT, count))])
+    chain(0, 0, 5)
+    if not torch.equal(torch.cat([chain(0, 5, end), chain(0, end, count)]), torch.cat([first[5:end], plain])):
+        return _wiped("the chunks of a prompt", forward, slots)
+    rows = list(range(min(2, slots)))
+    if len(rows) > 1:
+        chain(1, 0, end)
+    nodes = other[: EXACT_TREE.num_nodes].clone()
+    nodes[list(EXACT_PATH)] = ids[end : end + len(EXACT_PATH)]
+    for some in (rows[:1], rows):
+        tokens = nodes.expand(len(some), -1)
+        slot_ids, lengths = torch.tensor(some), torch.tensor([end] * len(some))
+        view = tree_view(slot_ids, lengths, some, [end] * len(some), EXACT_TREE.draft(tokens))
+        logits = forward.run(tokens, view)[0][:, list(EXACT_PATH)]
+        if not torch.equal(logits, plain[: len(EXACT_PATH)].expand_as(logits)):
+            return _wiped("a tree" if len(some) == 1 else "a batch", forward, slots)
+    return _wiped(None, forward, slots)
+
+
+def _wiped(what: str | None, forward: TreeForward, slots: int) -> str | None:
+    for slot in range(min(2, slots)):
+        forward.zero(slot)
+    return what and f"{what} changes the logits' last bits here"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import LoadError
 from ..model.drafting.heads import Heads, MedusaHeads, SequentialHeads
-from ..model.forward.tree_forward import HiddenTap
+from ..model.forward.hidden_tap import HiddenTap
 from .batches import Batch
 from .loss import Output
 from .shards import Answers

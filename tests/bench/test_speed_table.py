@@ -30,11 +30,11 @@ def test_the_readme_shows_what_its_command_prints() -> None:
 
 
 def test_columns_and_rows() -> None:
-    def result(cores: str, together: int, rows: list[tuple[str, float | None]], compile: bool | None) -> dict[str, Any]:
+    def result(cores: str, together: int, rows: list[tuple[str, float | None]]) -> dict[str, Any]:
         facts = {"device": "x86_64 CPU", "cpu": "Some CPU", "cores": cores, "torch": "2.13.0+cpu"}
         return {
             "machine": facts | {"transformers": "5.1", "llama-cpp-python": "0.3", "date": "2026-01-02"},
-            "engine": {"model": "m", "compile": compile},
+            "engine": {"model": "m"},
             "options": {"concurrency": together, "tokens": 7},
             "rows": [
                 {"label": label, "left_out": None if rate else "why", "tokens_per_second": rate, "dtype": "int4"}
@@ -44,12 +44,12 @@ def test_columns_and_rows() -> None:
 
     table = speed_table(
         [
-            result("2", 1, [("ours", 1234.4), ("theirs", 9.87), ("nobody", None)], compile=True),
-            result("2", 8, [("ours", 99.0), ("others", 12.0)], compile=None),
+            result("2", 1, [("ours", 1234.4), ("theirs", 9.87), ("nobody", None)]),
+            result("2", 8, [("ours", 99.0), ("others", 12.0)]),
         ]
     )
     assert table.splitlines() == [
-        "| tokens/s | 2 CPU cores, `--compile`, 1 at once | 2 CPU cores, 8 at once |",
+        "| tokens/s | 2 CPU cores, 1 at once | 2 CPU cores, 8 at once |",
         "|---|---|---|",
         "| ours | 1,234 (int4) | 99 (int4) |",
         "| theirs | 9.9 (int4) |  |",

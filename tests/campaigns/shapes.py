@@ -37,7 +37,6 @@ def random_model(shape: str, engine: EngineConfig) -> Any:
     LoadError."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from medusa_serve.model.forward.split import spread
     from medusa_serve.model.gpu.capture import TURN
     from medusa_serve.model.loading.load import LoadedModel, _choose_device, _choose_numbers, _shrink
     from medusa_serve.model.weights.nf4 import quantize_nf4
@@ -52,7 +51,7 @@ def random_model(shape: str, engine: EngineConfig) -> Any:
     if weights == "nf4":
         quantize_nf4(model)
     if engine.device == "split":
-        notes.append(spread(model))
+        notes.append(_spread(model))
     return LoadedModel(
         model=model,
         tokenizer=none,
@@ -65,6 +64,18 @@ def random_model(shape: str, engine: EngineConfig) -> Any:
         weights=_shrink(model, engine, weights, notes),
         notes=notes,
     )
+
+
+def _spread(model: Any) -> str:
+    """Spread a model that lies elsewhere over the visible GPUs; → a note. Raises LoadError."""
+    from medusa_serve.model.forward.split import device_map, gpu_shares, require_accelerate, sizes, split_note
+
+    require_accelerate()
+    from accelerate import dispatch_model
+
+    devices, shares = gpu_shares(*sizes(model))
+    dispatch_model(model, device_map(model, devices, shares), main_device=devices[0])
+    return split_note(devices)
 
 
 class ByteCodec:

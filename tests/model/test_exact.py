@@ -7,7 +7,7 @@ import torch
 
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import LoadError
-from medusa_serve.model import exact
+from medusa_serve.model import selftest
 from medusa_serve.model.build import build_runner
 from medusa_serve.model.cpu.attention import canonical_attention
 from medusa_serve.model.drafting.tree import Tree
@@ -97,8 +97,7 @@ def test_the_same_bits_for_any_tree_batch_and_chunking(numbers, family):
     sequence's own continuation. Mistral has windows, Gemma 2 soft caps as well."""
     chance, generator = random.Random(3), torch.Generator().manual_seed(3)
     forward = forward_in(numbers, family)
-    forward.exact = True
-    exact.pad_rows(forward.model)
+    forward.use(forward.active, exact=True)
     sequences = torch.randint(VOCAB, (4, COUNT), generator=generator)
     plain = [plain_logits(forward, ids) for ids in sequences]
     compared = 0
@@ -136,9 +135,9 @@ def test_the_same_bits_for_any_tree_batch_and_chunking(numbers, family):
 
 def test_it_is_on_where_it_holds_and_refused_where_it_cannot_be():
     forward = forward_in("int8", "llama")
-    assert exact.make_exact(forward, False, SLOTS) is None
+    assert selftest.make_exact(forward, False, SLOTS) is None
     assert not forward.exact
-    note = exact.make_exact(forward, None, SLOTS)
+    note = selftest.make_exact(forward, None, SLOTS)
     assert note is not None
     assert note.startswith("exact:")
     assert forward.exact
@@ -146,23 +145,23 @@ def test_it_is_on_where_it_holds_and_refused_where_it_cannot_be():
     forward.close()
     assert all("forward" not in vars(module) for module in forward.model.modules())
     wide = TreeForward(tiny_model("llama", torch.float32), 1, COLUMNS, None)
-    assert exact.make_exact(wide, None, 1) is None
+    assert selftest.make_exact(wide, None, 1) is None
     with pytest.raises(LoadError, match="bfloat16"):
-        exact.make_exact(wide, True, 1)
+        selftest.make_exact(wide, True, 1)
 
 
 def test_attention_in_another_order_is_seen(monkeypatch):
     forward = forward_in("bfloat16", "llama")
     monkeypatch.setattr(attention, "has_numba", lambda: False)
     monkeypatch.setattr(attention, "reference_attention", lambda *given: attention._by_row(*given[:6]))
-    forward.exact = True
-    assert "changes the logits' last bits" in (exact.difference(forward, SLOTS) or "")
+    forward.use(forward.active, exact=True)
+    assert "changes the logits' last bits" in (selftest.difference(forward, SLOTS) or "")
 
 
 def test_without_numba_it_says_what_is_missing(monkeypatch):
     forward = forward_in("bfloat16", "llama")
-    monkeypatch.setattr(exact, "has_numba", lambda: False)
-    assert "Numba" in (exact.make_exact(forward, None, SLOTS) or "")
+    monkeypatch.setattr(selftest, "has_numba", lambda: False)
+    assert "Numba" in (selftest.make_exact(forward, None, SLOTS) or "")
     assert not forward.exact
 
 

@@ -1,5 +1,5 @@
-"""The decoder layers of a CPU's passes without a compiler: traced from the model's own code as layers.py does, int4 and
-int8 products of one input made one, chains of small operations replaced by the kernels of layer_ops.py where the
+"""The decoder layers of a CPU's passes without a compiler: traced from the model's own code (forward/trace.py), int4
+and int8 products of one input made one, chains of small operations replaced by the kernels of layer_ops.py where the
 traced graph shows them, the rest left as ATen's operations.
 
 A Hugging Face layer of a small model costs three times its products in Python and dispatch. The model keeps its
@@ -11,6 +11,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,12 +22,14 @@ from torch.utils import _pytree as pytree
 
 from ...errors import reason_of
 from ..forward.attention import View
-from ..forward.trace import EXAMPLE, LINEAR, FusedLayers, _facts, _Traced
-from ..forward.tree_forward import TreeForward, decoder_layers
+from ..forward.hidden_tap import decoder_layers
+from ..forward.passes import HfPass
+from ..forward.trace import EXAMPLE, LINEAR, Operator, TracedLayer, layer_calls, layer_kind
+from ..forward.tree_forward import TreeForward
 from ..weights.int4 import Int4Linear
 from ..weights.int8 import Int8Linear
 from . import layer_ops
-from .attention import fits_slab, view_record
+from .attention import fits, fits_slab, rotated_attention, view_record
 from .tape import NoTape, Tape, TapeRun
 from .whole_pass import Call, NativePass, OtherPass, calls_of, hands_on, noted
 
@@ -40,29 +44,50 @@ OPERATORS = {aten.add.Tensor: operator.add, aten.mul.Tensor: operator.mul}
 
 
 def native_layers(forward: TreeForward, check: Callable[[], float]) -> str:
-    """Give the forward native layers if they pass the self-test; → a note. check: as selftest.check, of packed
-    passes"""
+    """Give the forward a pass with native layers if they pass the self-test; → a note. check: as selftest.check, of
+    packed passes"""
+    own = forward.active
+    assert isinstance(own, HfPass)
     try:
-        forward.layers = NativeLayers(forward, decoder_layers(forward.model))
-        forward.packs = True
-        error = check()
+        layers = NativeLayers(forward, decoder_layers(forward.model))
     except Exception as reason:  # tracing runs a model's code: whatever it raises
-        if forward.layers is not None:
-            forward.layers.close()
-            forward.layers, forward.packs = None, False
         return f"decoder layers stay as they are ({reason_of(reason)})"
-    kernels, forward.around = forward.layers.kernels, forward.layers.around
-    note = f"decoder layers are traced, {kernels} of their operations are kernels ({error:.1e} apart)"
-    if kernels and forward.around is None:
-        note += f"; around them the model's own code runs, because {forward.layers.apart}"
+    try:
+        forward.use(layers.over(own))
+        error = check()
+    except Exception as reason:  # as above
+        forward.use(own)
+        layers.close()
+        return f"decoder layers stay as they are ({reason_of(reason)})"
+    note = f"decoder layers are traced, {layers.kernels} of their operations are kernels ({error:.1e} apart)"
+    if layers.around is not None:
+        forward.use(layers.around)
+    elif layers.kernels:
+        note += f"; around them the model's own code runs, because {layers.apart}"
     return note
 
 
-class NativeLayers(FusedLayers):
-    """As FusedLayers, in passes that see all rows as one."""
+class _RotatingOperator(Operator):
+    """With the rotary positions before the attention, where a layer's are its last step: one kernel."""
+
+    def attend_rotated(
+        self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, scaling: float, window: int
+    ) -> Tensor:
+        forward, view, layer = self.forward, self.forward.view, self.layer
+        slabs = forward.cache.keys[layer], forward.cache.values[layer]
+        dense = query.stride(3) == key.stride(3) == value.stride(3) == cos.stride(2) == sin.stride(2) == 1
+        if forward.exact and dense and view is not None and fits(query, *slabs, view):
+            return rotated_attention(query, key, value, cos, sin, slabs, view, scaling, window or None)
+        turned = layer_ops.rotate(query, cos, sin), layer_ops.rotate(key, cos, sin)
+        return forward.attend_in(layer, *turned, value, scaling, window or None)
+
+
+class NativeLayers:
+    """Traced layers of a TreeForward, for passes that see all rows as one, until `close`."""
 
     def __init__(self, forward: TreeForward, layers: nn.ModuleList) -> None:
-        super().__init__(forward, layers, merge=True, compiled=False)
+        self._forward, self._layers = forward, list(layers)
+        self._operator = _RotatingOperator(forward)
         try:
             self._trace()
         except BaseException:
@@ -71,7 +96,7 @@ class NativeLayers(FusedLayers):
 
     def _trace(self) -> None:
         with noted(self._forward.model, self._layers) as seen:
-            calls = self._calls(EXAMPLE)
+            calls = layer_calls(self._forward, self._layers, EXAMPLE)
         made: dict[str, _Native] = {}
         self._functions: list[Callable[..., Any]] = []
         self._inputs: list[list[Any]] = []
@@ -79,7 +104,7 @@ class NativeLayers(FusedLayers):
         weights: list[Any] = []
         self._seen: Any = None  # of the pass, for a tape
         for index, layer in enumerate(self._layers):
-            kind = repr((_facts(layer), [(name, type(module)) for name, module in layer.named_modules()]))
+            kind = repr((layer_kind(layer), [(name, type(module)) for name, module in layer.named_modules()]))
             if kind not in made:
                 with _plain_linears(layer) as products:
                     made[kind] = _Native(layer, *calls[index], self._operator, products)
@@ -97,18 +122,23 @@ class NativeLayers(FusedLayers):
         self.kernels = sum(native.kernels for native in made.values())
         self._shared: tuple[Any, ...] = ()
         self.around, self.apart = self._around(seen) if self._alike else (None, "its layers do not run as one call")
-        self.take_place()
+
+    def over(self, own: HfPass) -> HfPass:
+        """The pass whose layers these are. own: the model's"""
+        forwards = {layer: partial(self.call, index, layer) for index, layer in enumerate(self._layers)}
+        return replace(own, layers=self, forwards=forwards, packs=True)
 
     def _around(self, seen: list[Call]) -> tuple[NativePass | None, str]:
         """The pass without the model's own code, or why not."""
-        tape = self._natives[0].tape
+        tape, own = self._natives[0].tape, self._forward.active
         assert tape is not None
+        assert isinstance(own, HfPass)
         try:
-            return NativePass(self._forward, self._layers, seen, tape, self._weights), ""
+            return NativePass(self._forward, self.over(own), self._layers, seen, tape, self._weights), ""
         except OtherPass as reason:
             return None, str(reason)
 
-    def call(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, index: int, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if index < self._end and args and args[0] is self._ahead:
             return self._ahead  # the call of an earlier layer went on through this one
         view, native = self._forward.view, self._natives[index]
@@ -157,7 +187,7 @@ class NativeLayers(FusedLayers):
         return view_record(view, cache.keys.shape[2], cos, sin)
 
     def close(self) -> None:
-        super().close()
+        self._operator.close()
         self._shared, self._seen, self._ahead = (), None, None
 
 
@@ -167,10 +197,10 @@ class _Native:
     def __init__(
         self, layer: nn.Module, args: Any, kwargs: Any, attention: Any, products: dict[str, nn.Module]
     ) -> None:
-        self.traced = traced = _Traced(layer, args, kwargs, attention, False)
+        self.traced = traced = TracedLayer(layer, args, kwargs, attention, False)
         graph = traced.graph.graph
         places = [node for node in graph.nodes if node.op == "placeholder"]
-        names = dict(zip(places, traced._inputs, strict=True))
+        names = dict(zip(places, traced.inputs, strict=True))
         self._merged = _use_products(graph, names, products)
         for node in list(graph.nodes):
             if node.target is aten._assert_tensor_metadata.default:
@@ -197,7 +227,7 @@ class _Native:
         graph.lint()
         traced.graph.recompile()
         self.run = traced.graph.forward
-        self.single = traced._out_spec.is_leaf()
+        self.single = traced.out_spec.is_leaf()
         self._order = {place: at for at, place in enumerate(kept)}
         self.tape: TapeRun | None = None
 
@@ -210,12 +240,12 @@ class _Native:
 
     def out(self, made: Any) -> Any:
         """What the graph made, as the layer gives it."""
-        return made[0] if self.single else pytree.tree_unflatten(made, self.traced._out_spec)
+        return made[0] if self.single else pytree.tree_unflatten(made, self.traced.out_spec)
 
     def inputs_of(self, layer: nn.Module) -> list[Any]:
         """A layer's weights and products in the order of the graph's inputs; None: what the model hands over."""
         known: dict[str, Any] = dict(layer.named_parameters(remove_duplicate=False))
-        known |= dict(layer.named_buffers(remove_duplicate=False)) | self.traced._constants
+        known |= dict(layer.named_buffers(remove_duplicate=False)) | self.traced.constants
         for names in self._merged:
             parts: list[Any] = [layer.get_submodule(name) for name in names]
             known[f"{names[0]}.weight"] = parts[0] if len(parts) == 1 else type(parts[0]).merged(parts)

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..forward.attention import View, chain_view
+from ..forward.passes import HfPass
+from ..forward.tree_forward import TreeForward
 from .attention import fits_slab, view_record
 from .layer_ops import rms_norm
 from .tape import TapeRun
-
-if TYPE_CHECKING:
-    from ..forward.tree_forward import TreeForward
 
 TOLERANCE = 0.02  # of the logits' norm
 ROUNDED = 2**-7  # of one number, by a kernel whose sums have another order
@@ -58,12 +57,21 @@ def noted(model: nn.Module, layers: list[nn.Module]) -> Iterator[list[Call]]:
 
 
 class NativePass:
-    """In the place of the model's forward where `covers`. Raises OtherPass."""
+    """A Pass without the model's code where `covers`, and `inner` elsewhere. Raises OtherPass."""
+
+    packs = True
 
     def __init__(
-        self, forward: TreeForward, layers: list[nn.Module], calls: list[Call], tape: TapeRun, weights: Any
+        self,
+        forward: TreeForward,
+        inner: HfPass,
+        layers: list[nn.Module],
+        calls: list[Call],
+        tape: TapeRun,
+        weights: Any,
     ) -> None:
         """calls: of one packed pass · weights: of all layers, for the tape"""
+        self.inner, self.layers, self.forwards = inner, inner.layers, inner.forwards
         self._forward, self._tape, self._weights = forward, tape, weights
         mine = calls_of(layers, calls)
         if not hands_on(mine):
@@ -80,7 +88,15 @@ class NativePass:
         cache = self._forward.cache
         return view.packed and self._forward.exact and fits_slab(cache.keys, cache.values, view)
 
-    def run(self, tokens: Tensor, positions: Tensor, view: View, at: Tensor | None) -> Tensor:
+    def close(self) -> None:
+        self.inner.close()
+
+    def run(self, tokens: Tensor, positions: Tensor, view: View, keep: int | Tensor | None) -> Tensor:
+        if not self.covers(view):
+            return self.inner.run(tokens, positions, view, keep)
+        return self._run(tokens, positions, view, None if isinstance(keep, int) else keep)
+
+    def _run(self, tokens: Tensor, positions: Tensor, view: View, at: Tensor | None) -> Tensor:
         """tokens, positions (1, M) · at (R): of which tokens logits are wanted; None: of all → (1, R, V)"""
         places = F.embedding(positions, self._positions)
         cos, sin = places[..., : self._dim], places[..., self._dim :]
@@ -99,7 +115,7 @@ class NativePass:
         with self._forward.aside():
             view = chain_view([0], [0], [tokens.shape[1]], tokens.device)
             view.packed = True
-            got = self.run(tokens, positions, view, None)
+            got = self._run(tokens, positions, view, None)
         self._forward.tap.take()
         error = float((got - wanted).float().norm() / wanted.float().norm())
         if not error <= TOLERANCE:

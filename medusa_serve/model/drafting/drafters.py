@@ -101,7 +101,6 @@ class _ContextDrafter(Generic[State]):
         self.heads, depths = heads, heads.max_depth
         self._num_ranks = min(num_ranks or self.most_ranks, heads.output.vocab_size)
         both = [[*(given or ()), *[1.0] * depths][:depths] for given in (tau, noise_tau)]
-        self.compiled: Any = None  # CompiledDrafts, once there are some
         self.native: Any = None  # NativeDraft, once there is one
         self.tau = torch.tensor(both, dtype=torch.float32, device=heads.output.device)  # (2, D)
         self.size(63, None)
@@ -152,8 +151,6 @@ class _ContextDrafter(Generic[State]):
         nodes: int | None = None,
     ) -> HeadNodes:
         nodes = self._asked if nodes is None or nodes >= self.max_nodes else nodes
-        if self.compiled is not None and self.compiled.covers(pending, sampling, nodes):
-            return self.compiled.run(hidden, pending, length, nodes)
         widths, pool_size = self._search(nodes)
         if self.native is not None and not sampling.sampled:
             return self.native.run(hidden, pending, widths, pool_size, nodes)

@@ -73,20 +73,10 @@ def split_plan(hf_config: Any, dtype: torch.dtype) -> tuple[dict[str, Any], str]
     with torch.device("meta"):
         sketch = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     devices, shares = gpu_shares(*sizes(sketch))
-    return device_map(sketch, devices, shares), _note(devices)
+    return device_map(sketch, devices, shares), split_note(devices)
 
 
-def spread(model: Any) -> str:
-    """Spread a model that lies elsewhere over the visible GPUs; → a note. Raises LoadError."""
-    require_accelerate()
-    from accelerate import dispatch_model
-
-    devices, shares = gpu_shares(*sizes(model))
-    dispatch_model(model, device_map(model, devices, shares), main_device=devices[0])
-    return _note(devices)
-
-
-def _note(devices: Sequence[Any]) -> str:
+def split_note(devices: Sequence[Any]) -> str:
     return f"the layers lie over {len(devices)} GPUs: room, not speed, as each pass goes through one after the other"
 
 

@@ -1,8 +1,6 @@
-"""The forward pass of an unmodified Hugging Face model over slots, in forms with one interface.
-
-TreeForward   registered attention + SlotCache: many rows, many nodes, one pass (masked.py: the model's own attention)
-PlainForward  the model's own cache, one row at a time: for models whose attention cannot be plugged (recurrent, ALiBi,
-…)
+"""The forward pass of an unmodified Hugging Face model over slots: its attention is registered, its cache is ours, so
+that many rows with many nodes share one pass. masked_forward.py and plain_forward.py are for models that cannot have
+that.
 """
 
 from __future__ import annotations
@@ -11,79 +9,20 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicCache
 
-from ...errors import LoadError
 from .attention import View, attend
-from .hidden_tap import decoder_layers
+from .hidden_tap import HiddenTap
+from .passes import HfPass, Pass, padded_products
+from .replaced import replace_attributes
 from .slab import SlotCache
 from .split import SplitCache, layer_devices
 
 ASIDE = 128  # tokens of a pass that is no sequence's
-
-
-class HiddenTap:
-    """Keeps the hidden states of a pass that the heads read, while the model still applies its own post-processing of
-    the logits (soft caps, scales).
-
-    indexes, as of transformers' `hidden_states`: 0 and up the input of the decoder layer with this number, -1 the input
-    of the output layer, after the final norm. Raises LoadError where the model has no such layer.
-    """
-
-    def __init__(self, model: Any, indexes: Sequence[int] = (-1,)) -> None:
-        self._kept: dict[int, torch.Tensor] = {}
-        self.layers: tuple[int, ...] = ()  # by number, whose input is kept
-        self._handles: list[Any] = []
-        output = model.get_output_embeddings()
-        if output is None:
-            return
-        wanted: dict[int, torch.nn.Module] = {-1: output}
-        if any(index != -1 for index in indexes):
-            layers = decoder_layers(model)
-            indexes = [_normal(index, len(layers)) for index in indexes]
-            wanted |= {index: layers[index] for index in indexes if index >= 0}
-        self._indexes = tuple(indexes)
-        self.layers = tuple(index for index in wanted if index >= 0)
-        for index, module in wanted.items():
-            self._handles.append(module.register_forward_pre_hook(partial(self._note, index), with_kwargs=True))
-
-    def _note(self, index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.keep(index, args[0] if args else kwargs["hidden_states"])
-
-    def keep(self, index: int, hidden: torch.Tensor) -> None:
-        """By whoever runs the layers without their modules."""
-        self._kept[index] = hidden
-
-    def take(self, at: torch.Tensor | None = None) -> torch.Tensor | None:
-        """What the last pass left, side by side in the order of the indexes: (B, N, M·H), where N are the positions
-        that the output layer saw: `at`, or the last ones."""
-        kept, self._kept = self._kept, {}
-        if -1 not in kept:
-            return None
-        last = kept[-1]
-        if at is not None and last.shape[1] != len(at):
-            last = last[:, at]
-        chosen = slice(-last.shape[1], None) if at is None else at
-        parts = [last if index == -1 else kept[index][:, chosen] for index in self._indexes]
-        if any(part.shape != last.shape for part in parts):
-            raise LoadError("The heads read hidden states that this model's layers do not pass on one by one.")
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-def _normal(index: int, layers: int) -> int:
-    """An index of `hidden_states` as HiddenTap knows it."""
-    if not -layers - 1 <= index <= layers:
-        raise LoadError(f"The heads read hidden state {index}, the model has only {layers} layers.")
-    return -1 if index in (-1, layers) else index % (layers + 1)
 
 
 class SlabCache(Cache):
@@ -105,6 +44,15 @@ class SlabCache(Cache):
             return self.slab.write(layer_idx, self.view.slots, self.columns, keys, values)
         view = self.view.on(keys.device)
         return self.slab.write(layer_idx, view.slots, view.columns, keys, values)
+
+    @contextlib.contextmanager
+    def during(self, view: View) -> Iterator[None]:
+        """While the model runs a pass of this view."""
+        self.view, self.columns = view, view.columns
+        try:
+            yield
+        finally:
+            self.view = self.columns = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if self.view is None else max(self.view.host_length)
@@ -137,11 +85,6 @@ class TreeForward:
     ) -> None:
         """hidden_inputs: as HiddenTap's indexes, M of them"""
         self.model, self.max_positions, self.hidden_inputs = model, max_positions, tuple(hidden_inputs)
-        self.compiled: Any = None  # CompiledPasses, once there are some
-        self.layers: Any = None  # FusedLayers, once there are some
-        self.around: Any = None  # NativePass, once there is one
-        self.packs = False  # whether all passes see their rows as one: traced layers of a CPU want that
-        self.exact = False  # as attention.attend's; exact.py sets it
         self._traced_attention: Callable[..., torch.Tensor] | None = None
         places, shape = layer_devices(model), (kv_shapes(model), slots, columns, model.dtype)
         self.is_split, self.can_capture = bool(places), not places
@@ -156,6 +99,21 @@ class TreeForward:
             self.tap.close()
             self.detach()
             raise
+        self._undo: Callable[[], None] = lambda: None
+        self.use(HfPass(model, self._slab_cache, frozenset(self._takes), str(self._cache_name), self._options))
+
+    def use(self, other: Pass, *, exact: bool = False) -> None:
+        """From now on passes are run by `other`, and the model's modules by what it has for them. exact: as
+        attention.attend's, and products of few rows are padded."""
+        self._undo()
+        forwards = {**other.forwards, **(padded_products(self.model) if exact else {})}
+        self._undo = replace_attributes((module, "forward", run) for module, run in forwards.items())
+        self.active, self.exact = other, exact
+
+    @property
+    def packs(self) -> bool:
+        """Whether all passes see their rows as one: traced layers of a CPU want that."""
+        return self.active.packs
 
     def _plug_in(self) -> None:
         model, self._name = self.model, f"medusa_tree_{id(self):x}"
@@ -220,28 +178,6 @@ class TreeForward:
         out = attend(cache.view.unpack(query), keys, values, cache.view, scaling, window, exact=self.exact)
         return cache.view.pack(out).contiguous()
 
-    def attend_rotated(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        scaling: float,
-        window: int | None,
-    ) -> torch.Tensor:
-        """The same with the rotary positions before it, where a layer's are its last step; on a CPU one kernel."""
-        from ..cpu.layer_ops import rotate
-
-        view, slabs = self._slab_cache.view, (self.cache.keys[layer], self.cache.values[layer])
-        if self.exact and query.stride(3) == key.stride(3) == value.stride(3) == cos.stride(2) == sin.stride(2) == 1:
-            from ..cpu.attention import fits, rotated_attention
-
-            if fits(query, *slabs, view):
-                return rotated_attention(query, key, value, cos, sin, slabs, view, scaling, window)
-        return self.attend_in(layer, rotate(query, cos, sin), rotate(key, cos, sin), value, scaling, window)
-
     @contextlib.contextmanager
     def traced_with(self, attention: Callable[..., torch.Tensor]) -> Iterator[None]:
         """Meanwhile layers call `attention` (query, key, value, scaling, window or 0) and write no cache."""
@@ -265,8 +201,6 @@ class TreeForward:
         self, tokens: torch.Tensor, view: View, last_only: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """tokens (B, N), -1 empty → logits (B, N, V), hidden (B, N, M·H); with last_only of the last token alone."""
-        if self.compiled is not None and self.compiled.covers(view):
-            return self.compiled.run(tokens, view)
         if self.packs and not view.packed:
             view = replace(view, packed=True)
             if last_only:
@@ -294,23 +228,7 @@ class TreeForward:
         """The logits."""
         if self.max_positions is not None:  # nodes behind it are never accepted, but learned positions must exist
             positions = positions.clamp(max=self.max_positions - 1)
-        tokens = tokens.clamp(min=0)
-        if self.around is not None and self.around.covers(view):
-            return self.around.run(tokens, positions, view, None if isinstance(keep, int) else keep)
-        extra = {"logits_to_keep": keep} if keep is not None and "logits_to_keep" in self._takes else {}
-        cache = self._slab_cache
-        cache.view, cache.columns = view, view.columns
-        try:
-            return self.model(
-                input_ids=tokens,
-                position_ids=positions,
-                use_cache=True,
-                **{str(self._cache_name): cache},
-                **extra,
-                **self._options(view),
-            ).logits
-        finally:
-            cache.view = cache.columns = None
+        return self.active.run(tokens.clamp(min=0), positions, view, keep)
 
     def commit(self, view: View, nodes: torch.Tensor) -> None:
         self.cache.commit(view.slots, view.length, nodes)
@@ -324,80 +242,11 @@ class TreeForward:
         AttentionInterface._global_mapping.pop(self._name, None)
 
     def close(self) -> None:
-        if self.layers is not None:
-            self.layers.close()
-        if self.exact:
-            from ..exact import leave_rows
-
-            leave_rows(self.model)
+        self._undo()
+        self.active.close()
         self.tap.close()
         self.detach()
-        del self.cache, self._slab_cache
-
-
-class PlainForward:
-    """One token a step, each row with a cache of the model's own kind. Correct for every causal LM; rows do not share
-    passes."""
-
-    supports_trees = False
-    can_capture = False  # of its steps no CUDA graph can be made
-
-    def __init__(
-        self,
-        model: Any,
-        slots: int,
-        history: Callable[[int, int], torch.Tensor],
-        hidden_inputs: Sequence[int] = (-1,),
-    ) -> None:
-        """history(slot, length): the slot's first `length` token ids, to rebuild a cache that a failed pass left
-        half-written · hidden_inputs: as HiddenTap's indexes"""
-        self.model, self._history = model, history
-        self._takes = set(inspect.signature(model.forward).parameters)
-        self._cache_name = cache_argument(self._takes)
-        self._caches: list[Any] = [None] * slots
-        self._seen = [0] * slots
-        self.tap = HiddenTap(model, hidden_inputs)
-
-    def run(
-        self, tokens: torch.Tensor, view: View, last_only: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        logits: list[torch.Tensor] = []
-        hidden: list[torch.Tensor] = []
-        for row, (slot, length) in enumerate(zip(view.host_slots, view.host_length, strict=True)):
-            out = self._row(slot, length, tokens[row : row + 1])
-            keep = 1 if last_only else tokens.shape[1]
-            logits.append(out.logits[:, -keep:])
-            last = self.tap.take()
-            if last is not None:
-                hidden.append(last[:, -keep:])
-        return torch.cat(logits), torch.cat(hidden) if hidden else None
-
-    def _row(self, slot: int, length: int, tokens: torch.Tensor) -> Any:
-        known = self._cache_name is not None and self._seen[slot] == length and length > 0
-        cache = self._caches[slot] if known else None
-        if not known and length > 0:
-            tokens = torch.cat([self._history(slot, length)[None], tokens], dim=1)
-        self._seen[slot] = -1  # half-written until the pass is through
-        end = length + tokens.shape[1] if known else tokens.shape[1]
-        one_by_one = cache is not None and not _holds_only_keys_and_values(
-            cache
-        )  # a recurrent state continues by single tokens
-        for part in tokens.split(1, dim=1) if one_by_one else (tokens,):
-            extra = {self._cache_name: cache} if self._cache_name else {}
-            out = self.model(input_ids=part, use_cache=self._cache_name is not None, **extra)
-            cache = getattr(out, self._cache_name, None) if self._cache_name else None
-        self._caches[slot], self._seen[slot] = cache, end
-        return out
-
-    def commit(self, view: View, nodes: torch.Tensor) -> None:
-        """The model's own cache has appended the row already."""
-
-    def zero(self, slot: int) -> None:
-        self._caches[slot], self._seen[slot] = None, 0
-
-    def close(self) -> None:
-        self.tap.close()
-        self._caches.clear()
+        del self.cache, self._slab_cache, self.active
 
 
 class PlugInError(Exception):
@@ -406,13 +255,16 @@ class PlugInError(Exception):
 
 @torch.no_grad()
 def kv_shapes(model: Any) -> list[tuple[int, int, int]]:
-    """(kv heads, key dim, value dim) of each layer, from a two-token pass. Raises PlugInError where they differ."""
+    """(kv heads, key dim, value dim) of each layer, from a two-token pass. Raises PlugInError where they differ, and
+    where no tree fits into the model's attention."""
+    if uses_alibi(model.config):
+        raise PlugInError("its attention adds biases by distance (ALiBi), which a tree of tokens has not")
     ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
     name = cache_argument(set(inspect.signature(model.forward).parameters))
     cache = getattr(model(input_ids=ids, use_cache=True), name or "", None)
     if not isinstance(cache, DynamicCache):
         raise PlugInError("it keeps no cache of keys and values")
-    if not _holds_only_keys_and_values(cache):
+    if not holds_only_keys_and_values(cache):
         raise PlugInError("some layers keep a recurrent state, which cannot branch")
     layers: list[Any] = list(cache.layers)
     shapes = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
@@ -433,7 +285,7 @@ def uses_alibi(config: Any) -> bool:
     return kind == "bloom" or any(getattr(part, "alibi", False) is True for part in (config, attention))
 
 
-def _holds_only_keys_and_values(cache: Any) -> bool:
+def holds_only_keys_and_values(cache: Any) -> bool:
     layers = getattr(cache, "layers", [])
     return bool(layers) and all(
         torch.is_tensor(getattr(layer, "keys", None)) and layer.keys.dim() == 4 for layer in layers

@@ -1,22 +1,27 @@
 """What makes a GPU's steps faster and takes seconds: compiled layers, compiled heads, and the times of the steps that
-come of them. The first answers do not wait for it: an idle engine does it part by part (parts.py)."""
+come of them. The first answers do not wait for it: it is a generator, and an idle engine does one part at a time, so
+that a request which comes meanwhile waits for no more than the part under way."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config import EngineConfig
-from ..forward.trace import compiles, fuse_layers
 from ..timing import known_times, time_steps, try_largest
 from .compiled_heads import fuse_heads
+from .layers import compiles, fuse_layers
 
 if TYPE_CHECKING:
     from ..forward.tree_forward import TreeForward
     from ..runner import ModelRunner
 
 SOON = "decoder layers are fused while the engine idles"
+LOOK_S = 0.05  # between looks at a thread
 
 
 def fuses(forward: TreeForward, config: EngineConfig) -> bool:
@@ -50,16 +55,19 @@ class Fusing:
     def parts(self, notes: list[str]) -> Iterator[None]:
         """Do it. In notes, SOON gives way to what came of it."""
         runner, forward, drop = self._runner, self._forward, self._runner.drop_captures
-        told = [(yield from fuse_layers(forward, self._aside, drop, wanted=self._wanted))]
-        compiled, heads = forward.layers is not None and forward.layers.compiled, getattr(runner.drafter, "heads", None)
+        wants = compiles(forward, self._wanted)
+        yield from imported("torch.export._trace", *(["torch._inductor.compile_fx"] if wants else []))
+        made = [(yield from fuse_layers(forward, self._aside, drop, wanted=self._wanted))]
+        layers, heads = forward.active.layers, getattr(runner.drafter, "heads", None)
+        compiled = layers is not None and layers.compiled
         if compiled and heads is not None:
             width = len(forward.hidden_inputs) * forward.model.config.get_text_config().hidden_size
-            told.append((yield from fuse_heads(heads, width, drop)))
+            made.append((yield from fuse_heads(heads, width, drop)))
         if self._what:
-            kind = "plain" if forward.layers is None else "compiled" if compiled else "merged"
-            told.append(time_steps(runner, self._name(kind), self._cache, proven=True))
+            kind = "plain" if layers is None else "compiled" if compiled else "merged"
+            made.append(time_steps(runner, self._name(kind), self._cache, proven=True))
         at = notes.index(SOON)
-        notes[at : at + 1] = told
+        notes[at : at + 1] = made
 
     def _aside(self) -> float:
         with self._forward.aside():
@@ -68,3 +76,19 @@ class Fusing:
     def _name(self, kind: str) -> str:
         """Times hold for one kind of layers."""
         return f"{self._what}, layers {kind}"
+
+
+def imported(*names: str) -> Iterator[None]:
+    """Import modules in a thread: that takes seconds, but lets others run in between. What fails raises where it is
+    imported again, to be used."""
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            for name in names:
+                importlib.import_module(name)
+
+    thread = threading.Thread(target=run, name="medusa-import", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(LOOK_S)
+        yield

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import reason_of
+from ..forward.replaced import replace_attributes
 
 STEPS = ("advance", "features", "_begin")  # the last one where heads have it
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}  # of the features' norm
@@ -43,13 +44,13 @@ def fuse_heads(heads: Any, hidden_width: int, changed: Callable[[], None]) -> Ge
     errors: list[float] = []
     try:
         wanted = [_features(heads, hidden_width, rows) for rows in ROWS]
-        compiled = {name: Compiled(getattr(heads, name)) for name in steps}
+        steps_of = [(heads, name, Compiled(getattr(heads, name))) for name in steps]
         for rows, want in zip(ROWS, wanted, strict=True):
-            vars(heads).update(compiled)
+            undo = replace_attributes(steps_of)
             try:
                 got = _features(heads, hidden_width, rows)
             finally:
-                _own_steps(heads)
+                undo()
             errors.append(float((got - want).norm() / want.norm()))
             yield
         allowed = TOLERANCE.get(heads.output.weight.dtype, 0.05)
@@ -58,14 +59,9 @@ def fuse_heads(heads: Any, hidden_width: int, changed: Callable[[], None]) -> Ge
         why = reason_of(reason)
     if why:
         return f"heads are not compiled ({why})"
-    vars(heads).update(compiled)
+    replace_attributes(steps_of)
     changed()
     return "heads are compiled"
-
-
-def _own_steps(heads: Any) -> None:
-    for name in STEPS:
-        vars(heads).pop(name, None)
 
 
 @torch.inference_mode()

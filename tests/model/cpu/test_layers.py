@@ -13,7 +13,7 @@ from medusa_serve.model.cpu import layer_ops as native_ops
 from medusa_serve.model.cpu.layers import NativeLayers, native_layers
 from medusa_serve.model.drafting.tree import Tree
 from medusa_serve.model.forward.attention import chain_view, tree_view
-from medusa_serve.model.forward.tree_forward import decoder_layers
+from medusa_serve.model.forward.hidden_tap import decoder_layers
 from medusa_serve.model.weights.int4 import Int4Linear
 from tests.model.test_exact import SLOTS, forward_in
 from tests.model.weights.test_int4 import eight_bits, four_bits, linear
@@ -48,16 +48,17 @@ def passes(forward) -> list[torch.Tensor]:
 def test_traced_layers_are_the_models_own(numbers, family, kernels):
     forward = forward_in(numbers, family)
     wanted = passes(forward)
-    forward.layers, forward.packs = NativeLayers(forward, decoder_layers(forward.model)), True
-    assert forward.layers.kernels == kernels
+    own, layers = forward.active, NativeLayers(forward, decoder_layers(forward.model))
+    forward.use(layers.over(own))
+    assert layers.kernels == kernels
     calls = []
-    run = forward.layers._natives[0].run
-    forward.layers._natives[0].run = lambda *given: calls.append(0) or run(*given)
+    run = layers._natives[0].run
+    layers._natives[0].run = lambda *given: calls.append(0) or run(*given)
     for got, want in zip(passes(forward), wanted, strict=True):
         torch.testing.assert_close(got, want, atol=0.05, rtol=0.02)
     assert len(calls) == 5 * 2  # passes and layers: none took the model's own way
-    forward.layers.close()
-    forward.layers, forward.packs = None, False
+    forward.use(own)
+    layers.close()
     assert all("forward" not in vars(layer) for layer in decoder_layers(forward.model))
     for got, want in zip(passes(forward), wanted, strict=True):
         assert torch.equal(got, want)  # merged weights are the layers' own still
@@ -117,7 +118,7 @@ def test_nothing_is_kept_of_a_runner_that_was_closed():
         model = tiny_model("llama", torch.bfloat16)
         runner = build_runner(model, EngineConfig(), eos_ids=[], max_positions=512).runner
         forward = runner.forward
-        parts = [model, forward, forward.cache, forward.layers, model.lm_head.weight]
+        parts = [model, forward, forward.cache, forward.active.layers, model.lm_head.weight]
         runner.close()
         return [weakref.ref(part) for part in parts]
 
@@ -133,6 +134,6 @@ def test_layers_that_do_not_pass_the_test_stay_as_they_are(monkeypatch):
         raise ValueError("its logits differ")
 
     assert native_layers(forward, wrong) == "decoder layers stay as they are (its logits differ)"
-    assert forward.layers is None
+    assert forward.active.layers is None
     assert not forward.packs
     assert len(passes(forward)) > SLOTS

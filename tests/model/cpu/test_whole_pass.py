@@ -10,9 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from medusa_serve.model.cpu import whole_pass as native_pass
 from medusa_serve.model.cpu.int_products import NativeInt4Linear
 from medusa_serve.model.cpu.layers import native_layers
-from medusa_serve.model.exact import make_exact
+from medusa_serve.model.cpu.whole_pass import NativePass
 from medusa_serve.model.forward.attention import chain_view
 from medusa_serve.model.forward.tree_forward import TreeForward
+from medusa_serve.model.selftest import make_exact
 from medusa_serve.model.weights.int4 import use_few_bits
 from tests.model.cpu.test_layers import passes
 from tests.model.test_exact import COLUMNS, SLOTS, on_steps
@@ -92,14 +93,14 @@ def forward_of(change=None, family="llama", hidden_inputs=(-1,)):
 @torch.inference_mode()
 def test_a_pass_gives_what_the_models_code_gives(family, hidden_inputs, change, monkeypatch):
     forward, note = forward_of(change, family, hidden_inputs)
-    assert forward.around is not None
+    assert isinstance(forward.active, NativePass)
     assert "because" not in note
     calls = []
     monkeypatch.setattr(type(forward.model), "forward", lambda *_, **__: calls.append(0))
     got = passes(forward)
     monkeypatch.undo()
     assert not calls
-    forward.around = None
+    forward.use(forward.active.inner, exact=True)
     wanted = passes(forward)
     for one, other in zip(got, wanted, strict=True):
         assert one.shape == other.shape
@@ -120,7 +121,7 @@ def test_a_pass_gives_what_the_models_code_gives(family, hidden_inputs, change, 
 @torch.inference_mode()
 def test_what_is_put_together_otherwise_keeps_its_code(change, why):
     forward, note = forward_of(change)
-    assert forward.around is None
+    assert not isinstance(forward.active, NativePass)
     assert note.endswith(f"; around them the model's own code runs, because {why}")
     forward.close()
 
@@ -130,7 +131,7 @@ def test_a_pass_whose_logits_differ_is_not_taken(monkeypatch):
     monkeypatch.setattr(native_pass, "rms_norm", lambda x, weight, epsilon: x * weight)
     monkeypatch.setattr(native_pass.torch, "allclose", lambda *_, **__: True)
     forward, note = forward_of()
-    assert forward.around is None
+    assert not isinstance(forward.active, NativePass)
     assert "its logits differ by" in note
     forward.close()
 

@@ -18,8 +18,9 @@ from medusa_serve.model import build
 from medusa_serve.model.build import build_runner
 from medusa_serve.model.drafting.drafters import SequentialDrafter
 from medusa_serve.model.drafting.heads import SequentialHeads
-from medusa_serve.model.forward import trace as layers
+from medusa_serve.model.forward.trace import TracedLayer
 from medusa_serve.model.gpu import background as fuse
+from medusa_serve.model.gpu import layers
 from medusa_serve.model.gpu.background import SOON
 from medusa_serve.types import SamplingParams
 from tests.oracles import IdsCodec, run
@@ -58,7 +59,7 @@ def ask(manager, prompt):
 @pytest.mark.usefixtures("fuses")
 def test_answers_are_the_same_before_between_and_after_the_parts(monkeypatch):
     """And what finished sequences left in their slots is still there for those that begin alike."""
-    monkeypatch.setattr(layers, "imported", lambda *names: iter(()))  # as many parts as it takes long to import
+    monkeypatch.setattr(fuse, "imported", lambda *names: iter(()))  # as many parts as it takes long to import
     model = tiny_model("llama", torch.float32, hidden=HIDDEN)
     first, second = tiny_prompts(2, 24)
     want = {tuple(prompt): greedy(model, prompt, TOKENS) for prompt in (first, second)}
@@ -66,7 +67,7 @@ def test_answers_are_the_same_before_between_and_after_the_parts(monkeypatch):
     runner, notes = built.runner, built.notes
     manager = BatchManager(runner, IdsCodec(), EngineConfig(), model_name="tiny")
     assert notes[-1] == SOON
-    assert runner.forward.layers is None
+    assert runner.forward.active.layers is None
     states = []
     more = True
     while more:
@@ -74,7 +75,7 @@ def test_answers_are_the_same_before_between_and_after_the_parts(monkeypatch):
         assert runner.activity is None
         for prompt in (first, second):
             assert ask(manager, prompt) == want[tuple(prompt)]
-        states.append(runner.forward.layers is not None)
+        states.append(runner.forward.active.layers is not None)
     before = 5  # two functions are traced, the weights moved, and the two compiled
     assert states == [False] * before + [True] * (len(states) - before)
     assert states[-1]
@@ -89,7 +90,7 @@ def test_answers_are_the_same_before_between_and_after_the_parts(monkeypatch):
 @pytest.mark.usefixtures("fuses")
 def test_without_later_all_is_done_at_once():
     built = built_of(tiny_model("llama", torch.float32, hidden=HIDDEN))
-    assert built.runner.forward.layers.compiled
+    assert built.runner.forward.active.layers.compiled
     assert built.runner.later is None
     assert not built.runner.rest()
     assert built.notes[-1] == "heads are compiled"
@@ -101,12 +102,12 @@ def test_a_self_test_that_fails_leaves_the_plain_path_and_says_so(monkeypatch):
     model = tiny_model("llama", torch.float32, hidden=HIDDEN)
     (prompt,) = tiny_prompts(1, 24)
     want = greedy(model, prompt, TOKENS)
-    real = layers._Traced.run
-    monkeypatch.setattr(layers._Traced, "run", lambda self, *given, **how: 1.5 * real(self, *given, **how))
+    real = TracedLayer.run
+    monkeypatch.setattr(TracedLayer, "run", lambda self, *given, **how: 1.5 * real(self, *given, **how))
     built = built_of(model, later=True)
     while built.runner.rest():
         pass
-    assert built.runner.forward.layers is None
+    assert built.runner.forward.active.layers is None
     assert built.notes[-1].startswith("decoder layers stay as they are (its logits differ from a plain forward")
     manager = BatchManager(built.runner, IdsCodec(), EngineConfig(), model_name="tiny")
     assert ask(manager, prompt) == want
@@ -134,7 +135,7 @@ def test_times_are_those_of_the_path_in_use(monkeypatch, tmp_path):
     real = build.ModelRunner.time_step
 
     def time_step(self, rows, nodes, repeats=3):
-        timed.append(self.forward.layers is not None)
+        timed.append(self.forward.active.layers is not None)
         return real(self, rows, nodes, 1)
 
     monkeypatch.setattr(build.ModelRunner, "time_step", time_step)
@@ -161,7 +162,9 @@ def test_times_are_those_of_the_path_in_use(monkeypatch, tmp_path):
 FIRST = """
 import json, sys
 from medusa_serve import LLM
-from medusa_serve.model import build, fuse, layers
+from medusa_serve.model import build
+from medusa_serve.model.gpu import background as fuse
+from medusa_serve.model.gpu import layers
 from medusa_serve.model.runner import ModelRunner
 ModelRunner.grace_s = property(lambda self: 2.0, lambda self, seconds: None)
 build.fuses = lambda forward, config: True

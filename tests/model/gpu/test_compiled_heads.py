@@ -6,7 +6,7 @@ import torch
 from medusa_serve.model.drafting.heads import HydraHeads, MedusaHeads, SequentialHeads
 from medusa_serve.model.gpu import compiled_heads as fused_heads
 from medusa_serve.model.gpu.compiled_heads import STEPS, fuse_heads
-from medusa_serve.model.parts import at_once
+from tests.tiny import at_once
 
 HIDDEN, VOCAB = 32, 50
 

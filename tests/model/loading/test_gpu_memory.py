@@ -20,6 +20,7 @@ from medusa_serve.model import build
 from medusa_serve.model.loading import gpu_memory as memory
 from medusa_serve.model.loading import load as loader
 from medusa_serve.model.loading.gpu_memory import HeadSizes, MemoryPlan, parse_memory, plan_memory, plan_of, sizes_of
+from medusa_serve.model.loading.room import Room
 from medusa_serve.model.shapes import LEAST_REST, plan_slots
 from medusa_serve.model.weights import nf4
 from tests.tiny import save_tiny_folder, tiny_model
@@ -176,19 +177,19 @@ class Full:
         return self.real(model, slots, columns, *rest)
 
 
-def starting(room: int, monkeypatch: pytest.MonkeyPatch) -> build.Built:
+def starting(columns: int, monkeypatch: pytest.MonkeyPatch) -> build.Built:
     """Start with 8 slots of 2048 tokens where there is room for so many columns."""
 
-    def build_runner(model: Any, config: EngineConfig, *, tried: list[tuple[int, int]]) -> build.Built:
-        slots, context = config.slots or 8, config.max_context or 2048
-        tried.append((slots, context))
-        if slots * context > room:
+    def build_runner(model: Any, config: EngineConfig, *, max_positions: int | None, room: Room) -> build.Built:
+        slots, context = room.slots, room.context
+        if slots * context > columns:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
         return build.Built(SimpleNamespace(slots=slots, context=context), ["more"])  # type: ignore[arg-type]
 
     monkeypatch.setattr(build, "build_runner", build_runner)
+    monkeypatch.setattr(build, "plan_room", lambda *_: Room(8, "the default", 2048, "the default"))
     monkeypatch.setattr(build.gc, "collect", lambda: 0)  # slow in a process as large as a test's
-    return build.build_that_fits(None, EngineConfig())
+    return build.build_that_fits(None, EngineConfig(), max_positions=None)
 
 
 def test_slots_then_context_shrink_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,24 +1,11 @@
-"""Work in parts: pytest tests/model/test_parts.py"""
+"""Imports that let others run in between."""
 
 import sys
 import time
 
 import pytest
 
-from medusa_serve.model.parts import at_once, imported
-
-
-def test_all_parts_at_once_give_what_the_work_gives():
-    done = []
-
-    def work():
-        for part in range(3):
-            done.append(part)
-            yield
-        return "result"
-
-    assert at_once(work()) == "result"
-    assert done == [0, 1, 2]
+from medusa_serve.model.gpu.background import imported
 
 
 def test_an_import_holds_nobody_up(tmp_path, monkeypatch):

@@ -13,12 +13,12 @@ from medusa_serve.config import EngineConfig
 from medusa_serve.model.build import build_runner
 from medusa_serve.model.drafting.tree import Tree
 from medusa_serve.model.forward.attention import tree_view
-from medusa_serve.model.forward.trace import FusedLayers, fuse_layers
-from medusa_serve.model.forward.tree_forward import PlugInError, TreeForward, decoder_layers
-from medusa_serve.model.parts import at_once
+from medusa_serve.model.forward.hidden_tap import decoder_layers
+from medusa_serve.model.forward.tree_forward import PlugInError, TreeForward
+from medusa_serve.model.gpu.layers import FusedLayers, fuse_layers
 from medusa_serve.model.selftest import check, references
 from medusa_serve.model.weights.nf4 import quantize_nf4
-from tests.tiny import tiny_model
+from tests.tiny import at_once, tiny_model
 
 LAYERS, COLUMNS = 3, 160
 PATHS = ((0,), (1,), (0, 0), (0, 0, 0))
@@ -34,9 +34,9 @@ def nothing() -> None: ...
 
 
 def fused_of(forward: TreeForward, **options) -> FusedLayers:
-    fused = FusedLayers(forward, decoder_layers(forward.model), compiled=False, **options)
+    fused = FusedLayers(forward, decoder_layers(forward.model), **options)
     at_once(fused.make(nothing))
-    fused.take_place()
+    forward.use(fused.over(forward.active, compiled=False))
     return fused
 
 
@@ -71,13 +71,15 @@ def test_traced_layers_are_the_models_own(family):
     forward = forward_of(family)
     wanted = passes(forward)
     weights = {name: value.clone() for name, value in forward.model.state_dict().items()}
-    fused = forward.layers = fused_of(forward)
+    own = forward.active
+    fused = fused_of(forward)
     assert len(fused._kinds) == 1
     assert fused._of[0][False].merged == MERGED.get(family, [])
     for got, want in zip(passes(forward), wanted, strict=True):
         torch.testing.assert_close(got, want)
     for name, value in forward.model.state_dict().items():
         assert torch.equal(value, weights[name])
+    forward.use(own)
     fused.close()
     assert all("forward" not in vars(layer) for layer in decoder_layers(forward.model))
     for got, want in zip(passes(forward), wanted, strict=True):
@@ -95,9 +97,15 @@ def test_a_merged_weight_is_in_memory_once():
 def test_nothing_is_kept_of_what_was_closed():
     def closed() -> list[weakref.ref]:
         forward = forward_of("llama")
-        forward.layers = fused_of(forward)
+        fused_of(forward)
         passes(forward)
-        parts = [forward, forward.model, forward.cache, forward.layers, forward.layers._weights[1][False][1]]
+        parts = [
+            forward,
+            forward.model,
+            forward.cache,
+            forward.active.layers,
+            forward.active.layers._weights[1][False][1],
+        ]
         forward.close()
         return [weakref.ref(part) for part in parts]
 
@@ -140,7 +148,7 @@ def test_soft_caps_cannot_be_traced():
         fused_of(forward)
     note = fuse(forward, lambda: 0.0, wanted=True)
     assert note == "decoder layers stay as they are (its attention has a soft cap or sinks)"
-    assert forward.layers is None
+    assert forward.active.layers is None
     assert len(passes(forward)) == 10
 
 
@@ -150,7 +158,7 @@ def test_four_bit_weights_are_not_traced():
     forward = TreeForward(tiny_model("llama", torch.bfloat16, hidden=64), 3, COLUMNS, None)
     quantize_nf4(forward.model)
     assert fuse(forward, lambda: 0.0) == "decoder layers stay as they are (four-bit weights are not traced)"
-    assert forward.layers is None
+    assert forward.active.layers is None
 
 
 @pytest.mark.usefixtures("traced")
@@ -162,9 +170,9 @@ def test_the_self_test_decides():
     calls = []
 
     def damaged() -> float:
-        layer = forward.layers._of[0][False]
-        calls.append(forward.layers.compiled)
-        forward.layers.compiled = False
+        layer = forward.active.layers._of[0][False]
+        calls.append(forward.active.layers.compiled)
+        forward.active.layers.compiled = False
         layer.graph.forward = lambda *inputs: (torch.randn_like(next(i for i in inputs if i.dim() == 3)),)
         return check(forward, prompts, wanted, 3, packed=True)
 
@@ -178,7 +186,7 @@ def test_the_self_test_decides():
 @pytest.mark.parametrize(("dtype", "kept"), [(torch.float32, True), (torch.float64, True), (torch.bfloat16, False)])
 def test_only_half_precision_is_compiled_unless_it_is_asked_for(dtype, kept):
     forward, asked = forward_of("llama", dtype=dtype), []
-    note = fuse(forward, lambda: asked.append(forward.layers.compiled) or 0.0)
+    note = fuse(forward, lambda: asked.append(forward.active.layers.compiled) or 0.0)
     assert asked == [not kept]
     assert ("not compiled (float32 keeps its own kernels), but with merged products" in note) == kept
 
@@ -197,14 +205,14 @@ def test_between_the_parts_the_model_runs_as_it_is():
     parts, count = fuse_layers(forward, check, lambda: voided.append(bool(told)), wanted=True), 0
     for _ in parts:
         count += 1
-        assert forward.layers is None
+        assert forward.active.layers is None
         assert not any("forward" in vars(layer) for layer in layers)
         assert (layers[0].self_attn.k_proj.weight.data_ptr() != moved) == bool(voided)
         for got, want in zip(passes(forward), wanted, strict=True):
             assert torch.equal(got, want)
     assert count >= 5, "two functions are traced and compiled, and the weights are moved"
     assert (told, voided) == ([True], [False, True])
-    assert forward.layers.compiled
+    assert forward.active.layers.compiled
     for got, want in zip(passes(forward), wanted, strict=True):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
@@ -217,7 +225,7 @@ def test_a_compiler_that_fails_leaves_merged_products(monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     forward, asked = forward_of("llama"), []
     wanted = passes(forward)
-    note = fuse(forward, lambda: asked.append(forward.layers.compiled) or 0.0, wanted=True)
+    note = fuse(forward, lambda: asked.append(forward.active.layers.compiled) or 0.0, wanted=True)
     assert note.startswith("decoder layers are not compiled (no gcc here), but with merged products"), note
     assert asked == [False]
     for got, want in zip(passes(forward), wanted, strict=True):
@@ -231,7 +239,7 @@ def test_what_is_given_up_half_way_leaves_the_model_alone():
     for _ in range(3):
         next(parts)
     parts.close()
-    assert forward.layers is None
+    assert forward.active.layers is None
     for got, want in zip(passes(forward), wanted, strict=True):
         torch.testing.assert_close(got, want)
 
