@@ -39,8 +39,8 @@ def random_model(shape: str, engine: EngineConfig) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from ..model.forward.split import spread
-    from ..model.gpu.capture import TURN
     from ..model.loading.load import LoadedModel, _choose_device, _choose_numbers, _shrink
+    from ..model.process_lock import TURN
     from ..model.weights.nf4 import quantize_nf4
 
     notes: list[str] = []

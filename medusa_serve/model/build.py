@@ -16,22 +16,26 @@ from ..config import EngineConfig
 from ..errors import LoadError
 from .compiled import compile_passes
 from .drafting.draft import Drafter
-from .drafting.drafters import SequentialDrafter
+from .drafting.drafters import ParallelDrafter, SequentialDrafter
 from .exact import make_exact
-from .forward.attention import has_numba
 from .forward.masked_forward import MaskedForward
 from .forward.split import layer_devices
 from .forward.tree_forward import PlainForward, PlugInError, TreeForward, kv_shapes, uses_alibi
 from .gpu.background import SOON, Fusing, fuses
-from .gpu.capture import give_back
+from .gpu.graphs import StepGraphs
+from .kernels import Kernels, choose
 from .loading.default_model import cache_folder
 from .loading.gpu_memory import LEAST_CONTEXT, SLACK
+from .process_lock import give_back
 from .runner import ModelRunner
 from .selftest import check, references
-from .shapes import expected_tokens, plan_context, plan_shapes, plan_slots
+from .shapes import Shape, expected_tokens, plan_context, plan_shapes, plan_slots
+from .step import Step
 from .tables import SlotTables
 from .timing import time_steps, worth_timing
 from .weights.int4 import Int4Linear, int4_kind_of
+
+PREFILL_ROWS = {"cpu": 1, "cuda": 64}  # prompts of one prefill pass; a CPU is busy with one
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,15 @@ def build_runner(
     what: str | None = None,
     later: bool = False,
     tried: list[tuple[int, int]] | None = None,
+    kernels: Kernels | None = None,
 ) -> Built:
-    """tried: gets the slots and the context once they are chosen · later: what takes a GPU seconds, compiling above
-    all, is left to `runner.rest`; the first answers then need not wait for it.
+    """kernels: None: the machine's own · tried: gets the slots and the context once they are chosen · later: what takes
+    a GPU seconds, compiling above all, is left to `runner.rest`; the first answers then need not wait for it.
 
     Plan, plug in, check, and measure steps where the size of tree is to be chosen; `what` names model and heads
     among the measurements that are kept, without it none is made. Raises LoadError when the plan cannot be met."""
     device = model.device
+    kernels = kernels or choose(device)
     context, context_why = plan_context(config, max_positions, device)
     shapes = plan_shapes(config, drafter, device)
     columns = context + SLACK
@@ -95,7 +101,7 @@ def build_runner(
         config = replace(config, compile=None)
         more_notes.append("no compiled passes because own kernels make this model's products faster than torch's")
     plugged, slots, slots_why, error, plain_because, packed = _plug_in(
-        model, config, columns, max_positions, indexes, more_notes, tried
+        model, config, columns, max_positions, indexes, kernels, more_notes, tried
     )
     if plain_because is not None:
         shapes = {1: shapes[1]}
@@ -113,12 +119,13 @@ def build_runner(
     if config.compile and plugged is not None and plugged.attends:
         notes.append(compile_passes(plugged, drafter, shapes, config, cache_folder()))
         what = what and f"{what}, compiled {plugged.compiled.sizes if plugged.compiled else 'nothing'}"
-    if isinstance(drafter, SequentialDrafter) and has_numba():
-        drafter.use_kernels()
+    if isinstance(drafter, SequentialDrafter | ParallelDrafter):
+        drafter = drafter.using(kernels)
     vocab_size = model.get_input_embeddings().num_embeddings
-    runner = ModelRunner(
+    runner = runner_of(
         forward,
         tables,
+        kernels,
         shapes=shapes,
         drafter=drafter,
         eos_ids=eos_ids,
@@ -131,13 +138,43 @@ def build_runner(
     if plugged is not None and packed is not None and fuses(plugged, config):
         fusing = Fusing(runner, packed, config.compile, name, cache_folder())
         notes.append(SOON)
-        fusing.prove()
-        runner.later = fusing.parts(notes)
+        runner.plan(fusing.plan(notes))
         if not later:
             runner.finish()
     elif name:
-        notes.append(time_steps(runner, name, cache_folder()))
+        timing, note = time_steps(runner, name, cache_folder())
+        runner.plan(timing)
+        notes.append(note)
     return Built(runner, notes, error)
+
+
+def runner_of(
+    forward: TreeForward | PlainForward,
+    tables: SlotTables,
+    kernels: Kernels,
+    *,
+    shapes: dict[int, Shape],
+    drafter: Drafter | None,
+    **sizes: Any,
+) -> ModelRunner:
+    """A runner, on a GPU with captured steps where the model can be captured.
+
+    shapes: of a step, by node count, 1 among them · drafter: None drafts from the lookup alone · sizes: as of
+    ModelRunner"""
+    device, (slots, columns) = tables.history.device, tables.history.shape
+    captured = device.type == "cuda" and forward.can_capture
+    cache: Any = getattr(forward, "cache", None)
+    reads_lengths = captured and kernels.reads_lengths(max(cache.keys.shape[-1], cache.values.shape[-1]))
+    packed = captured or getattr(forward, "packs", False)
+    step = Step(kernels, tables, forward, drafter, shapes, packed, reads_lengths)
+    prefill_rows = min(slots, PREFILL_ROWS[device.type]) if forward.supports_trees else 1
+    graphs = None
+    if captured:
+        graphs = StepGraphs(
+            step, step.prefill, device=device, num_slots=slots, columns=columns, prefill_rows=prefill_rows,
+            reads_lengths=reads_lengths,
+        )  # fmt: skip
+    return ModelRunner(step, graphs, prefill_rows=prefill_rows, **sizes)
 
 
 def _checked(kind: type[TreeForward], place: tuple[Any, ...], prompts: Any, wanted: Any) -> tuple[TreeForward, float]:
@@ -162,6 +199,7 @@ def _plug_in(
     columns: int,
     max_positions: int | None,
     hidden_inputs: tuple[int, ...],
+    kernels: Kernels,
     notes: list[str],
     tried: list[tuple[int, int]] | None = None,
 ) -> tuple[TreeForward | None, int, str, float | None, str | None, Callable[[], float] | None]:
@@ -178,7 +216,7 @@ def _plug_in(
         slots, why = min(plan_slots(config, size, columns, place) for place, size in per_column.items())
         if tried is not None:
             tried.append((slots, columns - SLACK))
-        place = (model, slots, columns, max_positions, hidden_inputs)
+        place = (model, slots, columns, max_positions, hidden_inputs, kernels)
         try:
             forward, error = _checked(TreeForward, place, prompts, wanted)
         except PlugInError as first:
@@ -212,4 +250,4 @@ def _may_trace(forward: TreeForward, config: EngineConfig) -> bool:
     """Whether the layers' passes on a CPU are to be traced: not where they are compiled whole, or left as they are."""
     model = forward.model
     wanted = config.compile is None and model.device.type == "cpu" and model.dtype == torch.bfloat16
-    return wanted and has_numba() and forward.attends and not forward.is_split
+    return wanted and forward.kernels.name == "numba" and forward.attends and not forward.is_split

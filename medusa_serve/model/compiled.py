@@ -26,8 +26,8 @@ from torch import Tensor
 
 from ..config import EngineConfig
 from .drafting.tree import HeadNodes, Tree
-from .forward.attention import View, chain_view, tree_view
 from .forward.tree_forward import PlugInError, TreeForward
+from .forward.view import View, chain_view, tree_view
 from .sampling.filters import Sampling
 from .selftest import TREE
 from .shapes import Shape, heads_fill

@@ -16,8 +16,8 @@ from torch import nn
 
 from ..errors import LoadError
 from .drafting.tree import Tree
-from .forward.attention import chain_view, has_numba, tree_view
 from .forward.tree_forward import TreeForward
+from .forward.view import chain_view, tree_view
 
 SMALL = 4096  # multiplications up to which torch takes another kernel for a product
 PROMPT, TOKENS = 21, 4  # of the test's sequence: a prompt, and tokens decoded behind it
@@ -31,7 +31,7 @@ def make_exact(forward: TreeForward, wanted: bool | None, slots: int) -> str | N
     if wanted is False or (wanted is None and not _is_for(forward)):
         return None
     why = None if _is_for(forward) else "it is for a CPU in bfloat16, int8 or int4"
-    why = why or (None if has_numba() else "it needs Numba (pip install numba)")
+    why = why or (None if forward.kernels.name == "numba" else "it needs Numba (pip install numba)")
     if why is None:
         forward.exact = True
         pad_rows(forward.model)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from .drafting.tree import Tree
-from .forward.attention import chain_view, tree_view
 from .forward.tree_forward import PlugInError, TreeForward
+from .forward.view import chain_view, tree_view
 
 # Relative error ‖got - want‖ / ‖want‖ of one node's logits. A wrong mask bit or position gives errors near 1; models
 # that compute their softmax in float32 whatever their dtype are 1e-7 off.

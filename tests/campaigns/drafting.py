@@ -109,13 +109,14 @@ def measure(
 def plain_runner(runner: ModelRunner) -> ModelRunner:
     """A runner without heads over the same model and cache, so that both fit into memory. They take turns in slot 0
     with the same prompt; what one leaves behind there is overwritten by the other's prefill."""
-    from medusa_serve.model.runner import ModelRunner
+    from medusa_serve.model.build import runner_of
     from medusa_serve.model.shapes import Shape
     from medusa_serve.model.tables import SlotTables
 
     tables = SlotTables(1, runner.tables.history.shape[1], [], 0, 0, runner.device)
     sizes: Any = {"vocab_size": runner.vocab_size, "max_context": runner.max_context}
-    return ModelRunner(runner.forward, tables, shapes={1: Shape(1, 0, 0)}, drafter=None, eos_ids=[], **sizes)
+    shapes = {1: Shape(1, 0, 0)}
+    return runner_of(runner.forward, tables, runner.step.kernels, shapes=shapes, drafter=None, eos_ids=[], **sizes)
 
 
 class _Recorder:
@@ -138,14 +139,12 @@ def recorded_draft(runner: ModelRunner, prompt: Sequence[int]) -> Call:
     recorder: Any = _Recorder(drafter)
     _begin(runner, prompt)
     slot, active = torch.zeros(1, dtype=torch.int64, device=runner.device), torch.ones(1, dtype=torch.bool)
-    runner.drafter = recorder
+    step = replace(runner.step, drafter=recorder)
     try:
         with torch.inference_mode():  # a step, and never a graph of it: that would own these tensors
-            size = len(prompt)
-            shape = runner._shapes[runner.node_choices[-1]]
-            runner.step(slot, active.to(runner.device), [0], [size], size + shape.num_nodes, shape)
+            size, shape = len(prompt), step.shapes[runner.node_choices[-1]]
+            step(slot, active.to(runner.device), [0], [size], size + shape.num_nodes, shape)
     finally:
-        runner.drafter = drafter
         runner.free(0)
     return lambda: drafter.draft(*recorder.arguments)
 

@@ -6,7 +6,7 @@ import torch
 
 from medusa_serve.model.drafting.lookup import reference_lookup
 from medusa_serve.model.drafting.tree import HeadNodes, Tree, assemble, most_probable
-from medusa_serve.model.forward.attention import tree_view
+from medusa_serve.model.forward.view import tree_view
 from medusa_serve.model.gpu.attention import ancestor_bits
 from medusa_serve.model.sampling.accept import Walk, accept, ended
 from medusa_serve.model.sampling.filters import Sampling

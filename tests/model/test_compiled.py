@@ -17,8 +17,8 @@ from medusa_serve.model.build import SLACK
 from medusa_serve.model.compiled import _greedy, compile_passes, compiler
 from medusa_serve.model.drafting.heads import SequentialHeads
 from medusa_serve.model.drafting.tree import Tree
-from medusa_serve.model.forward.attention import chain_view, tree_view
 from medusa_serve.model.forward.tree_forward import PlugInError, TreeForward
+from medusa_serve.model.forward.view import chain_view, tree_view
 from medusa_serve.model.loading.load import load_model
 from medusa_serve.model.shapes import Shape, heads_fill, plan_shapes
 from tests.commands.test_heads import saved

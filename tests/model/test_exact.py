@@ -12,8 +12,9 @@ from medusa_serve.model.build import build_runner
 from medusa_serve.model.cpu.attention import canonical_attention
 from medusa_serve.model.drafting.tree import Tree
 from medusa_serve.model.forward import attention
-from medusa_serve.model.forward.attention import chain_view, reference_attention, tree_view
+from medusa_serve.model.forward.attention import reference_attention
 from medusa_serve.model.forward.tree_forward import TreeForward
+from medusa_serve.model.forward.view import chain_view, tree_view
 from medusa_serve.model.weights.int4 import use_few_bits
 from medusa_serve.model.weights.int8 import quantize_linears
 from tests.campaigns.families import tiny

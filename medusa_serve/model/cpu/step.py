@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ..drafting.lookup import MAX_NGRAM, MIN_NGRAM
 from ..drafting.tree import HeadNodes
-from ..gpu.step import Closed, Opened
-from ..tables import FACTS
+from ..tables import FACTS, Closed, Opened
 from .base import OPTIONS, pointer
 from .search import native_continue
 

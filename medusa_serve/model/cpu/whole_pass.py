@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..forward.attention import View, chain_view
+from ..forward.view import View, chain_view
 from .attention import fits_slab
 from .layer_ops import rms_norm
 from .tape import TapeRun, view_facts

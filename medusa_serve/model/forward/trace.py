@@ -21,10 +21,10 @@ from torch.utils import _pytree as pytree
 
 from ...errors import reason_of
 from ..drafting.tree import Tree
-from ..gpu.capture import give_back
 from ..parts import imported
+from ..process_lock import give_back
 from ..weights.nf4 import scales_of
-from .attention import tree_view
+from .view import tree_view
 
 if TYPE_CHECKING:
     from .tree_forward import TreeForward

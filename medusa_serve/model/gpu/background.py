@@ -3,13 +3,13 @@ come of them. The first answers do not wait for it: an idle engine does it part 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config import EngineConfig
 from ..forward.trace import compiles, fuse_layers
-from ..timing import known_times, time_steps, try_largest
+from ..timing import Timing, known_times, time_steps, try_largest
 from .compiled_heads import fuse_heads
 
 if TYPE_CHECKING:
@@ -37,29 +37,32 @@ class Fusing:
         self._runner, self._check, self._wanted, self._what, self._cache = runner, check, wanted, what, cache
         self._forward: Any = runner.forward
 
-    def prove(self) -> None:
-        """Before the first request: what is known of the steps to come. Raises torch.OutOfMemoryError where the
-        memory is not enough for the largest of them."""
+    def plan(self, notes: list[str]) -> Timing:
+        """Before the first request: the work, and what is known of the steps after it. In notes, SOON gives way to what
+        came of it. Raises torch.OutOfMemoryError where the memory is not enough for the largest step."""
         if not self._what:
-            return
+            return Timing(faster=self._parts(notes))
         expected = self._name("compiled" if compiles(self._forward, self._wanted) else "merged")
-        self._runner.later_ms = known_times(self._runner, expected, self._cache)
-        if not self._runner.later_ms:
+        known = known_times(self._runner, expected, self._cache)
+        if not known:
             try_largest(self._runner)
+        return Timing(later_ms=known, faster=self._parts(notes))
 
-    def parts(self, notes: list[str]) -> Iterator[None]:
-        """Do it. In notes, SOON gives way to what came of it."""
+    def _parts(self, notes: list[str]) -> Generator[None, None, Timing]:
         runner, forward, drop = self._runner, self._forward, self._runner.drop_captures
         told = [(yield from fuse_layers(forward, self._aside, drop, wanted=self._wanted))]
         compiled, heads = forward.layers is not None and forward.layers.compiled, getattr(runner.drafter, "heads", None)
         if compiled and heads is not None:
             width = len(forward.hidden_inputs) * forward.model.config.get_text_config().hidden_size
             told.append((yield from fuse_heads(heads, width, drop)))
+        timing = Timing()
         if self._what:
             kind = "plain" if forward.layers is None else "compiled" if compiled else "merged"
-            told.append(time_steps(runner, self._name(kind), self._cache, proven=True))
+            timing, note = time_steps(runner, self._name(kind), self._cache, proven=True)
+            told.append(note)
         at = notes.index(SOON)
         notes[at : at + 1] = told
+        return timing
 
     def _aside(self) -> float:
         with self._forward.aside():

@@ -10,13 +10,10 @@ top-p, and the noisiest of those above it is next. For top-p that takes 1 / top_
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..sampling.filters import Sampling
+from ..sampling.filters import Sampling
 
 try:
     import triton
@@ -50,7 +47,7 @@ def pick_nodes(logits: Tensor, sampling: Sampling, position: Tensor) -> tuple[Te
 
 
 if triton is not None:
-    from .search import _gumbel
+    from .noise import _gumbel
 
     @triton.jit
     def _scaled(at, n, count, temperature):

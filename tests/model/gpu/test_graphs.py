@@ -11,8 +11,8 @@ import torch
 
 from medusa_serve.model.forward.prefill_blocks import FEW, Run, pack
 from medusa_serve.model.gpu import graphs
-from medusa_serve.model.gpu.capture import CaptureFailed
 from medusa_serve.model.gpu.graphs import FIRST_GRAPHS, PREFILL_BLOCKS, TRIES, StepGraphs
+from medusa_serve.model.process_lock import CaptureFailed
 from medusa_serve.model.shapes import Shape
 from medusa_serve.model.tables import PLAIN, Needs
 

@@ -21,7 +21,8 @@ def walk(says: dict[int, int], draft=DRAFT, length=7, total=1000, eos=()):
     for node, token in says.items():
         logits[0, node, token] = 5.0
     limits = Limits(torch.tensor([length]), torch.tensor([total]), torch.tensor([list(eos) or [-1]]))
-    got = accept(logits, TREE.draft(torch.tensor([draft])), TREE.max_depth, sampling(1), limits)
+    tree = TREE.draft(torch.tensor([draft]))
+    got = accept(logits, tree.tokens, tree.parents, TREE.max_depth, sampling(1), limits)
     count = int(got.num_emitted)
     return got.tokens[0, :count].tolist(), got.nodes[0, :count].tolist(), bool(got.finished), bool(got.finite)
 
