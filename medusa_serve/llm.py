@@ -211,7 +211,7 @@ def _elsewhere(work: Callable[[], Result]) -> Result:
     threads are more than the cores, they sleep after every product instead of waiting for the next one, and the
     engine's steps take twice as long (measured on two cores). So does the calling thread give up its own."""
     if "torch" in sys.modules:
-        from .model.cpu.workers import give_up_workers
+        from .model.kernels import give_up_workers
 
         give_up_workers()
     done: list[Result] = []

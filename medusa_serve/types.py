@@ -304,12 +304,22 @@ class Runner(Protocol):
     has_heads: bool  # they draft behind every step of more than one node
     prefill_rows: int  # prompts of one prefill pass at most
     row_budget: int  # rows × nodes of one pass at most, while no step times are there
-    step_ms: Mapping[tuple[int, int], float]  # measured decode steps by (rows, N); empty where none were
     expected: tuple[float, ...]  # tokens per step of each N, as calibrated
     overlaps: bool  # calls return before the device is done: worth starting a step before reading the last one
     grace_s: float  # without work before it may rest: what it does then keeps newcomers waiting
     can_reuse: bool  # a prefix left in a slot's KV cache can be kept
-    activity: str | None  # "compiling …" while a call may take long; None otherwise
+
+    @property
+    def activity(self) -> str | None:
+        """ "compiling …" while a call may take long; None otherwise."""
+
+    @property
+    def step_ms(self) -> Mapping[tuple[int, int], float]:
+        """Milliseconds of decode steps by (rows, N); empty where none were measured."""
+
+    @property
+    def later_ms(self) -> Mapping[tuple[int, int], float]:
+        """The same of steps after what `rest` still has to do, where an earlier start measured them."""
 
     def admit(self, slot: int, prompt_ids: Seq[int], params: SamplingParams, limit: int, num_reused: int) -> None:
         """Put a sequence into a free slot. `limit`: total tokens (prompt and completion) at most; `num_reused`: leading

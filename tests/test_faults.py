@@ -5,16 +5,15 @@ import torch
 
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import EngineRestarting, GenerationFailed
-from medusa_serve.model import runner as runner_module
 from medusa_serve.model import selftest as selftest_module
 from medusa_serve.model.build import build_runner
-from medusa_serve.model.cpu import step as native_tables
+from medusa_serve.model.cpu import kernels as cpu_kernels
+from medusa_serve.model.cpu.kernels import CpuKernels
 from medusa_serve.model.drafting import tree as tree_module
-from medusa_serve.model.forward import attention as attention_module
 from medusa_serve.model.forward import tree_forward as forward_module
 from medusa_serve.model.forward.slab import SlotCache
 from medusa_serve.model.forward.tree_forward import PlugInError
-from medusa_serve.model.sampling import accept as accept_module
+from medusa_serve.model.sampling.filters import pick as real_pick
 from medusa_serve.model.selftest import check, references
 from medusa_serve.types import SamplingParams
 from tests.fakes import Collector
@@ -49,26 +48,25 @@ def wrong_mask_bit(monkeypatch):
 
 def in_the_kernel(monkeypatch, spoil):
     """The same bug where the trees of greedy rows are made."""
-    real = native_tables.open_step
+    real = CpuKernels.open_step
 
     def open_step(*args):
         opened = real(*args)
         spoil(opened)
         return opened
 
-    monkeypatch.setattr(native_tables, "open_step", open_step)
+    monkeypatch.setattr(CpuKernels, "open_step", open_step)
 
 
 def position_off_by_one(monkeypatch):
-    real = attention_module.tree_view
+    real = selftest_module.tree_view
 
     def tree_view(*args, **how):
         view = real(*args, **how)
         view.positions += view.positions > view.length[:, None]
         return view
 
-    for module in (runner_module, selftest_module):
-        monkeypatch.setattr(module, "tree_view", tree_view)
+    monkeypatch.setattr(selftest_module, "tree_view", tree_view)
 
     def move(opened):
         opened.positions.add_((opened.positions > opened.length[:, None]).long())
@@ -82,7 +80,7 @@ def skipped_commit(monkeypatch):
 
 def reused_noise(monkeypatch):
     """All depths of a step draw with the noise of its first position."""
-    real = accept_module.pick
+    walk = cpu_kernels.walk_by_depth
     base: list = []
 
     def pick(logits, sampling, position):
@@ -92,9 +90,9 @@ def reused_noise(monkeypatch):
             or bool((position < base[0]).any() | (position > base[0] + 4).any())
         ):
             base[:] = [position]
-        return real(logits, sampling, base[0])
+        return real_pick(logits, sampling, base[0])
 
-    monkeypatch.setattr(accept_module, "pick", pick)
+    monkeypatch.setattr(cpu_kernels, "walk_by_depth", lambda *given, **how: walk(*given, pick=pick, **how))
 
 
 @pytest.fixture(scope="module")

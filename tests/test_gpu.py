@@ -11,10 +11,11 @@ import torch
 
 from medusa_serve.config import EngineConfig
 from medusa_serve.engine.scheduler import Scheduler
+from medusa_serve.model import build
 from medusa_serve.model.drafting.drafters import SequentialDrafter
 from medusa_serve.model.drafting.heads import SequentialHeads
 from medusa_serve.model.forward import attention
-from medusa_serve.model.gpu import attention as splitk
+from medusa_serve.model.torch_kernels import TorchKernels
 from medusa_serve.types import SamplingParams
 from tests.oracles import engine, run
 from tests.tiny import greedy, tiny_model, tiny_prompts
@@ -27,7 +28,7 @@ NEAR = 3  # times the rounding of a logit: two tokens so close are a near-tie
 def use(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """split-k: what this GPU takes by itself · sdpa: what a T4 takes · reference: matrix products"""
     if backend != "split-k":
-        monkeypatch.setattr(splitk, "available", lambda device: False)
+        monkeypatch.setattr(build, "choose", lambda device: TorchKernels())
     if backend == "reference":
         monkeypatch.setattr(attention, "_by_batch", attention.reference_attention)
 

@@ -137,7 +137,7 @@ def contest(entries: Sequence[Entry], batches: Sequence[Prompts], config: PeersC
 
 
 def _round(entries: Sequence[Entry], batches: Sequence[Prompts], tokens: int, *, counts: bool) -> None:
-    from ..model.cpu.workers import give_up_workers
+    from ..model.kernels import give_up_workers
 
     seconds = {entry.name: 0.0 for entry in entries}
     for number, batch in enumerate(batches):

@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
-from unittest import mock
 
 from ..config import MAX_NODES, EngineConfig, check_int
 from ..errors import InvalidConfig, LoadError
@@ -93,15 +92,6 @@ class Subject(NamedTuple):
 def bench_step(engine: EngineConfig, config: StepConfig, subject: Subject | None = None) -> dict[str, Any]:
     """All cells with the floor. subject: instead of the engine's model and heads. Raises LoadError: what cannot be
     loaded or does not fit, trees that cannot be filled."""
-    from ..model.gpu import attention as splitk
-
-    if config.attention == "auto":
-        return _bench(engine, config, subject)
-    with mock.patch.object(splitk, "available", return_value=False):
-        return _bench(engine, config, subject)
-
-
-def _bench(engine: EngineConfig, config: StepConfig, subject: Subject | None) -> dict[str, Any]:
     from .facts import command, facts
 
     loaded, drafter, heads = subject or _loaded(engine)
@@ -135,9 +125,12 @@ def _cells(
     """A runner's memory, and its steps with trees of `nodes` and without. The runner is closed, so that the next one's
     memory can be measured."""
     from ..model.build import build_runner
+    from ..model.torch_kernels import TorchKernels
 
-    plan = _plan(engine, config, nodes, drafter)
-    built = build_runner(loaded.model, plan, eos_ids=[], max_positions=loaded.max_positions, drafter=copy.copy(drafter))
+    plan, kernels = _plan(engine, config, nodes, drafter), TorchKernels() if config.attention == "sdpa" else None
+    built = build_runner(
+        loaded.model, plan, eos_ids=[], max_positions=loaded.max_positions, drafter=copy.copy(drafter), kernels=kernels
+    )
     try:
         if nodes not in built.runner.node_choices:
             raise LoadError(f"There is nothing to measure: {built.notes[-1]}.")
@@ -200,14 +193,15 @@ def measure(runner: ModelRunner, nodes: int, config: StepConfig) -> list[Block]:
 
 def plain_runner(runner: ModelRunner) -> ModelRunner:
     """A runner without heads over the same model and cache; they take turns in the same slots."""
-    from ..model.runner import ModelRunner
+    from ..model.build import runner_of
     from ..model.shapes import Shape
     from ..model.tables import SlotTables
 
     slots, columns = runner.tables.history.shape
     tables = SlotTables(slots, columns, [], 0, 0, runner.device)
     sizes: Any = {"vocab_size": runner.vocab_size, "max_context": runner.max_context}
-    return ModelRunner(runner.forward, tables, shapes={1: Shape(1, 0, 0)}, drafter=None, eos_ids=[], **sizes)
+    shapes = {1: Shape(1, 0, 0)}
+    return runner_of(runner.forward, tables, runner.step.kernels, shapes=shapes, drafter=None, eos_ids=[], **sizes)
 
 
 def read_prompt(runner: ModelRunner, length: int) -> None:

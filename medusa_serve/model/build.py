@@ -14,22 +14,26 @@ import torch
 from ..config import EngineConfig
 from ..errors import LoadError
 from .drafting.draft import Drafter
-from .drafting.drafters import SequentialDrafter
-from .forward.attention import has_numba
+from .drafting.drafters import ParallelDrafter, SequentialDrafter
 from .forward.masked_forward import MaskedForward
 from .forward.plain_forward import PlainForward
 from .forward.tree_forward import PlugInError, TreeForward
 from .gpu.background import SOON, Fusing, fuses
-from .gpu.capture import give_back
+from .gpu.graphs import StepGraphs
+from .kernels import Kernels, choose
 from .loading.default_model import cache_folder
 from .loading.gpu_memory import SLACK
 from .loading.room import Room, plan_room
+from .process_lock import give_back
 from .runner import ModelRunner
 from .selftest import check, make_exact, references
-from .shapes import expected_tokens, plan_shapes
+from .shapes import Shape, expected_tokens, plan_shapes
+from .step import Step
 from .tables import SlotTables
 from .timing import time_steps, worth_timing
 from .weights.int4 import int4_kind_of
+
+PREFILL_ROWS = {"cpu": 1, "cuda": 64}  # prompts of one prefill pass; a CPU is busy with one
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ def build_runner(
     what: str | None = None,
     later: bool = False,
     room: Room | None = None,
+    kernels: Kernels | None = None,
 ) -> Built:
     """Plan, plug in, check, and measure steps where the size of tree is to be chosen. Raises LoadError when the plan
     cannot be met.
@@ -87,6 +92,7 @@ def build_runner(
     plans it
     """
     device = model.device
+    kernels = kernels or choose(device)
     room = room or plan_room(model, config, max_positions)
     shapes = plan_shapes(config, drafter, device)
     more_notes = list[str]()
@@ -94,7 +100,7 @@ def build_runner(
         more_notes.append("no compiled passes because only a GPU's layers are compiled")
     plugged, plain_because = None, ""
     try:
-        plugged = _plug_in(model, config, room, max_positions, hidden_inputs(drafter))
+        plugged = _plug_in(model, config, room, max_positions, hidden_inputs(drafter), kernels)
         more_notes += plugged.notes
     except PlugInError as reason:
         if config.exact:
@@ -107,11 +113,12 @@ def build_runner(
     notes = [f"{room.slots} slots ({room.slots_why}) of {room.context} tokens ({room.context_why})", *more_notes]
     if plugged is None:
         notes.append(f"this model decodes plainly, one row at a time, because {plain_because}")
-    if isinstance(drafter, SequentialDrafter) and has_numba():
-        drafter.use_kernels()
-    runner = ModelRunner(
+    if isinstance(drafter, SequentialDrafter | ParallelDrafter):
+        drafter = drafter.using(kernels)
+    runner = runner_of(
         plugged.forward if plugged else _plain(model, tables, hidden_inputs(drafter)),
         tables,
+        kernels,
         shapes=shapes,
         drafter=drafter,
         eos_ids=eos_ids,
@@ -120,7 +127,7 @@ def build_runner(
         expected=expected_tokens(sorted(shapes), drafter),
     )
     _speed_up(runner, plugged, config, what, notes, later=later)
-    return Built(runner, notes, plugged and plugged.error)
+    return Built(runner, notes, plugged.error if plugged else None)
 
 
 def _plain(model: Any, tables: SlotTables, indexes: tuple[int, ...]) -> PlainForward:
@@ -146,12 +153,42 @@ def _speed_up(
     if plugged is not None and fuses(plugged.forward, config):
         fusing = Fusing(runner, plugged.packed, config.compile, name, cache_folder())
         notes.append(SOON)
-        fusing.prove()
-        runner.later = fusing.parts(notes)
+        runner.plan(fusing.plan(notes))
         if not later:
             runner.finish()
     elif name:
-        notes.append(time_steps(runner, name, cache_folder()))
+        timing, note = time_steps(runner, name, cache_folder())
+        runner.plan(timing)
+        notes.append(note)
+
+
+def runner_of(
+    forward: TreeForward | PlainForward,
+    tables: SlotTables,
+    kernels: Kernels,
+    *,
+    shapes: dict[int, Shape],
+    drafter: Drafter | None,
+    **sizes: Any,
+) -> ModelRunner:
+    """A runner, on a GPU with captured steps where the model can be captured.
+
+    shapes: of a step, by node count, 1 among them · drafter: None drafts from the lookup alone · sizes: as of
+    ModelRunner"""
+    device, (slots, columns) = tables.history.device, tables.history.shape
+    captured = device.type == "cuda" and forward.can_capture
+    cache: Any = getattr(forward, "cache", None)
+    reads_lengths = captured and kernels.reads_lengths(max(cache.keys.shape[-1], cache.values.shape[-1]))
+    packed = captured or getattr(forward, "packs", False)
+    step = Step(kernels, tables, forward, drafter, shapes, packed, reads_lengths)
+    prefill_rows = min(slots, PREFILL_ROWS[device.type]) if forward.supports_trees else 1
+    graphs = None
+    if captured:
+        graphs = StepGraphs(
+            step, step.prefill, device=device, num_slots=slots, columns=columns, prefill_rows=prefill_rows,
+            reads_lengths=reads_lengths,
+        )  # fmt: skip
+    return ModelRunner(step, graphs, prefill_rows=prefill_rows, **sizes)
 
 
 def hidden_inputs(drafter: Any) -> tuple[int, ...]:
@@ -160,11 +197,16 @@ def hidden_inputs(drafter: Any) -> tuple[int, ...]:
 
 
 def _plug_in(
-    model: Any, config: EngineConfig, room: Room, max_positions: int | None, indexes: tuple[int, ...]
+    model: Any,
+    config: EngineConfig,
+    room: Room,
+    max_positions: int | None,
+    indexes: tuple[int, ...],
+    kernels: Kernels,
 ) -> _Plugged:
     """Raises PlugInError where the model decodes plainly, with the reason."""
     prompts, wanted = references(model, model.device)
-    given = (model, room.slots, room.context + SLACK, max_positions, indexes)
+    given = (model, room.slots, room.context + SLACK, max_positions, indexes, kernels)
     notes: list[str] = []
     try:
         forward, error = _checked(TreeForward, given, prompts, wanted)
@@ -204,4 +246,4 @@ def _may_trace(forward: TreeForward, config: EngineConfig) -> bool:
     """Whether the layers' passes on a CPU are to be traced: not where they are to be left as they are."""
     model = forward.model
     wanted = config.compile is not False and model.device.type == "cpu" and model.dtype == torch.bfloat16
-    return wanted and has_numba() and forward.attends and not forward.is_split
+    return wanted and forward.kernels.name == "numba" and forward.attends and not forward.is_split

@@ -16,8 +16,8 @@ import torch
 
 from ..errors import LoadError
 from .drafting.tree import Tree
-from .forward.attention import chain_view, has_numba, tree_view
 from .forward.tree_forward import PlugInError, TreeForward
+from .forward.view import chain_view, tree_view
 
 # Relative error ‖got - want‖ / ‖want‖ of one node's logits. A wrong mask bit or position gives errors near 1; models
 # that compute their softmax in float32 whatever their dtype are 1e-7 off.
@@ -106,7 +106,7 @@ def make_exact(forward: TreeForward, wanted: bool | None, slots: int) -> str | N
     if wanted is False or (wanted is None and not _is_for(forward)):
         return None
     why = None if _is_for(forward) else "it is for a CPU in bfloat16, int8 or int4"
-    why = why or (None if has_numba() else "it needs Numba (pip install numba)")
+    why = why or (None if forward.kernels.name == "numba" else "it needs Numba (pip install numba)")
     if why is None:
         forward.use(forward.active, exact=True)
         why = difference(forward, slots)

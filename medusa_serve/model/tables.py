@@ -18,7 +18,7 @@ from .sampling.filters import Sampling
 from .sampling.penalties import Penalties
 from .transfer import to_device
 
-FACTS = 5  # of a row of a pass, before its tokens and their nodes: as of runner.step
+FACTS = 5  # of a row of a pass, before its tokens and their nodes: as of step.Step
 
 
 class Admission(NamedTuple):
@@ -41,6 +41,34 @@ class Needs(NamedTuple):
 
 
 PLAIN = Needs()
+
+
+class Opened(NamedTuple):
+    """The trees of B rows before the pass.
+
+    tokens, parents, positions, columns (B, N) · bits (B, N): of a node's ancestors and itself · length (B) · active
+    (B) bool · drafted (B): nodes that are not empty, the root not counted
+    """
+
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    positions: torch.Tensor
+    columns: torch.Tensor
+    bits: torch.Tensor
+    length: torch.Tensor
+    active: torch.Tensor
+    drafted: torch.Tensor
+
+
+class Closed(NamedTuple):
+    """After the walk. facts (B, 5 + 2 (D + 1)): as of step.Step · nodes (B, D + 1) the path, a view of them ·
+    last (B) the last accepted node · length, pending (B): the tables' new ones"""
+
+    facts: torch.Tensor
+    nodes: torch.Tensor
+    last: torch.Tensor
+    length: torch.Tensor
+    pending: torch.Tensor
 
 
 class SlotTables:
@@ -136,6 +164,8 @@ class SlotTables:
 
     def sampling(self, slots: torch.Tensor, needs: Needs) -> Sampling:
         """The rows' sampling parameters, (B) each."""
+        if needs == PLAIN:
+            return self._greedy(len(slots))
         return Sampling(
             self.temperature[slots],
             self.top_k[slots],
@@ -148,8 +178,8 @@ class SlotTables:
             needs.logprobs,
         )
 
-    def greedy(self, rows: int) -> Sampling:
-        """Where no row asks for anything, of so many rows; only the temperature is ever read."""
+    def _greedy(self, rows: int) -> Sampling:
+        """Of `rows` rows that ask for nothing; only the temperature is ever read."""
         top_k, top_p, min_p, seed = (table[:rows] for table in (self.top_k, self.top_p, self.min_p, self.seed))
         return Sampling(self._cold[:rows], top_k, top_p, min_p, seed, False, False)
 
@@ -163,14 +193,9 @@ class SlotTables:
     def head_nodes(self, slots: torch.Tensor) -> HeadNodes:
         return HeadNodes(*(table[slots] for table in self.heads))
 
-    def keep_draft(
-        self, slots: torch.Tensor, active: torch.Tensor, heads: HeadNodes | None, lookup: torch.Tensor
-    ) -> None:
-        """The next step's draft of the active rows; behind the heads' nodes there are none."""
-        pairs = [(self.lookup, lookup, -1)]
-        if heads is not None:
-            pairs += list(zip(self.heads, heads, (-1, 0, 0), strict=True))
-        for table, rows, nothing in pairs:
+    def keep_heads(self, slots: torch.Tensor, active: torch.Tensor, heads: HeadNodes) -> None:
+        """The next step's nodes of the active rows; after the given ones there are none."""
+        for table, rows, nothing in zip(self.heads, heads, (-1, 0, 0), strict=True):
             rows = torch.nn.functional.pad(rows, (0, table.shape[1] - rows.shape[1]), value=nothing)
             table[slots] = torch.where(active[:, None], rows, table[slots])
 

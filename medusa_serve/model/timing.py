@@ -4,51 +4,79 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from .gpu.capture import CaptureFailed
+import torch
+
+from .process_lock import CaptureFailed
 from .weights.machine_cache import machine_key, recall, remember
 from .weights.number_format import SMALL
-
-if TYPE_CHECKING:
-    from .runner import ModelRunner
 
 log = logging.getLogger(__name__)
 TRIES = 5  # captures that something else breaks, until times are done without
 ROWS = {"cpu": (1, 4, 8), "cuda": (1, 8, 64, 256)}  # between and past them, times lie on lines
 REPEATS = 3  # of a cell
 MOST = {"cpu": 32, "cuda": 2048}  # rows x nodes of a step that is measured
+Times = Mapping[tuple[int, int], float]  # milliseconds by (B, N)
 
 
-def worth_timing(runner: ModelRunner, weights: int) -> bool:
+class Timed(Protocol):
+    """A runner whose steps are measured; its slots are free."""
+
+    device: torch.device
+    num_slots: int
+    max_context: int
+    node_choices: tuple[int, ...]
+    overlaps: bool
+
+    def time_step(self, rows: int, nodes: int, repeats: int = 3) -> float: ...
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What is known of a runner's step times, and what its idle engine still has to do about them. Never changed: the
+    next one takes its place.
+
+    step_ms: of its steps; empty: not measured · later_ms: of its steps after `faster`, where an earlier start measured
+    them · faster: work that makes steps faster and takes seconds, in parts; it gives the next Timing · timer: what
+    measures the steps, one by one, after that
+    """
+
+    step_ms: Times = field(default_factory=dict)
+    later_ms: Times = field(default_factory=dict)
+    faster: Generator[None, None, Timing] | None = None
+    timer: StepTimer | None = None
+
+
+def worth_timing(runner: Timed, weights: int) -> bool:
     """Whether there is a choice of N that a measurement could make better."""
     return len(runner.node_choices) > 2 and (runner.device.type == "cuda" or weights > SMALL)
 
 
-def time_steps(runner: ModelRunner, what: str, cache: Path, *, proven: bool = False) -> str:
-    """Fill `runner.step_ms`, from the cache where this machine measured `what` before; → a note. All slots must be
-    free. Where steps are captured they are measured while the engine idles (their kernels take a new machine a minute
-    to compile), but for the largest: it shows whether the memory is enough, unless that is `proven`."""
+def time_steps(runner: Timed, what: str, cache: Path, *, proven: bool = False) -> tuple[Timing, str]:
+    """The step times, from the cache where this machine measured `what` before, and a note. All slots must be free.
+    Where steps are captured they are measured while the engine idles (their kernels take a new machine a minute to
+    compile), but for the largest: it shows whether the memory is enough, unless that is `proven`."""
     known = known_times(runner, what, cache)
     if known:
-        runner.step_ms = known
-        return "steps were timed at an earlier start"
+        return Timing(known), "steps were timed at an earlier start"
     timer = StepTimer(runner, _cells(runner), cache, _key(runner, what))
     if runner.overlaps:
         if not proven:
             timer.tried(_largest(runner))
-        runner.to_time = timer
-        return "steps are timed while the engine idles"
+        return Timing(timer=timer), "steps are timed while the engine idles"
     for _ in range(REPEATS):  # in rounds: a busy neighbour comes and goes within the seconds that they take
         for cell in _cells(runner):
             timer.tried(cell, repeats=1)
-    timer.turn()  # nothing is missing: it hands the times over
-    one = ", ".join(f"{n}: {runner.step_ms[1, n]:.1f}" for n in runner.node_choices)
-    return f"steps timed (one row, ms by nodes: {one})"
+    timer.turn()  # nothing is missing
+    one = ", ".join(f"{n}: {timer.times[1, n]:.1f}" for n in runner.node_choices)
+    return Timing(timer.times), f"steps timed (one row, ms by nodes: {one})"
 
 
-def known_times(runner: ModelRunner, what: str, cache: Path) -> dict[tuple[int, int], float]:
+def known_times(runner: Timed, what: str, cache: Path) -> dict[tuple[int, int], float]:
     """Those that this machine measured before; empty where it did not."""
     known, cells = recall(cache, _key(runner, what)), _cells(runner)
     if not isinstance(known, dict) or set(known) != {f"{b}x{n}" for b, n in cells}:
@@ -56,30 +84,31 @@ def known_times(runner: ModelRunner, what: str, cache: Path) -> dict[tuple[int, 
     return {(b, n): float(known[f"{b}x{n}"]) for b, n in cells}
 
 
-def try_largest(runner: ModelRunner) -> None:
+def try_largest(runner: Timed) -> None:
     """Raises torch.OutOfMemoryError where the memory is not enough for the largest step."""
     with contextlib.suppress(CaptureFailed):
         runner.time_step(*_largest(runner), repeats=1)
 
 
-def _cells(runner: ModelRunner) -> list[tuple[int, int]]:
+def _cells(runner: Timed) -> list[tuple[int, int]]:
     kind = runner.device.type
     rows = sorted({min(count, runner.num_slots) for count in ROWS[kind]})
     return [(b, n) for b in rows for n in runner.node_choices if b == 1 or b * n <= MOST[kind]]
 
 
-def _largest(runner: ModelRunner) -> tuple[int, int]:
+def _largest(runner: Timed) -> tuple[int, int]:
     return max(_cells(runner), key=lambda cell: cell[0] * cell[1])
 
 
-def _key(runner: ModelRunner, what: str) -> str:
+def _key(runner: Timed, what: str) -> str:
     return f"steps of {what}, {runner.num_slots} slots of {runner.max_context}: {machine_key(str(runner.device))}"
 
 
 class StepTimer:
-    """Measures cells (B, N) one by one; the runner gets the times when all are there."""
+    """Measures cells (B, N) one by one. times: empty until all are there"""
 
-    def __init__(self, runner: ModelRunner, cells: list[tuple[int, int]], cache: Path, key: str) -> None:
+    def __init__(self, runner: Timed, cells: list[tuple[int, int]], cache: Path, key: str) -> None:
+        self.times: Times = {}
         self._runner, self._cells, self._cache, self._key = runner, cells, cache, key
         self._ms: dict[tuple[int, int], float] = {}
         self._failed = 0
@@ -102,8 +131,8 @@ class StepTimer:
         missing = [cell for cell in self._cells if cell not in self._ms]
         if missing and (not self.tried(missing[0]) or len(missing) > 1):
             return True
-        self._runner.step_ms = {cell: self._undisturbed(cell) for cell in self._cells}
-        rounded = {f"{b}x{n}": round(ms, 4) for (b, n), ms in self._runner.step_ms.items()}
+        self.times = {cell: self._undisturbed(cell) for cell in self._cells}
+        rounded = {f"{b}x{n}": round(ms, 4) for (b, n), ms in self.times.items()}
         problem = remember(self._cache, self._key, rounded)
         if problem:
             log.warning("Step times are measured again at the next start: %s.", problem)

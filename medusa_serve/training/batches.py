@@ -69,8 +69,8 @@ def make_batch(answers: Answers, numbers: np.ndarray) -> Batch:
         ids[row, : lengths[row]] = answers.sequence(number)
     counts = torch.from_numpy(answers.answer_len[numbers].astype(np.int64) - 1)
     first = torch.from_numpy(np.arange(len(numbers)) * width + answers.prompt_len[numbers] - 1)
-    row, offset = spread(counts, int(counts.sum()))
-    return Batch(torch.from_numpy(ids), first[row] + offset, offset, counts[row] - offset, numbers)
+    of_row, offset = spread(counts, int(counts.sum()))
+    return Batch(torch.from_numpy(ids), first[of_row] + offset, offset, counts[of_row] - offset, numbers)
 
 
 def plan_epoch(answers: Answers, numbers: np.ndarray, batch_rows: int, seed: int, epoch: int) -> list[np.ndarray]:

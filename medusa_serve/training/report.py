@@ -20,11 +20,11 @@ from ..config import EngineConfig
 from ..engine.batch_manager import BatchManager
 from ..errors import MedusaServeError
 from ..model.build import Built, build_runner
-from ..model.cpu.workers import give_up_workers
 from ..model.drafting.draft import Drafter
 from ..model.drafting.draft_formats import as_served
 from ..model.drafting.drafters import drafter_of
 from ..model.drafting.files import load_heads
+from ..model.kernels import give_up_workers
 from ..model.loading.default_model import cache_folder
 from ..model.shapes import AUTO_NODES
 from ..types import Completion, Delta, SamplingParams

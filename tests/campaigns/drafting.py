@@ -128,14 +128,12 @@ def recorded_draft(runner: ModelRunner, prompt: Sequence[int]) -> Call:
     recorder: Any = _Recorder(drafter)
     _begin(runner, prompt)
     slot, active = torch.zeros(1, dtype=torch.int64, device=runner.device), torch.ones(1, dtype=torch.bool)
-    runner.drafter = recorder
+    step = replace(runner.step, drafter=recorder)
     try:
         with torch.inference_mode():  # a step, and never a graph of it: that would own these tensors
-            size = len(prompt)
-            shape = runner._shapes[runner.node_choices[-1]]
-            runner.step(slot, active.to(runner.device), [0], [size], size + shape.num_nodes, shape)
+            size, shape = len(prompt), step.shapes[runner.node_choices[-1]]
+            step(slot, active.to(runner.device), [0], [size], size + shape.num_nodes, shape)
     finally:
-        runner.drafter = drafter
         runner.free(0)
     return lambda: drafter.draft(*recorder.arguments)
 

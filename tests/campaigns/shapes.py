@@ -37,8 +37,8 @@ def random_model(shape: str, engine: EngineConfig) -> Any:
     LoadError."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from medusa_serve.model.gpu.capture import TURN
     from medusa_serve.model.loading.load import LoadedModel, _choose_device, _choose_numbers, _shrink
+    from medusa_serve.model.process_lock import TURN
     from medusa_serve.model.weights.nf4 import quantize_nf4
 
     notes: list[str] = []

@@ -12,8 +12,10 @@ from medusa_serve.model.build import build_runner
 from medusa_serve.model.cpu.attention import canonical_attention
 from medusa_serve.model.drafting.tree import Tree
 from medusa_serve.model.forward import attention
-from medusa_serve.model.forward.attention import chain_view, reference_attention, tree_view
+from medusa_serve.model.forward.attention import reference_attention
 from medusa_serve.model.forward.tree_forward import TreeForward
+from medusa_serve.model.forward.view import chain_view, tree_view
+from medusa_serve.model.torch_kernels import TorchKernels
 from medusa_serve.model.weights.int4 import use_few_bits
 from medusa_serve.model.weights.int8 import quantize_linears
 from tests.campaigns.families import tiny
@@ -152,15 +154,15 @@ def test_it_is_on_where_it_holds_and_refused_where_it_cannot_be():
 
 def test_attention_in_another_order_is_seen(monkeypatch):
     forward = forward_in("bfloat16", "llama")
-    monkeypatch.setattr(attention, "has_numba", lambda: False)
+    forward.kernels = TorchKernels()
     monkeypatch.setattr(attention, "reference_attention", lambda *given: attention._by_row(*given[:6]))
     forward.use(forward.active, exact=True)
     assert "changes the logits' last bits" in (selftest.difference(forward, SLOTS) or "")
 
 
-def test_without_numba_it_says_what_is_missing(monkeypatch):
+def test_without_numba_it_says_what_is_missing():
     forward = forward_in("bfloat16", "llama")
-    monkeypatch.setattr(selftest, "has_numba", lambda: False)
+    forward.kernels = TorchKernels()
     assert "Numba" in (selftest.make_exact(forward, None, SLOTS) or "")
     assert not forward.exact
 

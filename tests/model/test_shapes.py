@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from medusa_serve.model.drafting.tree import most_probable
-from medusa_serve.model.gpu.capture import CaptureFailed
+from medusa_serve.model.process_lock import CaptureFailed
 from medusa_serve.model.shapes import Shape, expected_tokens, held_by
 from medusa_serve.model.timing import TRIES, time_steps, try_largest, worth_timing
 from tests.oracles import DEFAULT_RANKS
@@ -40,7 +40,7 @@ class Timed:
     device, num_slots, max_context, node_choices = torch.device("cpu"), 6, 64, (1, 4, 16)
 
     def __init__(self):
-        self.asked, self.step_ms, self.overlaps, self.to_time = [], {}, False, None
+        self.asked, self.overlaps = [], False
 
     def time_step(self, rows, nodes, repeats=3):
         self.asked.append((rows, nodes))
@@ -49,11 +49,13 @@ class Timed:
 
 def test_steps_are_timed_once(tmp_path):
     first, again, other = Timed(), Timed(), Timed()
-    assert "1: 2.0, 4: 5.0, 16: 17.0" in time_steps(first, "a model", tmp_path)
-    assert first.step_ms == {(b, n): b + n for b, n in first.asked}
+    timing, note = time_steps(first, "a model", tmp_path)
+    assert "1: 2.0, 4: 5.0, 16: 17.0" in note
+    assert timing.step_ms == {(b, n): b + n for b, n in first.asked}
     assert {(1, 1), (1, 4), (1, 16), (4, 1), (4, 4), (6, 1), (6, 4)} == set(first.asked)
-    assert "earlier" in time_steps(again, "a model", tmp_path)
-    assert (again.asked, again.step_ms) == ([], first.step_ms)
+    known, note = time_steps(again, "a model", tmp_path)
+    assert "earlier" in note
+    assert (again.asked, known) == ([], timing)
     time_steps(other, "another model", tmp_path)
     assert other.asked == first.asked
 
@@ -61,26 +63,28 @@ def test_steps_are_timed_once(tmp_path):
 def test_where_steps_are_captured_all_but_the_largest_wait_until_the_engine_idles(tmp_path):
     runner = Timed()
     runner.overlaps = True
-    assert "while the engine idles" in time_steps(runner, "a model", tmp_path)
-    assert (runner.asked, runner.step_ms) == ([(6, 4)], {}), "24 of at most 32 nodes"
+    timing, note = time_steps(runner, "a model", tmp_path)
+    assert "while the engine idles" in note
+    assert (runner.asked, timing.step_ms) == ([(6, 4)], {}), "24 of at most 32 nodes"
     turns = 1
-    while runner.to_time.turn():
-        assert not runner.step_ms, "all of them or none: the budget compares"
+    while timing.timer.turn():
+        assert not timing.timer.times, "all of them or none: the budget compares"
         turns += 1
     assert turns == 6
-    assert len(runner.step_ms) == 7
+    assert len(timing.timer.times) == 7
     again = Timed()
     again.overlaps = True
-    assert "earlier" in time_steps(again, "a model", tmp_path)
-    assert (again.asked, again.step_ms, again.to_time) == ([], runner.step_ms, None)
+    known, note = time_steps(again, "a model", tmp_path)
+    assert "earlier" in note
+    assert (again.asked, known.step_ms, known.timer) == ([], timing.timer.times, None)
 
 
 def test_a_step_that_was_disturbed_takes_no_longer_than_a_larger_one(tmp_path):
     """Else it would not be chosen any more, and so never be measured again."""
     runner, time_step = Timed(), Timed().time_step
     runner.time_step = lambda rows, nodes, repeats: 99.0 if (rows, nodes) == (4, 1) else time_step(rows, nodes)
-    time_steps(runner, "a model", tmp_path)
-    assert runner.step_ms[4, 1] == runner.step_ms[4, 4] == 8.0
+    timing, _ = time_steps(runner, "a model", tmp_path)
+    assert timing.step_ms[4, 1] == timing.step_ms[4, 4] == 8.0
 
 
 def test_where_the_memory_was_proven_all_of_them_wait(tmp_path):
@@ -88,11 +92,12 @@ def test_where_the_memory_was_proven_all_of_them_wait(tmp_path):
     runner.overlaps = True
     try_largest(runner)
     assert runner.asked == [(6, 4)]
-    assert "while the engine idles" in time_steps(runner, "a model", tmp_path, proven=True)
+    timing, note = time_steps(runner, "a model", tmp_path, proven=True)
+    assert "while the engine idles" in note
     assert runner.asked == [(6, 4)]
-    while runner.to_time.turn():
+    while timing.timer.turn():
         pass
-    assert len(runner.step_ms) == 7
+    assert len(timing.timer.times) == 7
 
 
 def test_a_measurement_that_something_else_broke_is_made_again(tmp_path):
@@ -106,19 +111,19 @@ def test_a_measurement_that_something_else_broke_is_made_again(tmp_path):
         return float(rows + nodes)
 
     runner.time_step = broken_now_and_then
-    time_steps(runner, "a model", tmp_path)
-    while runner.to_time.turn():
+    timer = time_steps(runner, "a model", tmp_path)[0].timer
+    while timer.turn():
         pass
-    assert len(runner.step_ms) == 7
+    assert len(timer.times) == 7
     assert broken == [(6, 4), *[(1, 1)] * (TRIES - 2)]
     broken.clear()
     again = Timed()
     again.overlaps, again.time_step = True, broken_now_and_then
-    time_steps(again, "another model", tmp_path)
+    timer = time_steps(again, "another model", tmp_path)[0].timer
     again.time_step = lambda rows, nodes, repeats: (_ for _ in ()).throw(CaptureFailed("again"))
-    assert all(again.to_time.turn() for _ in range(TRIES - 2))
+    assert all(timer.turn() for _ in range(TRIES - 2))
     with pytest.raises(CaptureFailed, match="again"):
-        again.to_time.turn()
+        timer.turn()
 
 
 def test_only_where_there_is_a_choice_that_matters():

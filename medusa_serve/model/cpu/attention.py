@@ -17,7 +17,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from ..forward.attention import View
+from ..forward.view import View
 from .attention_tiles import BLOCK, QUERIES, scores_of, weigh
 from .base import OPTIONS, as_function, exponential, half, keep, pointer, record, record_at, wide
 from .layer_ops import rotate_rows, write_slab_rows

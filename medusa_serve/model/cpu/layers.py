@@ -21,11 +21,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ...errors import reason_of
-from ..forward.attention import View
 from ..forward.hidden_tap import decoder_layers
 from ..forward.passes import HfPass
 from ..forward.trace import EXAMPLE, LINEAR, Operator, TracedLayer, layer_calls, layer_kind
 from ..forward.tree_forward import TreeForward
+from ..forward.view import View
 from ..weights.int4 import Int4Linear
 from ..weights.int8 import Int8Linear
 from . import layer_ops

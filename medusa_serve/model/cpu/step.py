@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ..drafting.lookup import MAX_NGRAM, MIN_NGRAM
 from ..drafting.tree import HeadNodes
-from ..gpu.step import Closed, Opened
-from ..tables import FACTS
+from ..tables import FACTS, Closed, Opened
 from .base import OPTIONS, pointer, record, record_at
 from .search import native_continue
 
@@ -56,7 +55,8 @@ def open_step(tables: SlotTables, slots: Tensor, active: Tensor, shape: Shape) -
     task.slots, task.active, task.on = slots.data_ptr(), active.data_ptr(), on.data_ptr()
     task.per_node, task.per_row = per_node.data_ptr(), per_row.data_ptr()
     _open(addressof(task))
-    return Opened(*per_node, per_row[0], on, per_row[1])
+    tokens, parents, positions, columns, bits = per_node.unbind()
+    return Opened(tokens, parents, positions, columns, bits, per_row[0], on, per_row[1])
 
 
 def close_step(

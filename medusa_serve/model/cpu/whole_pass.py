@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..forward.attention import View, chain_view
 from ..forward.passes import HfPass
 from ..forward.tree_forward import TreeForward
+from ..forward.view import View, chain_view
 from .attention import fits_slab, view_record
 from .layer_ops import rms_norm
 from .tape import TapeRun

@@ -12,73 +12,23 @@ parents and depths they do.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...errors import LoadError
-from ..forward.attention import has_numba
-from ..gpu import attention as splitk
-from ..gpu.search import FusedPool, top_children
+from ..kernels import Kernels
 from ..sampling.filters import Sampling
-from .draft import Drafter, MedusaDrafter, noisy
+from ..torch_kernels import TorchKernels
+from .draft import Drafter, MedusaDrafter
 from .heads import HeadsInfo
+from .pool import Children
 from .tree import NUM_RANKS, HeadNodes, RankPath
 
-STEP_COST = 1e-4  # a child's log-probability is lower than its parent's by this at least, so that they never tie
-NEVER = -1e9  # log-probability of what the heads give none (infinite or NaN logits): finite, so that it still orders
-
 State = TypeVar("State")
-
-
-class Children(NamedTuple):
-    """The best R next tokens of W beams, best first: base ids and log-probabilities, both (B, W, R).
-
-    W is 1 where all beams of a depth have the same children.
-    """
-
-    tokens: Tensor
-    logp: Tensor
-
-
-class Pool:
-    """All nodes found so far, and which of them are beams, to get children of their own.
-
-    tokens, parents (index in the pool + 1; 0 is the root), depths (B, size) int64 · scores (B, size): log-probabilities
-    """
-
-    def __init__(self, rows: int, size: int, device: torch.device) -> None:
-        self.tokens, self.parents, self.depths = (torch.empty(rows, 0, dtype=torch.int64, device=device),) * 3
-        self.scores = torch.empty(rows, 0, dtype=torch.float32, device=device)
-        self._beams = torch.zeros(rows, 1, dtype=torch.float32, device=device)
-        self._above = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-
-    def grow(self, tokens: Tensor, logp: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """The beams' children (B, W or 1, R) join; the best `width` of them become the beams: → which beam each goes on
-        from, and its token, (B, width) both.
-
-        A child's score is below its parent's also where rounding would swallow the difference: what holds a child, and
-        each prefix of it, then holds the parent.
-        """
-        parent = self._beams[:, :, None]
-        logp = torch.nan_to_num(logp, nan=NEVER, neginf=NEVER)
-        scores = torch.minimum(parent + logp, parent * (1 + 1e-6) - STEP_COST)
-        tokens = tokens.expand_as(scores).flatten(1)
-        above = self._above[:, :, None].expand_as(scores).flatten(1)
-        filled, depths, ranks = self.scores.shape[1], torch.zeros_like(tokens), scores.shape[2]
-        scores = scores.flatten(1)
-        depths += self.depths[:, -1:] + 1 if filled else 1
-        self.tokens, self.parents, self.depths, self.scores = (
-            torch.cat(parts, dim=1)
-            for parts in (
-                (self.tokens, tokens), (self.parents, above), (self.depths, depths), (self.scores, scores),
-            )
-        )  # fmt: skip
-        self._beams, best = scores.topk(width, dim=1)
-        self._above = best + filled + 1
-        return best // ranks, tokens.gather(1, best)
 
 
 class _ContextDrafter(Generic[State]):
@@ -101,9 +51,19 @@ class _ContextDrafter(Generic[State]):
         self.heads, depths = heads, heads.max_depth
         self._num_ranks = min(num_ranks or self.most_ranks, heads.output.vocab_size)
         both = [[*(given or ()), *[1.0] * depths][:depths] for given in (tau, noise_tau)]
-        self.native: Any = None  # NativeDraft, once there is one
+        self._kernels: Kernels = TorchKernels()
+        self._at_once: Any = None  # the machine's search in one call, where these heads have one
         self.tau = torch.tensor(both, dtype=torch.float32, device=heads.output.device)  # (2, D)
         self.size(63, None)
+
+    def using(self, kernels: Kernels) -> _ContextDrafter[State]:
+        """The same drafter with the operations of a machine. Its heads must stay as they are."""
+        made = copy.copy(self)
+        made._kernels, made._at_once = kernels, self._search_at_once(kernels)
+        return made
+
+    def _search_at_once(self, kernels: Kernels) -> Any:
+        return None
 
     def size(self, max_nodes: int, paths: Sequence[RankPath] | None) -> None:
         if paths is not None:
@@ -152,41 +112,21 @@ class _ContextDrafter(Generic[State]):
     ) -> HeadNodes:
         nodes = self._asked if nodes is None or nodes >= self.max_nodes else nodes
         widths, pool_size = self._search(nodes)
-        if self.native is not None and not sampling.sampled:
-            return self.native.run(hidden, pending, widths, pool_size, nodes)
+        if self._at_once is not None and not sampling.sampled:
+            return self._at_once.run(hidden, pending, widths, pool_size, nodes)
         state = self.begin(hidden, pending, length, sampling)
-        fused = splitk.available(pending.device)
-        pool = (FusedPool if fused else Pool)(pending.shape[0], pool_size, pending.device)
+        pool = self._kernels.new_pool(pending.shape[0], pool_size, pending.device)
         for depth, width in enumerate(widths):
             found = self.children(state, depth, length, sampling)
             beam, tokens = pool.grow(found.tokens, found.logp, width)
             if width:
                 state = self.follow(state, beam, tokens)
-        count = min(nodes, pool_size)
-        return pool.best(count) if isinstance(pool, FusedPool) else best_nodes(pool, count)
+        return pool.best(min(nodes, pool_size))
 
     def _ranked(self, logits: Tensor, depth: int | None, length: Tensor, sampling: Sampling) -> Children:
         """The best of each place's tokens. logits (B, P, V'), overwritten: of one depth, or (None) of 0 … P - 1"""
-        token_map = self.heads.token_map
-        if splitk.available(logits.device):
-            return Children(*top_children(logits, depth, length, self.tau, token_map, sampling, self._num_ranks))
-        if not sampling.sampled and has_numba() and not torch.compiler.is_compiling():
-            from ..cpu.search import best_children, fits
-
-            if fits(logits):
-                tau = self.tau[0, : logits.shape[1]] if depth is None else self.tau[0, depth : depth + 1]
-                ids, logp = best_children(logits, tau, self._num_ranks)
-                return Children(ids if token_map is None else token_map[ids], logp)
-        depths = slice(logits.shape[1]) if depth is None else slice(depth, depth + 1)
-        position = length[:, None] + 1 + torch.arange(self.heads.max_depth, device=length.device)[depths]
-        scores = logits.float()
-        if sampling.sampled:
-            scores = noisy(logits, token_map, position.expand(-1, logits.shape[1]), sampling)
-        tau, noise_tau = self.tau[:, depths, None]
-        scores.div_(torch.where((sampling.temperature > 0)[:, None, None], noise_tau, tau))
-        best, ids = scores.topk(self._num_ranks, dim=-1)
-        logp = best - scores.logsumexp(dim=-1, keepdim=True)
-        return Children(ids if token_map is None else token_map[ids], logp)
+        tau, token_map = self.tau, self.heads.token_map
+        return self._kernels.top_children(logits, depth, length, tau, token_map, sampling, self._num_ranks)
 
 
 class SequentialDrafter(_ContextDrafter[Tensor]):
@@ -201,12 +141,8 @@ class SequentialDrafter(_ContextDrafter[Tensor]):
     def begin(self, hidden: Tensor, pending: Tensor, length: Tensor, sampling: Sampling) -> Tensor:
         return self.heads.start(hidden, pending)[:, None]  # (B, W, S)
 
-    def use_kernels(self) -> None:
-        """Draft greedily by one call, where heads of this kind can. They must stay as they are."""
-        from ..cpu.draft import NativeDraft
-
-        if NativeDraft.fits(self.heads):
-            self.native = NativeDraft(self.heads, self.tau[0], self._num_ranks, (STEP_COST, NEVER))
+    def _search_at_once(self, kernels: Kernels) -> Any:
+        return kernels.search_at_once(self.heads, self.tau[0], self._num_ranks)
 
     def children(self, state: Tensor, depth: int, length: Tensor, sampling: Sampling) -> Children:
         logits = self.heads.logits(state.flatten(0, 1)).unflatten(0, state.shape[:2])
@@ -246,12 +182,3 @@ def drafter_of(heads: Any, info: HeadsInfo, tree: str) -> Drafter:
     if tree != "auto" and not tree.isdigit():
         return MedusaDrafter(heads, info.num_heads, NUM_RANKS, ())  # size() brings the file's paths
     return ParallelDrafter(heads, info.tau, info.noise_tau, ranks=info.ranks)
-
-
-def best_nodes(pool: Pool, max_nodes: int) -> HeadNodes:
-    """The M most probable nodes of the pool, best first. A child scores below its parent, so they form a tree."""
-    best = pool.scores.topk(max_nodes, dim=1).indices
-    place = torch.zeros(best.shape[0], pool.scores.shape[1] + 1, dtype=torch.int64, device=best.device)
-    place.scatter_(1, best + 1, torch.arange(1, max_nodes + 1, device=best.device).expand_as(best))
-    parents = place.gather(1, pool.parents.gather(1, best))
-    return HeadNodes(pool.tokens.gather(1, best), parents, pool.depths.gather(1, best))

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import torch
 
-from ..forward.attention import has_numba
-
 MAX_NGRAM, MIN_NGRAM = 4, 2
 
 
@@ -21,15 +19,6 @@ def lookup(history: torch.Tensor, length: torch.Tensor, num_tokens: int) -> torc
 
     Example: history 5 6 7 8 5 6 with the last 6 pending (length 5), 3 tokens → 7 8 5.
     """
-    if history.device.type == "cpu" and has_numba():
-        from ..cpu.search import continuation
-
-        return continuation(history.contiguous(), length, num_tokens, MAX_NGRAM, MIN_NGRAM)
-    return reference_lookup(history, length, num_tokens)
-
-
-def reference_lookup(history: torch.Tensor, length: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """The same by operations of torch's, all rows and columns at once."""
     rows, columns = history.shape
     column = torch.arange(columns, device=history.device)
     earlier = column < length[:, None]

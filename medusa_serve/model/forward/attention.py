@@ -1,4 +1,5 @@
-"""Attention over slots: each row sees its sequence's history and, among the new tokens, itself and its ancestors.
+"""Attention over slots by torch's operations: each row sees its sequence's history and, among the new tokens, itself
+and its ancestors.
 
 Registered with transformers' AttentionInterface, so that models run unmodified. No mask function is registered under
 the name, hence transformers builds no mask. Keys and values arrive as the slab's layer (from SlotCache.write through
@@ -8,174 +9,13 @@ so keys and values are read once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..drafting.tree import Draft
-from ..gpu import attention as splitk
-from ..transfer import to_device
-
-
-@dataclass
-class View:
-    """What one pass sees: B rows of N new tokens each, of which the keys of the first T columns of a slot are read.
-
-    Built anew for each pass; masks are made on first use and shared by all layers.
-
-    slots, length (B) on the device, and the same as Python ints (a captured pass knows only `slots` and `width`)
-    positions (B, N) · columns (B, N): where the new tokens' keys are written
-    tree (B, N, N): new token i sees new token j; None: a causal run, where a token sees all columns up to its position
-    width: T where all rows are read at once
-    packed: the model sees all rows side by side as one, (1, B·N)
-    node_bits (B, N) int64: in place of `tree`, the ancestors of each node and itself
-    """
-
-    slots: torch.Tensor
-    length: torch.Tensor
-    host_slots: list[int]
-    host_length: list[int]
-    positions: torch.Tensor
-    columns: torch.Tensor
-    tree: torch.Tensor | None
-    width: int
-    packed: bool = False
-    node_bits: torch.Tensor | None = None
-    _visible: dict[int | None, torch.Tensor] = field(default_factory=dict)
-    _bias: dict[tuple[int | None, int | None, int], torch.Tensor | None] = field(default_factory=dict)
-    _copies: dict[torch.device, View] = field(default_factory=dict)
-
-    def on(self, device: torch.device) -> View:
-        """The same view for a layer on another device; made once a pass."""
-        if device == self.slots.device:
-            return self
-        if device not in self._copies:
-            names = ("slots", "length", "positions", "columns")
-            moved = {name: getattr(self, name).to(device) for name in names}
-            tree = None if self.tree is None else self.tree.to(device)
-            fresh: Any = {"_visible": {}, "_bias": {}, "_copies": {}}
-            self._copies[device] = replace(self, **moved, tree=tree, **fresh)
-        return self._copies[device]
-
-    @property
-    def num_new(self) -> int:
-        return self.positions.shape[1]
-
-    def unpack(self, x: torch.Tensor) -> torch.Tensor:
-        """What a layer computed for the rows: (1, heads, B·N, dim) → (B, heads, N, dim) where they are packed."""
-        if not self.packed or self.positions.shape[0] == 1:
-            return x
-        return x[0].unflatten(1, self.positions.shape).transpose(0, 1)
-
-    def pack(self, out: torch.Tensor) -> torch.Tensor:
-        """What attention gave the rows, (B, N, heads, dim), as a layer goes on with it: (1, B·N, heads, dim) where they
-        are packed."""
-        return out.flatten(0, 1)[None] if self.packed and self.positions.shape[0] > 1 else out
-
-    @property
-    def causal(self) -> bool:
-        return self.tree is None and self.node_bits is None
-
-    @cached_property
-    def bits(self) -> torch.Tensor:
-        """(B, N) int64: the tree as ancestor bits."""
-        if self.node_bits is not None:
-            return self.node_bits
-        assert self.tree is not None
-        return splitk.ancestor_bits(self.tree)
-
-    @cached_property
-    def flat_columns(self) -> torch.Tensor:
-        """`columns`, without gaps in memory."""
-        return self.columns.contiguous()
-
-    @cached_property
-    def sees(self) -> torch.Tensor:
-        """(B, N, N) bool: the tree, however it is given."""
-        if self.tree is not None:
-            return self.tree
-        shifts = torch.arange(self.num_new, device=self.length.device)
-        return ((self.bits[:, :, None] >> shifts) & 1) == 1
-
-    def visible(self, window: int | None) -> torch.Tensor:
-        """(B, N, T) bool. Windows compare positions, never columns."""
-        if window not in self._visible:
-            self._visible[window] = self._seen(window)
-        return self._visible[window]
-
-    def _seen(self, window: int | None) -> torch.Tensor:
-        column = torch.arange(self.width, device=self.length.device)
-        if self.causal:
-            seen = column <= self.positions[:, :, None]
-            key_position = column[None, :]
-        else:
-            node = column - self.length[:, None]  # (B, T): index among the new tokens, negative in the history
-            inside = (node >= 0) & (node < self.num_new)
-            index = node.clamp(0, self.num_new - 1)
-            among = self.sees.gather(2, index[:, None, :].expand(-1, self.num_new, -1))
-            seen = torch.where(inside[:, None, :], among, (node < 0)[:, None, :])
-            key_position = torch.where(inside, self.positions.gather(1, index), column)
-        if window is not None:
-            seen = seen & (self.positions[:, :, None] - key_position[:, None, :] < window)
-        return seen
-
-    def bias(self, window: int | None, row: int | None, group: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Additive mask packed for `group` query heads a key head: (1, 1, group × N, T of that row), or of all rows
-        (B, 1, …). None where everything is visible (plain decoding of one row).
-        """
-        key = (window, row, group)
-        if key not in self._bias:
-            width = self.width if row is None else self.host_length[row] + self.num_new
-            lone = self.num_new == 1 and row is not None and (window is None or width <= window)
-            if lone:
-                self._bias[key] = None
-            else:
-                seen = self.visible(window) if row is None else self.visible(window)[row : row + 1, :, :width]
-                bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
-                self._bias[key] = bias.repeat(1, group, 1)[:, None]
-        return self._bias[key]
-
-
-def tree_view(
-    slots: torch.Tensor,
-    length: torch.Tensor,
-    host_slots: list[int],
-    host_length: list[int],
-    draft: Draft,
-    width: int | None = None,
-    packed: bool = False,
-) -> View:
-    """Rows with a filled tree each."""
-    new = draft.tokens.shape[1]
-    columns = length[:, None] + torch.arange(new, device=length.device)
-    positions = length[:, None] + draft.depths
-    width = max(host_length) + new if width is None else width
-    return View(slots, length, host_slots, host_length, positions, columns, draft.mask, width, packed)
-
-
-def chain_view(
-    host_slots: list[int],
-    host_length: list[int],
-    counts: list[int],
-    device: torch.device,
-    scratch: int = 0,
-    width: int | None = None,
-) -> View:
-    """Causal runs of `counts` tokens, at the right end of rows as long as the longest: prefill.
-
-    What stands to the left of a shorter run is padding: its keys go to the column `scratch`, which nobody reads.
-    """
-    new = max(counts)
-    slots, length, count = to_device([host_slots, host_length, counts], device)
-    index = torch.arange(new, device=device) - (new - count)[:, None]
-    positions = length[:, None] + index.clamp(min=0)
-    columns = torch.where(index >= 0, positions, scratch)
-    ends = [start + count for start, count in zip(host_length, counts, strict=True)]
-    return View(slots, length, host_slots, host_length, positions, columns, None, max(ends) if width is None else width)
+from .view import View
 
 
 def attend(
@@ -191,19 +31,12 @@ def attend(
 ) -> torch.Tensor:
     """query (B, heads, N, dim) · keys, values: the slab's layer (S, C, kv_heads, dim) → (B, N, heads, value dim)
 
-    exact: on a CPU, a token's result depends on the tokens that it sees alone, bit for bit"""
-    if exact and softcap is None and sinks is None and has_numba():
-        from ..cpu import attention as canonical
-
-        if canonical.fits(query, keys, values, view):
-            return canonical.canonical_attention(query, keys, values, view, scaling, window)
+    exact: on a CPU, a token's result depends only on the tokens that it sees, bit for bit: sums in float64"""
     if exact or softcap is not None or sinks is not None:
         wide = torch.float64 if exact else torch.float32
         return reference_attention(query, keys, values, view, scaling, window, softcap, sinks, wide)
     if query.device.type == "cpu":
         return _by_row(query, keys, values, view, scaling, window)
-    if splitk.fits(query, values, view):
-        return splitk.tree_attention(query, keys, values, view, scaling, window)
     return _by_batch(query, keys, values, view, scaling, window)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .attention import View
 from .tree_forward import PlugInError, SlabCache, TreeForward
+from .view import View
 
 
 class GatheringCache(SlabCache):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .attention import View
+from .view import View
 
 BLOCK = 16
 MIN_BLOCKS = 8

@@ -11,8 +11,7 @@ import math
 import numpy as np
 import torch
 
-from ..gpu import attention as splitk
-from .attention import has_numba
+from ..kernels import Kernels, choose
 
 LINE = 64  # bytes of a cache's line, where a slab begins
 
@@ -27,18 +26,20 @@ class SlotCache:
         columns: int,
         dtype: torch.dtype,
         device: torch.device,
+        kernels: Kernels | None = None,
     ) -> None:
-        """layers: (kv_heads, key dim, value dim) of each layer; all must agree (LoadError is the caller's)."""
+        """layers: (kv_heads, key dim, value dim) of each layer; all must agree (LoadError is the caller's) · kernels:
+        None: the machine's own"""
         kv_heads, key_dim, value_dim = layers[0]
         shape = (len(layers), slots, columns, kv_heads)
         self.keys = _zeros((*shape, key_dim), dtype, device)
         self.values = _zeros((*shape, value_dim), dtype, device)
-        self._native = self.keys.device.type == "cpu" and dtype == torch.bfloat16 and has_numba()
+        self._kernels = kernels or choose(device)
 
     def like(self, slots: int, columns: int) -> SlotCache:
         """An empty one of the same layers."""
         layers = [(self.keys.shape[3], self.keys.shape[4], self.values.shape[4])] * len(self.keys)
-        return SlotCache(layers, slots, columns, self.keys.dtype, self.keys.device)
+        return SlotCache(layers, slots, columns, self.keys.dtype, self.keys.device, self._kernels)
 
     def write(
         self, layer: int, slots: torch.Tensor, columns: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -48,17 +49,7 @@ class SlotCache:
         slots (B) · columns (B, N) · keys, values (B, kv_heads, N, dim)
         """
         key_slab, value_slab = self.keys[layer], self.values[layer]
-        if splitk.available(key_slab.device) and keys.stride(3) == 1 == values.stride(3):
-            splitk.write_rows(key_slab, value_slab, slots, columns, keys, values)
-            return key_slab, value_slab
-        if self._native and keys.stride(3) == 1 == values.stride(3):
-            from ..cpu.layer_ops import write_rows
-
-            write_rows(key_slab, slots, columns, keys)
-            write_rows(value_slab, slots, columns, values)
-            return key_slab, value_slab
-        key_slab[slots[:, None], columns] = keys.transpose(1, 2)
-        value_slab[slots[:, None], columns] = values.transpose(1, 2)
+        self._kernels.write_rows(key_slab, value_slab, slots, columns, keys, values)
         return key_slab, value_slab
 
     def commit(self, slots: torch.Tensor, length: torch.Tensor, nodes: torch.Tensor) -> None:
@@ -72,17 +63,8 @@ class SlotCache:
         """
         if nodes.shape[1] == 1:
             return  # the root is in place
-        if self._native:
-            from ..cpu.layer_ops import move_rows
-
-            move_rows(self.keys, slots, length, nodes)
-            move_rows(self.values, slots, length, nodes)
-            return
-        steps = torch.arange(nodes.shape[1], device=nodes.device)
-        source, target = length[:, None] + nodes, length[:, None] + steps
-        at = slots[:, None]
-        self.keys[:, at, target] = self.keys[:, at, source]
-        self.values[:, at, target] = self.values[:, at, source]
+        self._kernels.commit_rows(self.keys, slots, length, nodes)
+        self._kernels.commit_rows(self.values, slots, length, nodes)
 
     def zero(self, slot: int) -> None:
         """Wipe a slot whose numbers went bad: masked NaN rows of V would still give NaN."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ...errors import LoadError
+from ..kernels import Kernels
 from .hidden_tap import decoder_layers
 from .slab import SlotCache
 
@@ -107,6 +108,7 @@ class SplitCache:
         dtype: torch.dtype,
         devices: Sequence[torch.device],
         groups: Sequence[Any] | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         groups = devices if groups is None else groups
         self._parts: dict[Any, SlotCache] = {}
@@ -115,7 +117,7 @@ class SplitCache:
             mine = [number for number, other in enumerate(groups) if other == name]
             if name not in self._parts:
                 shapes = [layers[number] for number in mine]
-                self._parts[name] = SlotCache(shapes, slots, columns, dtype, devices[index])
+                self._parts[name] = SlotCache(shapes, slots, columns, dtype, devices[index], kernels)
             self._place.append((self._parts[name], mine.index(index)))
 
     def write(

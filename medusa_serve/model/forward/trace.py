@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..drafting.tree import Tree
-from .attention import tree_view
 from .tree_forward import TreeForward
+from .view import tree_view
 
 SPACE = "medusa_serve"  # of the operators
 EXAMPLE = 37  # tokens of the traced pass: a size that nothing else in a layer has

@@ -15,12 +15,13 @@ import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicCache
 
-from .attention import View, attend
+from ..kernels import Kernels, choose
 from .hidden_tap import HiddenTap
 from .passes import HfPass, Pass, padded_products
 from .replaced import replace_attributes
 from .slab import SlotCache
 from .split import SplitCache, layer_devices
+from .view import View
 
 ASIDE = 128  # tokens of a pass that is no sequence's
 
@@ -82,13 +83,17 @@ class TreeForward:
         columns: int,
         max_positions: int | None,
         hidden_inputs: Sequence[int] = (-1,),
+        kernels: Kernels | None = None,
     ) -> None:
-        """hidden_inputs: as HiddenTap's indexes, M of them"""
+        """hidden_inputs: as HiddenTap's indexes, M of them · kernels: None: the machine's own"""
+        self.kernels = kernels or choose(model.device)
         self.model, self.max_positions, self.hidden_inputs = model, max_positions, tuple(hidden_inputs)
         self._traced_attention: Callable[..., torch.Tensor] | None = None
         places, shape = layer_devices(model), (kv_shapes(model), slots, columns, model.dtype)
         self.is_split, self.can_capture = bool(places), not places
-        self.cache: Any = SplitCache(*shape, places) if places else SlotCache(*shape, model.device)
+        self.cache: Any = (
+            SplitCache(*shape, places, None, self.kernels) if places else SlotCache(*shape, model.device, self.kernels)
+        )
         self._slab_cache = self.cache_kind(self.cache)
         self._takes = set(inspect.signature(model.forward).parameters)
         self._cache_name = cache_argument(self._takes)
@@ -153,9 +158,11 @@ class TreeForward:
         if self.is_split:
             with torch.cuda.device_of(query):  # kernels of our own start on the current GPU
                 view = view.on(query.device)
-                out = attend(view.unpack(query), key, value, view, scaling, sliding_window, softcap, s_aux)
+                out = self.kernels.attend(view.unpack(query), key, value, view, scaling, sliding_window, softcap, s_aux)
             return view.pack(out), None
-        out = attend(view.unpack(query), key, value, view, scaling, sliding_window, softcap, s_aux, self.exact)
+        out = self.kernels.attend(
+            view.unpack(query), key, value, view, scaling, sliding_window, softcap, s_aux, self.exact
+        )
         return view.pack(out), None
 
     @property
@@ -175,7 +182,7 @@ class TreeForward:
         """What a layer's cache and attention do in a pass, for a layer that was traced without them."""
         cache = self._slab_cache
         keys, values = cache.update(key, value, layer)
-        out = attend(cache.view.unpack(query), keys, values, cache.view, scaling, window, exact=self.exact)
+        out = self.kernels.attend(cache.view.unpack(query), keys, values, cache.view, scaling, window, exact=self.exact)
         return cache.view.pack(out).contiguous()
 
     @contextlib.contextmanager

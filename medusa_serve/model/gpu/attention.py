@@ -9,12 +9,10 @@ Dao et al. 2023).
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from ..forward.attention import View
+from ..forward.view import View
 
 try:
     import triton
@@ -41,12 +39,6 @@ def fits(query: torch.Tensor, values: torch.Tensor, view: View) -> bool:
         and max(query.shape[-1], values.shape[-1]) <= MAX_DIM
         and available(query.device)
     )
-
-
-def ancestor_bits(tree: torch.Tensor) -> torch.Tensor:
-    """(B, N, N) bool → (B, N) int64: bit j of a node is set where it sees node j. N ≤ 64."""
-    shifts = torch.arange(tree.shape[-1], device=tree.device)
-    return (tree.to(torch.int64) << shifts).sum(dim=-1)
 
 
 def tree_attention(

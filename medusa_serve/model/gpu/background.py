@@ -7,12 +7,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config import EngineConfig
-from ..timing import known_times, time_steps, try_largest
+from ..timing import Timing, known_times, time_steps, try_largest
 from .compiled_heads import fuse_heads
 from .layers import compiles, fuse_layers
 
@@ -42,18 +42,18 @@ class Fusing:
         self._runner, self._check, self._wanted, self._what, self._cache = runner, check, wanted, what, cache
         self._forward: Any = runner.forward
 
-    def prove(self) -> None:
-        """Before the first request: what is known of the steps to come. Raises torch.OutOfMemoryError where the
-        memory is not enough for the largest of them."""
+    def plan(self, notes: list[str]) -> Timing:
+        """Before the first request: the work, and what is known of the steps after it. In notes, SOON gives way to what
+        came of it. Raises torch.OutOfMemoryError where the memory is not enough for the largest step."""
         if not self._what:
-            return
+            return Timing(faster=self._parts(notes))
         expected = self._name("compiled" if compiles(self._forward, self._wanted) else "merged")
-        self._runner.later_ms = known_times(self._runner, expected, self._cache)
-        if not self._runner.later_ms:
+        known = known_times(self._runner, expected, self._cache)
+        if not known:
             try_largest(self._runner)
+        return Timing(later_ms=known, faster=self._parts(notes))
 
-    def parts(self, notes: list[str]) -> Iterator[None]:
-        """Do it. In notes, SOON gives way to what came of it."""
+    def _parts(self, notes: list[str]) -> Generator[None, None, Timing]:
         runner, forward, drop = self._runner, self._forward, self._runner.drop_captures
         wants = compiles(forward, self._wanted)
         yield from imported("torch.export._trace", *(["torch._inductor.compile_fx"] if wants else []))
@@ -63,11 +63,14 @@ class Fusing:
         if compiled and heads is not None:
             width = len(forward.hidden_inputs) * forward.model.config.get_text_config().hidden_size
             made.append((yield from fuse_heads(heads, width, drop)))
+        timing = Timing()
         if self._what:
             kind = "plain" if layers is None else "compiled" if compiled else "merged"
-            made.append(time_steps(runner, self._name(kind), self._cache, proven=True))
+            timing, note = time_steps(runner, self._name(kind), self._cache, proven=True)
+            made.append(note)
         at = notes.index(SOON)
         notes[at : at + 1] = made
+        return timing
 
     def _aside(self) -> float:
         with self._forward.aside():

@@ -8,19 +8,13 @@ cell, a compiler that times kernels, another engine's capture). What belongs to 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-TURN = threading.RLock()  # torch's capturing is the process's, whichever engine asks, and so is its default dtype:
-# compiled passes are compiled again under another one, which must not be within a capture
-
-
-class CaptureFailed(RuntimeError):
-    """Something else in this process kept the pass from being captured; the device is well."""
+from ..process_lock import TURN, CaptureFailed
 
 
 def capture(body: Callable[[], Any], device: torch.device, pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -57,18 +51,6 @@ def _captured(
             raise
         raise CaptureFailed(str(error).splitlines()[0]) from error
     return graph, made
-
-
-def settle(device: torch.device) -> None:
-    """Wait for the device, but not while something is captured."""
-    with TURN:
-        torch.cuda.synchronize(device)
-
-
-def give_back() -> None:
-    """Cached memory to the driver, but not while something is captured."""
-    with TURN:
-        torch.cuda.empty_cache()
 
 
 @lru_cache

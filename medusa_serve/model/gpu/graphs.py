@@ -13,22 +13,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..between import between
 from ..forward.prefill_blocks import MIN_BLOCKS, Packed, flat_size, pack, rows_for, views
+from ..process_lock import CaptureFailed, give_back, settle
+from ..shapes import Shape
 from ..tables import PLAIN, Needs
-from . import attention as splitk
-from .capture import CaptureFailed, capture, give_back, settle
-
-if TYPE_CHECKING:
-    from ..runner import ModelRunner
-    from ..shapes import Shape
+from .capture import capture
 
 log = logging.getLogger(__name__)
 TRIES = 3  # captures of a pass that something else breaks; then it stays as it is
@@ -40,16 +37,30 @@ MIN_WIDTH = 256  # columns of keys read; doubled until the longest row fits
 
 
 class StepGraphs:
-    """Replays of runner.step over B rows, a power of two; rows that do not decode are inactive.
+    """Replays of a step over B rows, a power of two; rows that do not decode are inactive.
 
     A row is any slot, so that a few sequences cost a few rows wherever they lie; but where attention reads neighbouring
     slots as they lie (no split-K kernel), row i is slot i."""
 
-    def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
-        device = runner.device
-        self._slots = torch.arange(runner.num_slots, device=device)
-        self._active = torch.zeros(runner.num_slots, dtype=torch.bool, device=device)
+    def __init__(
+        self,
+        step: Callable[..., torch.Tensor],
+        prefill: Callable[[Packed, int, Needs], torch.Tensor],
+        *,
+        device: torch.device,
+        num_slots: int,
+        columns: int,
+        prefill_rows: int,
+        reads_lengths: bool,
+    ) -> None:
+        """step, prefill: the bodies, as of step.Step · columns: of a slot · prefill_rows: prompts of a pass at most ·
+        reads_lengths: attention reads lengths on the device, as Kernels.reads_lengths"""
+        self._step, self._prefill = step, prefill
+        self._device, self._num_slots, self._columns, self._prefill_rows = device, num_slots, columns, prefill_rows
+        self._device_lengths = reads_lengths
+        self.activity: str | None = None  # "capturing …" meanwhile
+        self._slots = torch.arange(num_slots, device=device)
+        self._active = torch.zeros(num_slots, dtype=torch.bool, device=device)
         self._there: Any = None  # whose rows those two hold
         # a graph and the facts that it writes; or, where it could not be captured, what makes them
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph | None, torch.Tensor | Callable[[], torch.Tensor]]] = {}
@@ -60,10 +71,6 @@ class StepGraphs:
         self._capture_ms = 0.0  # of the last capture
         self._most = MOST_GRAPHS  # that an idle engine captures; 0 once the memory was full
         self._pool: Any = None
-        cache = runner.forward.cache  # type: ignore[union-attr]
-        self._device_lengths = (
-            splitk.available(device) and max(cache.keys.shape[-1], cache.values.shape[-1]) <= splitk.MAX_DIM
-        )
 
     @property
     def packs(self) -> bool:
@@ -72,23 +79,32 @@ class StepGraphs:
 
     def rows(self, needed: int) -> int:
         """Of the step that is captured for so many."""
-        return _power_of_two(needed, self._runner.num_slots)
+        return _power_of_two(needed, self._num_slots)
 
     def _key(self, rows: int, width: int, shape: Shape, needs: Needs) -> tuple[Any, ...]:
         """Rows and width as they are captured."""
-        rows, columns = self.rows(rows), self._runner.tables.history.shape[1]
+        rows, columns = self.rows(rows), self._columns
         # split-K attention reads lengths on the device: no width to choose, and one graph for all lengths
         width = columns if self._device_lengths else min(_power_of_two(max(width, MIN_WIDTH)), columns)
         return rows, width, shape, needs
 
-    def run(self, host_slots: list[int], width: int, shape: Shape, needs: Needs, active: bool = True) -> torch.Tensor:
-        """One step of these slots; → runner.step's facts, a line for each of them and more, overwritten by the next
-        step. active False: a step that changes nothing."""
+    def run(
+        self,
+        host_slots: list[int],
+        width: int,
+        shape: Shape,
+        needs: Needs,
+        step_ms: Mapping[tuple[int, int], float],
+        active: bool = True,
+    ) -> torch.Tensor:
+        """One step of these slots; → its facts, a line for each of them and more, overwritten by the next step.
+
+        step_ms: known times by (B, N) · active False: a step that changes nothing"""
         needed = len(host_slots) if self._device_lengths else max(host_slots) + 1
         key = self._key(needed, width, shape, needs)
         self._seen.add((key[0], key[1], needs))
         if active and key not in self._graphs:
-            key = self._stand_in(key)
+            key = self._stand_in(key, step_ms)
         rows = key[0]
         made: Callable[[], torch.Tensor] = partial(self._play, key)
         if active:
@@ -111,7 +127,7 @@ class StepGraphs:
     def _body(self, key: tuple[int, int, Shape, Needs]) -> Callable[[], torch.Tensor]:
         rows, width, shape, needs = key
         slots, on = self._slots[:rows], self._active[:rows]
-        return lambda: self._runner.step(slots, on, list(range(rows)), [0] * rows, width, shape, needs)
+        return lambda: self._step(slots, on, list(range(rows)), [0] * rows, width, shape, needs)
 
     def _have(self, key: tuple[int, int, Shape, Needs]) -> None:
         """Capture the step unless it is there."""
@@ -144,19 +160,18 @@ class StepGraphs:
     def _put(self, place: torch.Tensor, values: torch.Tensor) -> None:
         place.copy_(values.pin_memory(), non_blocking=True)
 
-    def _stand_in(self, key: tuple[int, int, Shape, Needs]) -> tuple[int, int, Shape, Needs]:
+    def _stand_in(
+        self, key: tuple[int, int, Shape, Needs], step_ms: Mapping[tuple[int, int], float]
+    ) -> tuple[int, int, Shape, Needs]:
         """The step of the fewest more rows that is there, until that has cost a capture; else the step itself."""
         rows, *rest = key
         larger = [count for count, *others in self._graphs if others == rest and count > rows]
-        if not larger or not self._runner.step_ms:
+        if not larger or not step_ms:
             return key
-        more = max(0.0, self._ms(min(larger), key[2].num_nodes) - self._ms(rows, key[2].num_nodes))
+        known = sorted((count, ms) for (count, n), ms in step_ms.items() if n == key[2].num_nodes)
+        more = max(0.0, between(known, min(larger)) - between(known, rows))
         self._owed[key] = self._owed.get(key, 0.0) + more
         return key if self._owed[key] > self._capture_ms else (min(larger), *rest)
-
-    def _ms(self, rows: int, nodes: int) -> float:
-        known = sorted((count, ms) for (count, n), ms in self._runner.step_ms.items() if n == nodes)
-        return between(known, rows)
 
     def prepare(self, shapes: Iterable[Shape]) -> bool:
         """Capture one pass that may be asked for; → whether there are more of them. All slots must be free: between
@@ -181,14 +196,14 @@ class StepGraphs:
                     yield partial(self._have, (rows, width, shape, needs))
         if not self._device_lengths:
             return
-        width, all_rows = self._runner.tables.history.shape[1], self._runner.num_slots
-        between = [1 << power for power in range(1, (all_rows - 1).bit_length())]
-        for rows in dict.fromkeys([1, all_rows, *between]):
+        width, all_rows = self._columns, self._num_slots
+        others = [1 << power for power in range(1, (all_rows - 1).bit_length())]
+        for rows in dict.fromkeys([1, all_rows, *others]):
             for shape in shapes:
                 if self._is_due((rows, width, shape, PLAIN), FIRST_GRAPHS):
                     yield partial(self._have, (rows, width, shape, PLAIN))
             for blocks in PREFILL_BLOCKS:
-                most = self._runner.prefill_rows
+                most = self._prefill_rows
                 counts = (1, most) if blocks >= MANY_BLOCKS else (1,)
                 for rows in dict.fromkeys(rows_for(count, most) for count in counts):
                     if self._is_due(("prefill", blocks, rows, PLAIN), FIRST_GRAPHS):
@@ -201,10 +216,9 @@ class StepGraphs:
 
     def time(self, rows: int, shape: Shape, repeats: int) -> float:
         """Milliseconds of a step of `rows` slots, none of which is active."""
-        runner = self._runner
-        self.run(list(range(rows)), runner.tables.history.shape[1], shape, PLAIN, active=False)
+        self.run(list(range(rows)), self._columns, shape, PLAIN, {}, active=False)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        graph = self._graphs[self._key(rows, runner.tables.history.shape[1], shape, PLAIN)][0]
+        graph = self._graphs[self._key(rows, self._columns, shape, PLAIN)][0]
         assert graph is not None  # else `run` has raised
         times = []
         for _ in range(repeats):
@@ -220,7 +234,7 @@ class StepGraphs:
         if not self._device_lengths:
             return list(range(rows))
         taken = set(host_slots)
-        others = (slot for slot in range(self._runner.num_slots) if slot not in taken)
+        others = (slot for slot in range(self._num_slots) if slot not in taken)
         return [*host_slots, *islice(others, rows - len(host_slots))]
 
     def lines(self, host_slots: list[int]) -> list[int]:
@@ -238,19 +252,19 @@ class StepGraphs:
 
     def _inputs_of(self, blocks: int, rows: int) -> Packed:
         if (blocks, rows) not in self._inputs:
-            empty = torch.empty(flat_size(blocks, rows), dtype=torch.int64, device=self._runner.device)
+            empty = torch.empty(flat_size(blocks, rows), dtype=torch.int64, device=self._device)
             self._inputs[blocks, rows] = empty
         return views(self._inputs[blocks, rows], blocks, rows)
 
     def _prefill_body(self, inputs: Packed, needs: Needs) -> Callable[[], torch.Tensor]:
-        return lambda: self._runner.prefill_step(inputs, self._runner.tables.history.shape[1], needs)
+        return lambda: self._prefill(inputs, self._columns, needs)
 
     def _have_prefill(self, blocks: int, rows: int, needs: Needs) -> None:
         """Capture the pass unless it is there; with no row in it, it changes nothing."""
-        runner, key = self._runner, ("prefill", blocks, rows, needs)
+        key = ("prefill", blocks, rows, needs)
         if key not in self._graphs:
             inputs = self._inputs_of(blocks, rows)
-            inputs.flat.copy_(pack([], rows, runner.num_slots, least=blocks).flat)
+            inputs.flat.copy_(pack([], rows, self._num_slots, least=blocks).flat)
             self._capture(key, self._prefill_body(inputs, needs), f"a prefill of {blocks} blocks")
 
     def blocks(self, least: int, rows: int, needs: Needs) -> int:
@@ -260,11 +274,11 @@ class StepGraphs:
         return next((size for size in sizes if ("prefill", size, rows, needs) in self._graphs), least)
 
     def _capture(self, key: Any, body: Callable[[], torch.Tensor], what: str) -> None:
-        runner, began = self._runner, time.perf_counter()
-        runner.activity = f"capturing {what}"
+        began = time.perf_counter()
+        self.activity = f"capturing {what}"
         try:
             pool, self._pool = self._pool, None  # one that a capture broke in takes no other
-            graph, facts = capture(body, runner.device, pool)
+            graph, facts = capture(body, self._device, pool)
             self._pool = graph.pool()
             self._graphs[key] = (graph, facts)
             self._owed.pop(key, None)
@@ -273,11 +287,11 @@ class StepGraphs:
             self._failed[key] = self._failed.get(key, 0) + 1
             raise
         finally:
-            runner.activity = None
+            self.activity = None
 
     def drop(self) -> None:
         """Forget every capture: the passes are no longer what was captured. No step may be under way."""
-        settle(self._runner.device)
+        settle(self._device)
         self._graphs.clear()
         self._owed.clear()
         self._failed.clear()
@@ -285,8 +299,9 @@ class StepGraphs:
         give_back()
 
     def close(self) -> None:
+        settle(self._device)  # a step may be under way
         self._graphs.clear()
-        del self._runner
+        del self._step, self._prefill
 
 
 def _step_name(key: tuple[int, int, Shape, Needs]) -> str:

@@ -10,18 +10,15 @@ top-p, and the noisiest of those above it is next. For top-p that takes 1 / top_
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..sampling.filters import Sampling
+from ..sampling.filters import Sampling
 
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a CPU build of torch brings none; `splitk.available` says so
+except ImportError:  # a CPU build of torch brings none; kernels.choose then takes torch
     triton = None
 
 TILE = 2048  # logits at once: as many loads are under way together
@@ -50,7 +47,7 @@ def pick_nodes(logits: Tensor, sampling: Sampling, position: Tensor) -> tuple[Te
 
 
 if triton is not None:
-    from .search import _gumbel
+    from .noise import _gumbel
 
     @triton.jit
     def _scaled(at, n, count, temperature):

@@ -8,20 +8,16 @@ samplers). Same results as beam.py's plain form, up to rounding.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..drafting.tree import HeadNodes
-
-if TYPE_CHECKING:
-    from ..sampling.filters import Sampling
+from ..sampling.filters import Sampling
 
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a CPU build of torch brings none; `splitk.available` says so
+except ImportError:  # a CPU build of torch brings none; kernels.choose then takes torch
     triton = None
 
 TILE = 1024  # tokens of one program
@@ -104,31 +100,10 @@ class FusedPool:
 
 
 if triton is not None:
+    from .noise import _gumbel
+
     NEVER = tl.constexpr(-1e9)  # as in beam.py
     STEP_COST = tl.constexpr(1e-4)
-
-    @triton.jit
-    def _mix(x):
-        """noise.py's, on uint32."""
-        x = (x ^ (x >> 16)) * 0x85EBCA6B
-        x = (x ^ (x >> 13)) * 0xC2B2AE35
-        return x ^ (x >> 16)
-
-    @triton.jit
-    def _gumbel(seed, position, token):
-        """noise.py's: the same bits, logarithms up to rounding."""
-        golden = tl.full([], 0x9E3779B9, tl.uint32)
-        low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-        position = position.to(tl.uint32)
-        first = _mix(_mix(_mix(low + golden) ^ high) + position * golden)
-        second = _mix(_mix(_mix(high + 0x85EBCA6B) ^ low) ^ (position * 0xC2B2AE35))
-        bits = _mix(_mix(token.to(tl.uint32) * golden + first) ^ second)
-        v = tl.minimum(
-            bits.to(tl.float32) * 2.3283064365386963e-10 + 2.3283064365386963e-10, 1.0 - 5.9604644775390625e-08
-        )
-        # log1p(-v), which tl lacks: of small v, whose digits 1 - v would lose, by its series
-        log1p = tl.where(v < 1e-3, -v * (1.0 + v * (0.5 + v * 0.33333333)), tl.log(1.0 - v))
-        return -tl.log(-log1p)
 
     @triton.jit(do_not_specialize=["places", "depth"])  # a variant for each would be compiled: seconds, for nothing
     def _tile_best(

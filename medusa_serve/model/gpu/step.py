@@ -9,53 +9,20 @@ Beside each stands what it equals; tests hold them together. Trees have 64 nodes
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..drafting.tree import HeadNodes
-from ..tables import FACTS
-
-if TYPE_CHECKING:
-    from ..shapes import Shape
-    from ..tables import SlotTables
+from ..shapes import Shape
+from ..tables import FACTS, Closed, Opened, SlotTables
 
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a CPU build of torch brings none; `splitk.available` says so
+except ImportError:  # a CPU build of torch brings none; kernels.choose then takes torch
     triton = None
 
 SEARCHED = 1024  # columns of a row's history that are compared at once
-
-
-class Opened(NamedTuple):
-    """The trees of B rows before the pass.
-
-    tokens, parents, positions, columns (B, N) · bits (B, N): of a node's ancestors and itself · length (B) · active
-    (B) bool · drafted (B): nodes that are not empty, the root not counted
-    """
-
-    tokens: Tensor
-    parents: Tensor
-    positions: Tensor
-    columns: Tensor
-    bits: Tensor
-    length: Tensor
-    active: Tensor
-    drafted: Tensor
-
-
-class Closed(NamedTuple):
-    """After the walk. facts (B, 5 + 2 (D + 1)): as of ModelRunner.step · nodes (B, D + 1) the path, a view of them ·
-    last (B) the last accepted node · length, pending (B): the tables' new ones"""
-
-    facts: Tensor
-    nodes: Tensor
-    last: Tensor
-    length: Tensor
-    pending: Tensor
 
 
 def open_step(tables: SlotTables, slots: Tensor, active: Tensor, shape: Shape) -> Opened:

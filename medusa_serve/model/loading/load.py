@@ -17,7 +17,7 @@ from ...presets import PRESETS, nearest
 from ..cpu.warm_up import kernels_ahead
 from ..forward.attention import has_numba
 from ..forward.split import split_plan
-from ..gpu.capture import TURN
+from ..process_lock import TURN
 from ..weights.int4 import Int4Linear, stored_in_few_bits, use_few_bits
 from ..weights.int8 import COVERS, linear_share, quantize_linears
 from ..weights.nf4 import loading_options, require_nf4

@@ -7,14 +7,11 @@ deterministic drafts no lossless rule accepts more).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from ..drafting.tree import Draft
-from ..forward.attention import has_numba
-from ..gpu import attention as splitk
-from ..gpu.pick import pick_nodes
 from .filters import Sampling, pick
 from .logprobs import logprobs_of
 from .penalties import Tally
@@ -41,14 +38,30 @@ class Walk(NamedTuple):
     logprobs: torch.Tensor | None = None
 
 
-def accept(logits: torch.Tensor, draft: Draft, max_depth: int, sampling: Sampling, limits: Limits) -> Walk:
-    """Walk the verified tree of each row. logits (B, N, V)
+Pick = Callable[[torch.Tensor, Sampling, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # as filters.pick
+
+
+def accept(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    max_depth: int,
+    sampling: Sampling,
+    limits: Limits,
+    *,
+    pick: Pick = pick,
+    every: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Walk:
+    """Walk the verified tree of each row, depth by depth. logits (B, N, V) · tokens, parents (B, N) of the tree
+
+    pick: chooses the next token of each row · every: what each node picks and its largest logit, (B, N) both, where all
+    nodes were asked at once
 
     Example (greedy), tree of Tree's docstring, length 7: node 1 holds 52, node 3 holds 9, argmax at the root is 52, at
     node 1 it is 9, at node 3 it is 30: tokens 52 9 30, nodes 0 1 3, num_emitted 3. Two draft tokens are accepted, 30 is
     the new pending token.
     """
-    rows, num_nodes = draft.tokens.shape
+    rows, num_nodes = tokens.shape
     device = logits.device
     each = torch.arange(rows, device=device)
     alive = torch.zeros(rows, num_nodes, dtype=torch.bool, device=device)
@@ -56,11 +69,8 @@ def accept(logits: torch.Tensor, draft: Draft, max_depth: int, sampling: Samplin
     not_root = torch.arange(num_nodes, device=device) > 0
     active = torch.ones(rows, dtype=torch.bool, device=device)
     finished, finite = torch.zeros_like(active), torch.ones_like(active)
-    every = None
-    if device.type == "cuda" and sampling.penalties is None and (not sampling.sampled or splitk.available(device)):
-        every = pick_all(logits, sampling, limits.length[:, None] + 1 + draft.depths)  # in one pass
     tally = None if sampling.penalties is None else Tally(sampling.penalties, logits.shape[-1])
-    tokens, nodes, logprobs = [], [], []
+    emitted, nodes, logprobs = [], [], []
     for depth in range(max_depth + 1):
         node = alive.to(torch.uint8).argmax(dim=1)  # the lowest alive node; heads and lookup may hold the same token
         position = limits.length + 1 + depth
@@ -70,7 +80,7 @@ def accept(logits: torch.Tensor, draft: Draft, max_depth: int, sampling: Samplin
         else:
             picked, usable = every[0][each, node], every[1][each, node].isfinite()
         finite &= usable | ~active
-        tokens.append(torch.where(active, picked, -1))
+        emitted.append(torch.where(active, picked, -1))
         nodes.append(node)
         if tally is not None:
             tally.count(picked)
@@ -78,27 +88,13 @@ def accept(logits: torch.Tensor, draft: Draft, max_depth: int, sampling: Samplin
             logprobs.append(logprobs_of(logits[each, node], picked))
         stop = (limits.eos == picked[:, None]).any(dim=1) | (position + 1 >= limits.total)
         finished |= active & stop
-        alive = alive.gather(1, draft.parents) & (draft.tokens == picked[:, None]) & not_root
+        alive = alive.gather(1, parents) & (tokens == picked[:, None]) & not_root
         active = active & ~stop & alive.any(dim=1) & finite
         if device.type != "cuda" and not bool(active.any()):
             break  # asking costs nothing on a CPU; on a GPU every depth runs
-    emitted = torch.stack(tokens, dim=1)
-    told = torch.stack(logprobs, dim=1) if logprobs else None
-    return Walk(emitted, torch.stack(nodes, dim=1), (emitted >= 0).sum(dim=1), finished, finite, told)
-
-
-def pick_all(logits: torch.Tensor, sampling: Sampling, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What every node picks: (token, its largest logit), (B, N) both. position (B, N): of that token. Sampled on a GPU
-    alone"""
-    if sampling.sampled:
-        return pick_nodes(logits, sampling, position)
-    if logits.device.type == "cpu" and has_numba():
-        from ..cpu.search import fits, largest
-
-        if fits(logits):
-            return largest(logits)
-    best = logits.max(dim=-1)
-    return best.indices, best.values
+    made = torch.stack(emitted, dim=1)
+    asked = torch.stack(logprobs, dim=1) if logprobs else None
+    return Walk(made, torch.stack(nodes, dim=1), (made >= 0).sum(dim=1), finished, finite, asked)
 
 
 def ended(pending: torch.Tensor, limits: Limits) -> torch.Tensor:

@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 import torch
 
-from ..gpu import attention as splitk
-from ..gpu.pick import pick_nodes
 from .noise import gumbel
 from .penalties import Penalties
 
@@ -38,9 +36,6 @@ def pick(logits: torch.Tensor, sampling: Sampling, position: torch.Tensor) -> tu
 
     logits (B, V) · position (B) → token (B) int64, finite (B) bool: False where the logits hold NaN or only infinities
     """
-    if splitk.available(logits.device):  # always, so that no row's noise depends on what its company asks for
-        picked, best = pick_nodes(logits[:, None], sampling, position[:, None])
-        return picked[:, 0], best[:, 0].isfinite()
     best, greedy = logits.max(dim=-1)
     finite = torch.isfinite(best)
     if not sampling.sampled:

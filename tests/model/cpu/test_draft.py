@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from medusa_serve.model.cpu.int_products import NativeInt4Linear, NativeInt8Linear
+from medusa_serve.model.cpu.kernels import CpuKernels
 from medusa_serve.model.drafting.drafters import SequentialDrafter
 from medusa_serve.model.drafting.heads import SequentialHeads
 from medusa_serve.model.weights.int4 import Int4Linear
@@ -55,11 +56,10 @@ def paths(found) -> list[set[tuple[int, ...]]]:
 def test_the_tree_is_the_searches(sizes):
     drafter = drafter_of(**sizes)
     for rows, nodes in ((1, 1), (1, 3), (3, 7), (2, 15), (1, 40)):
-        drafter.native = None
         wanted = drafted(drafter, rows, nodes)
-        drafter.use_kernels()
-        assert drafter.native is not None
-        got = drafted(drafter, rows, nodes)
+        native = drafter.using(CpuKernels())
+        assert native._at_once is not None
+        got = drafted(native, rows, nodes)
         assert got.tokens.shape == wanted.tokens.shape
         for mine, theirs, first, two in zip(
             paths(got), paths(wanted), got.tokens[:, 0].tolist(), wanted.tokens[:, :2].tolist(), strict=True
@@ -70,8 +70,7 @@ def test_the_tree_is_the_searches(sizes):
 
 @torch.inference_mode()
 def test_hidden_states_that_are_no_numbers_still_give_a_tree():
-    drafter = drafter_of()
-    drafter.use_kernels()
+    drafter = drafter_of().using(CpuKernels())
     hidden = torch.randn(2, HIDDEN).bfloat16()
     alone = drafted(drafter, 2, 7, hidden)
     hidden[1, 3] = torch.nan
@@ -84,12 +83,9 @@ def test_hidden_states_that_are_no_numbers_still_give_a_tree():
 
 @torch.inference_mode()
 def test_sampled_rows_and_other_heads_keep_the_search():
-    drafter = drafter_of()
-    drafter.use_kernels()
-    drafter.native.run = None  # whoever calls it fails
+    drafter = drafter_of().using(CpuKernels())
+    drafter._at_once.run = None  # whoever calls it fails
     hot = sampling(1, temperature=0.8)
     drafter.draft(torch.zeros(1), torch.randn(1, HIDDEN).bfloat16(), torch.tensor([5]), torch.tensor([9]), hot, 3)
     for other in ({"four": Int4Linear}, {"eight": Int8Linear}):
-        drafter = drafter_of(**other)
-        drafter.use_kernels()
-        assert drafter.native is None
+        assert drafter_of(**other).using(CpuKernels())._at_once is None

@@ -12,8 +12,8 @@ from medusa_serve.model.build import build_runner
 from medusa_serve.model.cpu import layer_ops as native_ops
 from medusa_serve.model.cpu.layers import NativeLayers, native_layers
 from medusa_serve.model.drafting.tree import Tree
-from medusa_serve.model.forward.attention import chain_view, tree_view
 from medusa_serve.model.forward.hidden_tap import decoder_layers
+from medusa_serve.model.forward.view import chain_view, tree_view
 from medusa_serve.model.weights.int4 import Int4Linear
 from tests.model.test_exact import SLOTS, forward_in
 from tests.model.weights.test_int4 import eight_bits, four_bits, linear

@@ -11,8 +11,8 @@ from medusa_serve.model.cpu import whole_pass as native_pass
 from medusa_serve.model.cpu.int_products import NativeInt4Linear
 from medusa_serve.model.cpu.layers import native_layers
 from medusa_serve.model.cpu.whole_pass import NativePass
-from medusa_serve.model.forward.attention import chain_view
 from medusa_serve.model.forward.tree_forward import TreeForward
+from medusa_serve.model.forward.view import chain_view
 from medusa_serve.model.selftest import make_exact
 from medusa_serve.model.weights.int4 import use_few_bits
 from tests.model.cpu.test_layers import passes

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from medusa_serve.model.drafting.tree import Tree
-from medusa_serve.model.forward.attention import _by_batch, _by_row, attend, chain_view, reference_attention, tree_view
+from medusa_serve.model.forward.attention import _by_batch, _by_row, attend, reference_attention
+from medusa_serve.model.forward.view import chain_view, tree_view
 
 TREE = Tree(((0,), (1,), (0, 0), (0, 1)), num_lookup=3)
 

@@ -15,9 +15,9 @@ from medusa_serve.errors import LoadError
 from medusa_serve.model import build
 from medusa_serve.model.build import build_runner
 from medusa_serve.model.drafting.tree import Tree
-from medusa_serve.model.forward.attention import tree_view
 from medusa_serve.model.forward.masked_forward import MaskedForward
 from medusa_serve.model.forward.tree_forward import PlugInError, TreeForward
+from medusa_serve.model.forward.view import tree_view
 from medusa_serve.types import SamplingParams
 from tests.campaigns.families import tiny
 from tests.oracles import Oracle, engine, run

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from medusa_serve.model.forward.attention import chain_view
 from medusa_serve.model.forward.prefill_blocks import BLOCK, FEW, Run, block_view, pack, rows_for
 from medusa_serve.model.forward.tree_forward import TreeForward
+from medusa_serve.model.forward.view import chain_view
 from medusa_serve.model.runner import ModelRunner
 from tests.tiny import tiny_model
 

@@ -11,10 +11,10 @@ from medusa_serve.errors import LoadError
 from medusa_serve.model.drafting.drafters import SequentialDrafter
 from medusa_serve.model.drafting.heads import SequentialHeads
 from medusa_serve.model.drafting.tree import Tree
-from medusa_serve.model.forward.attention import chain_view, tree_view
 from medusa_serve.model.forward.hidden_tap import HiddenTap, decoder_layers
 from medusa_serve.model.forward.plain_forward import PlainForward
 from medusa_serve.model.forward.tree_forward import TreeForward
+from medusa_serve.model.forward.view import chain_view, tree_view
 from medusa_serve.training.teacher import Teacher
 from medusa_serve.types import SamplingParams
 from tests.oracles import engine, run

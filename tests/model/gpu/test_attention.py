@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from medusa_serve.model.drafting.tree import Tree, most_probable
-from medusa_serve.model.forward.attention import reference_attention, tree_view
+from medusa_serve.model.forward.attention import reference_attention
+from medusa_serve.model.forward.view import tree_view
 from medusa_serve.model.gpu.attention import ancestor_bits, available, tree_attention
 from tests.oracles import DEFAULT_RANKS
 

@@ -91,7 +91,7 @@ def test_answers_are_the_same_before_between_and_after_the_parts(monkeypatch):
 def test_without_later_all_is_done_at_once():
     built = built_of(tiny_model("llama", torch.float32, hidden=HIDDEN))
     assert built.runner.forward.active.layers.compiled
-    assert built.runner.later is None
+    assert built.runner._timing.faster is None
     assert not built.runner.rest()
     assert built.notes[-1] == "heads are compiled"
     built.runner.close()

@@ -4,15 +4,13 @@
 pytest tests/model/test_graphs.py
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from medusa_serve.model.forward.prefill_blocks import FEW, Run, pack
 from medusa_serve.model.gpu import graphs
-from medusa_serve.model.gpu.capture import CaptureFailed
 from medusa_serve.model.gpu.graphs import FIRST_GRAPHS, PREFILL_BLOCKS, TRIES, StepGraphs
+from medusa_serve.model.process_lock import CaptureFailed
 from medusa_serve.model.shapes import Shape
 from medusa_serve.model.tables import PLAIN, Needs
 
@@ -25,14 +23,11 @@ class Noted(StepGraphs):
     """Captures only take notes."""
 
     def __init__(self):
-        history = torch.zeros(SLOTS, WIDTH)
-        self._runner = SimpleNamespace(
-            tables=SimpleNamespace(history=history), num_slots=SLOTS, prefill_rows=SLOTS, device="cpu", step_ms={}
-        )
-        self._graphs, self._seen, self._owed, self._inputs, self._failed = {}, set(), {}, {}, {}
-        self._slots, self._active = torch.arange(SLOTS), torch.zeros(SLOTS, dtype=torch.bool)
-        self._there = None
-        self._device_lengths, self._most, self._capture_ms = True, graphs.MOST_GRAPHS, 100.0
+        super().__init__(
+            None, None, device=torch.device("cpu"), num_slots=SLOTS, columns=WIDTH, prefill_rows=SLOTS,
+            reads_lengths=True,
+        )  # fmt: skip
+        self._capture_ms = 100.0
 
     def _capture(self, key, body, what):
         self._graphs[key] = None
@@ -57,7 +52,7 @@ def test_rows_go_to_the_device_when_they_change(idle, monkeypatch):
 
     def step(slots, active=True):
         before = len(puts)
-        order, on = idle.run(slots, WIDTH, SHAPES[0], PLAIN, active)
+        order, on = idle.run(slots, WIDTH, SHAPES[0], PLAIN, {}, active)
         assert order[: len(slots)] == slots
         assert len(set(order)) == len(order)
         assert [slot for slot, yes in zip(order, on, strict=False) if yes] == (slots if active else [])
@@ -120,21 +115,21 @@ def test_no_memory_left_ends_it(idle, caplog):
 
 def test_a_missing_step_is_made_by_one_of_more_rows_until_that_has_cost_a_capture(idle):
     shape = SHAPES[1]
-    idle._runner.step_ms = {(1, 8): 2.0, (64, 8): 128.0, (1, 1): 1.0}
+    times = {(1, 8): 2.0, (64, 8): 128.0, (1, 1): 1.0}
     missing, there = (4, WIDTH, shape, PLAIN), (16, WIDTH, shape, PLAIN)
-    assert idle._stand_in(missing) == missing, "no other is there"
+    assert idle._stand_in(missing, times) == missing, "no other is there"
     idle._graphs[64, WIDTH, shape, PLAIN] = idle._graphs[there] = idle._graphs[2, WIDTH, shape, PLAIN] = None
     # 32 - 8 = 24 ms more each time, of the 100 that a capture takes
-    assert [idle._stand_in(missing) for _ in range(5)] == [there] * 4 + [missing]
+    assert [idle._stand_in(missing, times) for _ in range(5)] == [there] * 4 + [missing]
 
 
 def test_without_times_or_for_other_needs_nothing_stands_in(idle):
     missing, shape = (4, WIDTH, SHAPES[1], PLAIN), SHAPES[1]
     idle._graphs[16, WIDTH, shape, PLAIN] = None
-    assert idle._stand_in(missing) == missing
-    idle._runner.step_ms = {(1, 8): 2.0}
-    assert idle._stand_in((4, WIDTH, shape, HOT)) == (4, WIDTH, shape, HOT)
-    assert idle._stand_in((4, WIDTH, SHAPES[0], PLAIN)) == (4, WIDTH, SHAPES[0], PLAIN)
+    assert idle._stand_in(missing, {}) == missing
+    times = {(1, 8): 2.0}
+    assert idle._stand_in((4, WIDTH, shape, HOT), times) == (4, WIDTH, shape, HOT)
+    assert idle._stand_in((4, WIDTH, SHAPES[0], PLAIN), times) == (4, WIDTH, SHAPES[0], PLAIN)
 
 
 def test_after_a_change_of_the_passes_all_is_captured_anew(idle, monkeypatch):
@@ -165,21 +160,21 @@ def test_without_memory_for_a_capture_the_step_runs_uncaptured_and_that_is_said_
         asked.append((slots.tolist(), active.tolist(), shape))
         return torch.tensor(len(asked))
 
-    asked, idle._capture, idle._runner.step = [], full, step
+    asked, idle._capture, idle._step = [], full, step
     idle._put = lambda place, values: place.copy_(values)
-    facts = [int(idle.run([7, 3, 9], WIDTH, SHAPES[1], PLAIN)) for _ in range(2)]
+    facts = [int(idle.run([7, 3, 9], WIDTH, SHAPES[1], PLAIN, {})) for _ in range(2)]
     assert facts == [1, 2]
     assert asked == [([7, 3, 9, 0], [True, True, True, False], SHAPES[1])] * 2
     assert caplog.text.count("A step of 4 rows × 8 nodes is not captured, and slower: out of memory") == 1
     with pytest.raises(torch.OutOfMemoryError):  # a measurement is of a captured step, or none
-        idle.run([0], WIDTH, SHAPES[1], PLAIN, active=False)
+        idle.run([0], WIDTH, SHAPES[1], PLAIN, {}, active=False)
 
 
 def test_a_prefill_pass_without_memory_for_a_capture_runs_uncaptured(idle, caplog):
     def full(key, body, what):
         raise torch.OutOfMemoryError("out of memory")
 
-    idle._capture, idle._runner.prefill_step = full, lambda packed, width, needs: packed.tokens[0, :3].clone()
+    idle._capture, idle._prefill = full, lambda packed, width, needs: packed.tokens[0, :3].clone()
     idle._put = lambda place, values: place.copy_(values)
     packed = pack([Run(3, 0, [5, 6, 7], True)], SLOTS, SLOTS)
     assert [idle.prefill(packed, PLAIN).tolist() for _ in range(2)] == [[5, 6, 7]] * 2
@@ -193,13 +188,13 @@ def test_a_capture_that_something_else_broke_is_tried_again(idle, caplog):
 
     steps = []
     idle._capture, idle._put = broken, lambda place, values: place.copy_(values)
-    idle._runner.step = lambda slots, active, *rest: steps.append(active.tolist()) or torch.tensor(len(steps))
+    idle._step = lambda slots, active, *rest: steps.append(active.tolist()) or torch.tensor(len(steps))
     key = (1, WIDTH, SHAPES[1], PLAIN)
     idle._failed[key] = TRIES - 2
-    assert int(idle.run([5], WIDTH, SHAPES[1], PLAIN)) == 1
+    assert int(idle.run([5], WIDTH, SHAPES[1], PLAIN, {})) == 1
     assert key not in idle._graphs, "the next step may be captured"
     assert not caplog.text
-    assert int(idle.run([5], WIDTH, SHAPES[1], PLAIN)) == 2
+    assert int(idle.run([5], WIDTH, SHAPES[1], PLAIN, {})) == 2
     assert idle._graphs[key][0] is None
     assert "A step of 1 rows × 8 nodes is not captured, and slower: somebody waited" in caplog.text
     assert steps == [[True]] * 2

@@ -12,9 +12,9 @@ import torch
 from medusa_serve.config import EngineConfig
 from medusa_serve.model.build import build_runner
 from medusa_serve.model.drafting.tree import Tree
-from medusa_serve.model.forward.attention import tree_view
 from medusa_serve.model.forward.hidden_tap import decoder_layers
 from medusa_serve.model.forward.tree_forward import PlugInError, TreeForward
+from medusa_serve.model.forward.view import tree_view
 from medusa_serve.model.gpu.layers import FusedLayers, fuse_layers
 from medusa_serve.model.selftest import check, references
 from medusa_serve.model.weights.nf4 import quantize_nf4

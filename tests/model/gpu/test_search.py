@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from medusa_serve.model.drafting.drafters import ParallelDrafter, Pool, SequentialDrafter, best_nodes
+from medusa_serve.model.drafting.drafters import ParallelDrafter, SequentialDrafter
 from medusa_serve.model.drafting.heads import MedusaHeads, SequentialHeads
-from medusa_serve.model.gpu import attention as splitk
+from medusa_serve.model.drafting.pool import Pool
+from medusa_serve.model.gpu.kernels import GpuKernels
 from medusa_serve.model.gpu.search import FusedPool, top_children
 from tests.model.rows import sampling
 
@@ -51,10 +52,8 @@ def test_the_best_of_a_vocabulary(dtype, vocab, temperatures, depth):
     length, rows = torch.tensor([7, 0, 3000], device="cuda"), mixed(temperatures)
     token_map = drafter.heads.token_map
     tokens, logp = top_children(logits, depth, length, drafter.tau, token_map, rows, 10)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(splitk, "available", lambda device: False)
-        drafter._num_ranks = vocab
-        everything = drafter._ranked(logits.clone(), depth, length, rows)
+    drafter._num_ranks = vocab
+    everything = drafter._ranked(logits.clone(), depth, length, rows)
     torch.testing.assert_close(logp, everything.logp[..., :10], rtol=1e-4, atol=1e-4)
     known = torch.empty(3, 4, BASE, device="cuda").scatter_(2, everything.tokens, everything.logp)
     torch.testing.assert_close(known.gather(2, tokens), logp, rtol=1e-4, atol=1e-4)  # equal logits may swap places
@@ -83,7 +82,7 @@ def test_the_pool(shared):
         assert torch.equal(getattr(plain, name)[:2], getattr(fused, name)[:2])
     assert torch.equal(plain.parents[:2], fused.parents[:2])
     torch.testing.assert_close(plain.scores, fused.scores)
-    for mine, other in zip(fused.best(50), best_nodes(plain, 50), strict=True):
+    for mine, other in zip(fused.best(50), plain.best(50), strict=True):
         assert torch.equal(mine[:2], other[:2])
 
 
@@ -96,17 +95,14 @@ def test_a_whole_tree(family, temperatures, mapped, size):
     drafter.size(size, None)
     pending, length = torch.tensor([1, 4, 2], device="cuda"), torch.tensor([7, 0, 30], device="cuda")
     arguments = (None, torch.randn(3, HIDDEN, device="cuda"), pending, length, mixed(temperatures))
-    got = drafter.draft(*arguments)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(splitk, "available", lambda device: False)
-        want = drafter.draft(*arguments)
+    got, want = drafter.using(GpuKernels()).draft(*arguments), drafter.draft(*arguments)
     same = [float((mine == other).float().mean()) for mine, other in zip(got, want, strict=True)]
     assert min(same) > 0.95, same  # nodes of nearly equal probability may swap places
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.01])
 def test_logits_of_any_kind_give_trees(temperature):
-    drafter = drafter_of("medusa", 3000, mapped=False)
+    drafter = drafter_of("medusa", 3000, mapped=False).using(GpuKernels())
     rows = torch.zeros(6, 4, 3000, device="cuda")
     rows[1, :, 2], rows[2, 0, 4], rows[3] = 1e30, -torch.inf, torch.nan
     rows[4, :, :3], rows[5] = torch.inf, -torch.inf

@@ -8,24 +8,12 @@ import torch
 
 from medusa_serve.model.sampling.filters import Sampling, keep_threshold, pick
 from tests.model.rows import SETTINGS
-from tests.model.step_tables import SHAPES, check_keep_heads, check_open_and_close, same
+from tests.model.test_kernels import same
 
-fused_step = pytest.importorskip("medusa_serve.model.gpu.step")
 fused_pick = pytest.importorskip("medusa_serve.model.gpu.pick")
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("rest", [False, True])
-def test_open_and_close(shape, seed, rest):
-    check_open_and_close(fused_step, DEVICE, shape, seed, rest)
-
-
-def test_keep_heads():
-    check_keep_heads(fused_step, DEVICE)
 
 
 @pytest.mark.parametrize("setting", [{"temperature": 0.0}, *SETTINGS], ids=str)

@@ -21,7 +21,8 @@ def walk(says: dict[int, int], draft=DRAFT, length=7, total=1000, eos=()):
     for node, token in says.items():
         logits[0, node, token] = 5.0
     limits = Limits(torch.tensor([length]), torch.tensor([total]), torch.tensor([list(eos) or [-1]]))
-    got = accept(logits, TREE.draft(torch.tensor([draft])), TREE.max_depth, sampling(1), limits)
+    tree = TREE.draft(torch.tensor([draft]))
+    got = accept(logits, tree.tokens, tree.parents, TREE.max_depth, sampling(1), limits)
     count = int(got.num_emitted)
     return got.tokens[0, :count].tolist(), got.nodes[0, :count].tolist(), bool(got.finished), bool(got.finite)
 
@@ -74,7 +75,8 @@ def test_bad_logits_count_only_on_the_walked_path(bad, finite):
         logits[0, node, token] = 5.0
     logits[0, bad, 0] = torch.nan
     limits = Limits(torch.tensor([7]), torch.tensor([99]), torch.tensor([[-1]]))
-    got = accept(logits, TREE.draft(torch.tensor([DRAFT])), 3, sampling(1), limits)
+    tree = TREE.draft(torch.tensor([DRAFT]))
+    got = accept(logits, tree.tokens, tree.parents, 3, sampling(1), limits)
     assert bool(got.finite) is finite
 
 
@@ -84,7 +86,8 @@ def test_rows_walk_independently():
         for node, token in says.items():
             logits[row, node, token] = 5.0
     limits = Limits(torch.tensor([7, 3, 5]), torch.tensor([99, 99, 6]), torch.full((3, 1), -1))
-    got = accept(logits, TREE.draft(torch.tensor([DRAFT] * 3)), 3, sampling(3), limits)
+    tree = TREE.draft(torch.tensor([DRAFT] * 3))
+    got = accept(logits, tree.tokens, tree.parents, 3, sampling(3), limits)
     assert got.tokens.tolist() == [[52, 9, 10, 61], [60, -1, -1, -1], [53, -1, -1, -1]]
     assert got.num_emitted.tolist() == [4, 1, 1]
     assert got.finished.tolist() == [False, False, True]

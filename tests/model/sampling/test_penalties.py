@@ -77,7 +77,7 @@ def test_tokens_of_the_walk_count_at_once():
     limits = Limits(torch.tensor([3]), torch.tensor([99]), torch.tensor([[-1]]))
     for draft, want in (([7, 52, 9], [52, 9, 52]), ([7, 52, 52], [52, 9])):
         asked = sampling(1)._replace(penalties=penalties([[1, 2, 3, 7]], frequency=1.0))
-        walk = accept(logits, tree.draft(torch.tensor([draft])), 2, asked, limits)
+        walk = accept(logits, *tree.draft(torch.tensor([draft]))[:2], 2, asked, limits)
         assert walk.tokens[0, : int(walk.num_emitted)].tolist() == want
 
 
@@ -86,4 +86,4 @@ def test_bad_logits_stay_bad_under_penalties():
     logits[0, 0, 5] = torch.nan
     limits = Limits(torch.tensor([3]), torch.tensor([99]), torch.tensor([[-1]]))
     asked = sampling(1)._replace(penalties=penalties([[1, 2, 3, 7]], repetition=2.0, bias={5: -100.0}))
-    assert not bool(accept(logits, Tree().draft(torch.tensor([[7]])), 0, asked, limits).finite)
+    assert not bool(accept(logits, *Tree().draft(torch.tensor([[7]]))[:2], 0, asked, limits).finite)

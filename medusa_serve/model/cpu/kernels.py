@@ -1,0 +1,124 @@
+"""The operations of a step by Numba's kernels: a CPU's. What a kernel does not cover goes to torch's operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..drafting.lookup import MAX_NGRAM, MIN_NGRAM
+from ..drafting.pool import NEVER, STEP_COST, Children, Pool
+from ..drafting.tree import HeadNodes
+from ..forward.view import View
+from ..sampling.filters import Sampling
+from ..shapes import Shape
+from ..tables import Closed, Opened, SlotTables
+from ..torch_kernels import TorchKernels, walk_by_depth
+from . import attention, layer_ops, search, step
+from .draft import NativeDraft
+from .warm_up import kernels_ahead
+
+
+class CpuKernels:
+    """Implements kernels.Kernels. Slabs, logits and attention have kernels in bfloat16 alone."""
+
+    name = "numba"
+
+    def __init__(self) -> None:
+        self._torch = TorchKernels()
+
+    def reads_lengths(self, widest: int) -> bool:
+        return False
+
+    def write_rows(
+        self, key_slab: Tensor, value_slab: Tensor, slots: Tensor, columns: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        if _has_kernel(key_slab) and keys.stride(3) == 1 == values.stride(3):
+            layer_ops.write_rows(key_slab, slots, columns, keys)
+            layer_ops.write_rows(value_slab, slots, columns, values)
+        else:
+            self._torch.write_rows(key_slab, value_slab, slots, columns, keys, values)
+
+    def commit_rows(self, slab: Tensor, slots: Tensor, length: Tensor, nodes: Tensor) -> None:
+        if _has_kernel(slab):
+            layer_ops.move_rows(slab, slots, length, nodes)
+        else:
+            self._torch.commit_rows(slab, slots, length, nodes)
+
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        view: View,
+        scaling: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        exact: bool = False,
+    ) -> Tensor:
+        if exact and softcap is None and sinks is None and attention.fits(query, keys, values, view):
+            return attention.canonical_attention(query, keys, values, view, scaling, window)
+        return self._torch.attend(query, keys, values, view, scaling, window, softcap, sinks, exact)
+
+    def open_step(self, tables: SlotTables, slots: Tensor, active: Tensor, shape: Shape) -> Opened:
+        return step.open_step(tables, slots, active, shape)
+
+    def walk(
+        self,
+        tables: SlotTables,
+        slots: Tensor,
+        opened: Opened,
+        logits: Tensor,
+        max_depth: int,
+        sampling: Sampling,
+        *,
+        rest: bool,
+    ) -> Closed:
+        if sampling.sampled or sampling.penalties is not None or sampling.logprobs:
+            return walk_by_depth(
+                tables, slots, opened, logits, max_depth, sampling, rest=rest, lookup=self.lookup
+            )  # fmt: skip
+        if search.fits(logits):
+            picked, best = search.largest(logits)
+        else:
+            best, picked = logits.max(dim=-1)
+        return step.close_step(tables, slots, opened, picked, best, max_depth, rest=rest)
+
+    def keep_drafts(
+        self, tables: SlotTables, slots: Tensor, active: Tensor, heads: HeadNodes, facts: Tensor, ready: int
+    ) -> None:
+        step.keep_heads(tables, slots, active, heads, facts, ready)
+
+    def lookup(self, history: Tensor, length: Tensor, num_tokens: int) -> Tensor:
+        return search.continuation(history.contiguous(), length, num_tokens, MAX_NGRAM, MIN_NGRAM)
+
+    def top_children(
+        self,
+        logits: Tensor,
+        depth: int | None,
+        length: Tensor,
+        tau: Tensor,
+        token_map: Tensor | None,
+        sampling: Sampling,
+        num_ranks: int,
+    ) -> Children:
+        if sampling.sampled or torch.compiler.is_compiling() or not search.fits(logits):
+            return self._torch.top_children(logits, depth, length, tau, token_map, sampling, num_ranks)
+        greedy_tau = tau[0, : logits.shape[1]] if depth is None else tau[0, depth : depth + 1]
+        ids, logp = search.best_children(logits, greedy_tau, num_ranks)
+        return Children(ids if token_map is None else token_map[ids], logp)
+
+    def new_pool(self, rows: int, size: int, device: torch.device) -> Pool:
+        return self._torch.new_pool(rows, size, device)
+
+    def search_at_once(self, heads: Any, tau: Tensor, num_ranks: int) -> NativeDraft | None:
+        return NativeDraft(heads, tau, num_ranks, (STEP_COST, NEVER)) if NativeDraft.fits(heads) else None
+
+    def warm_up(self) -> None:
+        kernels_ahead()
+
+
+def _has_kernel(slab: Tensor) -> bool:
+    return slab.dtype == torch.bfloat16

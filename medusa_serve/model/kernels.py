@@ -1,0 +1,143 @@
+"""The operations of a step that differ by machine, and the one choice of their implementation.
+
+torch_kernels.TorchKernels   torch alone: what the others must equal, and a GPU that Triton does not serve (a T4)
+gpu.kernels.GpuKernels       Triton
+cpu.kernels.CpuKernels       Numba
+
+Whatever needs one of them is given the chosen object. Nobody else asks which machine this is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .cpu.workers import give_up_workers as give_up_workers
+from .drafting.pool import Children
+from .drafting.tree import HeadNodes
+from .forward.attention import has_numba
+from .forward.view import View
+from .gpu import attention as triton_attention
+from .gpu.graphs import StepGraphs as StepGraphs
+from .sampling.filters import Sampling
+from .shapes import Shape
+from .tables import Closed, Opened, SlotTables
+from .torch_kernels import TorchKernels
+
+
+class NodePool(Protocol):
+    """All nodes that a tree search has found; as pool.Pool."""
+
+    def grow(self, tokens: Tensor, logp: Tensor, width: int) -> tuple[Tensor, Tensor]: ...
+
+    def best(self, max_nodes: int) -> HeadNodes: ...
+
+
+class WholeSearch(Protocol):
+    """The tree search of a step as one call, for greedy rows."""
+
+    def run(self, hidden: Tensor, pending: Tensor, widths: list[int], pool: int, nodes: int) -> HeadNodes:
+        """hidden (B, M·H) · pending (B) · widths: beams after each depth, 0 after the last · pool: nodes that are
+        looked at · nodes: how many of them are kept"""
+
+
+class Kernels(Protocol):
+    """B rows of slots, N nodes, D depth, V vocabulary, S slots of C columns, L layers. No call waits for a GPU.
+
+    Whatever the implementation, the integers are the same; floats differ in rounding alone.
+    """
+
+    name: str  # torch, triton or numba
+
+    def reads_lengths(self, widest: int) -> bool:
+        """Whether `attend` reads the rows' lengths on the device, for keys and values of up to `widest` numbers: then
+        one captured pass serves all lengths and any slots."""
+
+    def write_rows(
+        self, key_slab: Tensor, value_slab: Tensor, slots: Tensor, columns: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        """Put the new rows of a layer into its slab. slabs (S, C, kv_heads, dim) · slots (B) · columns (B, N) · keys,
+        values (B, kv_heads, N, dim)"""
+
+    def commit_rows(self, slab: Tensor, slots: Tensor, length: Tensor, nodes: Tensor) -> None:
+        """Move the accepted nodes' rows to the end of their sequences, in all layers. slab (L, S, C, kv_heads, dim) ·
+        nodes (B, A): the path, the root first; entries after its end may be anything"""
+
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        view: View,
+        scaling: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        exact: bool = False,
+    ) -> Tensor:
+        """query (B, heads, N, dim) · keys, values: the slab's layer (S, C, kv_heads, dim) → (B, N, heads, value dim)
+
+        exact: on a CPU, a token's result depends only on the tokens that it sees, bit for bit"""
+
+    def open_step(self, tables: SlotTables, slots: Tensor, active: Tensor, shape: Shape) -> Opened:
+        """Make the tables' drafts a tree for each row. active (B) bool: rows that count, unless their pending token was
+        the last one"""
+
+    def walk(
+        self,
+        tables: SlotTables,
+        slots: Tensor,
+        opened: Opened,
+        logits: Tensor,
+        max_depth: int,
+        sampling: Sampling,
+        *,
+        rest: bool,
+    ) -> Closed:
+        """Accept what each row picks itself (sampling/accept.py), advance the tables, and look up the next draft.
+
+        logits (B, N, V) · rest: nothing is drafted for the next step, and what was drafted before is void"""
+
+    def keep_drafts(
+        self, tables: SlotTables, slots: Tensor, active: Tensor, heads: HeadNodes, facts: Tensor, ready: int
+    ) -> None:
+        """The tables take the nodes for the active rows; the facts (B, …) of rows that have any say `ready` or more."""
+
+    def lookup(self, history: Tensor, length: Tensor, num_tokens: int) -> Tensor:
+        """As lookup.lookup."""
+
+    def top_children(
+        self,
+        logits: Tensor,
+        depth: int | None,
+        length: Tensor,
+        tau: Tensor,
+        token_map: Tensor | None,
+        sampling: Sampling,
+        num_ranks: int,
+    ) -> Children:
+        """As pool.top_children."""
+
+    def new_pool(self, rows: int, size: int, device: torch.device) -> NodePool:
+        """An empty pool of B rows that will hold `size` nodes each."""
+
+    def search_at_once(self, heads: Any, tau: Tensor, num_ranks: int) -> WholeSearch | None:
+        """The tree search over these heads as one call, where there is one. tau (D)"""
+
+    def warm_up(self) -> None:
+        """Begin to compile, in a thread, what the first step will need."""
+
+
+def choose(device: torch.device) -> Kernels:
+    """The implementation for this device."""
+    if triton_attention.available(device):
+        from .gpu.kernels import GpuKernels
+
+        return GpuKernels()
+    if device.type == "cpu" and has_numba():
+        from .cpu.kernels import CpuKernels
+
+        return CpuKernels()
+    return TorchKernels()
