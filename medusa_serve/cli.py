@@ -19,7 +19,6 @@ from .commands import heads as heads_commands
 from .commands import serve as serve_command
 from .config import DEFAULT_MODEL, DTYPES, EngineConfig
 from .errors import InvalidConfig, InvalidRequest, MedusaServeError
-from .server.config import ReplicasConfig
 from .types import Completion, SamplingParams
 
 if TYPE_CHECKING:
@@ -321,6 +320,8 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    from .cluster.config import ReplicasConfig
+
     try:
         engine = _engine_config(options)
         server, key_is_ours = serve_command.server_config(options)

@@ -17,8 +17,9 @@ from .. import __version__
 from ..commands.serve import _key_lines, _plain, _print, curl_line
 from ..config import EngineConfig
 from ..errors import LoadError
-from ..server.config import ReplicasConfig, ServerConfig
+from ..server.config import ServerConfig
 from ..server.listen import bind, url_of
+from .config import ReplicasConfig
 
 NAME = "medusa"  # of the application, as `serve status` shows it
 RAY: dict[str, Any] = {

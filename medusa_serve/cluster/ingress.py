@@ -18,26 +18,26 @@ from starlette.types import Receive, Scope, Send
 
 from ..errors import GenerationFailed, MedusaServeError, QueueFull, Unavailable
 from ..server.config import ServerConfig
+from ..server.events import unless_gone
 from ..server.guard.body import BodyLimit
 from ..server.guard.error_replies import LastResort
-from ..server.streaming import unless_gone
-from .passes_in import Misdirected
-from .relay import Answer, Upstream
+from .permits import Misdirected
+from .relay import RelayedAnswer, Upstream
 
 log = logging.getLogger(__name__)
 
-REPLICA, DOOR = "Replica", "Door"  # as `serve status` names them
+REPLICA, INGRESS = "Replica", "Ingress"  # as `serve status` names them
 TRIES = 3  # replicas that are asked for one answer, while nothing of it was sent
 LOST = (RayError, RayServeException, aiohttp.ClientError, Misdirected)  # of a replica that cannot answer
 HEALTH_S = 10.0
 
 
-class Door:
+class Ingress:
     """Passes requests on to replicas, answers /health for all of them, and has the last word where one dies."""
 
     def __init__(self, replicas: Any, server: ServerConfig) -> None:
         self._replicas, self._config = replicas, server
-        self._places = replicas.options(stream=True)
+        self._permits = replicas.options(stream=True)
         self._app_name, self._node = serve.get_replica_context().app_name, get_node_ip_address()
         self._upstream: Upstream | None = None  # made in the loop that it belongs to
 
@@ -61,7 +61,7 @@ class Door:
 
     async def _relayed(self, scope: Scope, body: bytes, send: Send) -> None:
         for attempt in range(1, TRIES + 1):
-            answer = Answer(send)
+            answer = RelayedAnswer(send)
             try:
                 async with await self._asked(scope, body) as response:
                     return await answer.pass_on(response)
@@ -77,12 +77,12 @@ class Door:
         is over. Raises LOST, BackPressureError."""
         if self._upstream is None:
             self._upstream = Upstream(self._config.total_s + self._config.first_token_s)
-        places = self._places.place.remote(self._node)
+        permits = self._permits.permit.remote(self._node)
         try:
-            address, place = await anext(places)
-            return await self._upstream.ask(address, place, scope, body)
+            address, permit = await anext(permits)
+            return await self._upstream.ask(address, permit, scope, body)
         except asyncio.CancelledError:
-            places.cancel()
+            permits.cancel()
             raise
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:

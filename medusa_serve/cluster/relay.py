@@ -12,15 +12,15 @@ from starlette.types import Message, Scope, Send
 from yarl import URL
 
 from ..errors import MedusaServeError
+from ..server.events import DONE, event
 from ..server.guard.error_replies import reply_to
-from ..server.streaming import DONE, event
-from .passes_in import CLIENT, PLACE, Misdirected
+from .permits import CLIENT, PERMIT, Misdirected
 
 HOP = frozenset(  # of one connection, not of the message (RFC 9110, 7.6.1)
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
     b"upgrade".split()
 )
-NOT_ASKED = HOP | {b"host", b"content-length", b"expect", PLACE, CLIENT}  # written anew, or not at all
+NOT_ASKED = HOP | {b"host", b"content-length", b"expect", PERMIT, CLIENT}  # written anew, or not at all
 NOT_ANSWERED = HOP | {b"date", b"server"}  # who faces the client writes its own
 CONNECT_S = 5.0
 IDLE_S = 30.0  # that a connection is kept; the replicas keep it for longer
@@ -40,14 +40,14 @@ class Upstream:
             skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
         )
 
-    async def ask(self, address: str, place: str, scope: Scope, body: bytes) -> aiohttp.ClientResponse:
+    async def ask(self, address: str, permit: str, scope: Scope, body: bytes) -> aiohttp.ClientResponse:
         """The head of the answer from `address` (host:port), which has to be closed. Raises aiohttp.ClientError,
         Misdirected."""
         path, query = _path(scope), scope["query_string"].decode("latin-1")
         response = await self._session.request(
             scope["method"],
             URL.build(scheme="http", authority=address, path=path, query_string=query, encoded=True),
-            headers=_asked(scope, place),
+            headers=_asked(scope, permit),
             data=body or None,
             allow_redirects=False,
         )
@@ -77,8 +77,8 @@ def _path(scope: Scope) -> str:
     return path if path.startswith("/") else f"/{path}"
 
 
-def _asked(scope: Scope, place: str) -> list[tuple[str, str]]:
-    headers = [("Host", _host(scope)), (PLACE.decode(), place), (CLIENT.decode(), (scope.get("client") or ("",))[0])]
+def _asked(scope: Scope, permit: str) -> list[tuple[str, str]]:
+    headers = [("Host", _host(scope)), (PERMIT.decode(), permit), (CLIENT.decode(), (scope.get("client") or ("",))[0])]
     gone = NOT_ASKED | _named(scope["headers"])
     headers += [(name.decode("latin-1"), _text(value)) for name, value in scope["headers"] if name not in gone]
     return headers
@@ -99,7 +99,7 @@ def _text(value: bytes) -> str:
     return value.decode("utf-8", "replace")  # as it is encoded again
 
 
-class Answer:
+class RelayedAnswer:
     """What a client has got of one answer. Nothing is sent before the first of its events, or all of an answer that is
     no stream, has come: until then another replica may answer. Of a stream only whole events are sent.
 

@@ -165,11 +165,11 @@ def _streams(url: str, count: int, tokens: int, offset: int) -> float:
 @contextmanager
 def _served(llm: LLM) -> Iterator[str]:
     """The app over `llm` on a free loopback port, in a thread of its own."""
-    from medusa_serve.server.listen import Server, bind, url_of
+    from medusa_serve.server.listen import WebServer, bind, url_of
 
     config = ServerConfig(port=0)
     sock = bind(config)
-    server = Server(llm, config)
+    server = WebServer(llm, config)
     thread = threading.Thread(target=server.run, args=([sock],), name="bench-server")
     thread.start()
     try:

@@ -125,7 +125,7 @@ def told_ms(seconds: list[float]) -> dict[str, float]:
 @contextmanager
 def served(llm: Any, lag: Lag, key: str) -> Iterator[str]:
     """The app over `llm` on a free loopback port, in a thread of its own. key: the owner's"""
-    from medusa_serve.server.listen import Server, bind
+    from medusa_serve.server.listen import WebServer, bind
 
     config = ServerConfig(port=0, api_key=key)
     ready: list[str] = []
@@ -135,7 +135,7 @@ def served(llm: Any, lag: Lag, key: str) -> Iterator[str]:
         lag.begin()
 
     with bind(config) as sock:
-        server = Server(llm, config, tell)
+        server = WebServer(llm, config, tell)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="bench-server")
         thread.start()
         try:

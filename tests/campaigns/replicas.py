@@ -28,9 +28,10 @@ from typing import TYPE_CHECKING, Any
 from medusa_serve.bench.acceptance import numbers
 from medusa_serve.bench.command import end_options, run_bench, write
 from medusa_serve.bench.shapes import SHAPES, random_llm
+from medusa_serve.cluster.config import ReplicasConfig
 from medusa_serve.config import DEFAULT_MODEL, EngineConfig, check_int
 from medusa_serve.errors import InvalidConfig
-from medusa_serve.server.config import ReplicasConfig, ServerConfig
+from medusa_serve.server.config import ServerConfig
 from medusa_serve.types import SamplingParams
 
 from . import http_load

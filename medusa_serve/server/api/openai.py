@@ -17,7 +17,7 @@ from ...types import Completion, Delta, TextCodec, TokenLogprob
 from ..background_load import ServedLLM
 from ..guard.body import json_only
 from ..guard.error_replies import NotFound
-from ..submit import Desk, Order, admit, ready, reply
+from ..submit import Prompt, Shared, ready, reply, submit
 from .openai_schemas import (
     ChatCompletion,
     ChatRequest,
@@ -40,18 +40,18 @@ class NoSuchModel(NotFound):
     code = "model_not_found"
 
 
-def add_openai(app: FastAPI, desk: Desk) -> None:
+def add_openai(app: FastAPI, shared: Shared) -> None:
     loaded_at = int(time.time())
 
     @app.get("/v1/models", response_model=ModelList, responses=documented(401, 405, 503))
     async def models() -> Any:
         """The one model that is served."""
-        return {"object": "list", "data": [model_of(ready(desk), loaded_at)]}
+        return {"object": "list", "data": [model_of(ready(shared), loaded_at)]}
 
     @app.get("/v1/models/{model:path}", response_model=Model, responses=documented(401, 404, 405, 503))
     async def model(model: str) -> Any:
         """The model of that name."""
-        llm = ready(desk)
+        llm = ready(shared)
         check_model(model, llm)
         return model_of(llm, loaded_at)
 
@@ -63,9 +63,9 @@ def add_openai(app: FastAPI, desk: Desk) -> None:
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Complete prompts as they are, without a chat template."""
-        llm, params = ready(desk), body.params()
-        orders = [Order(prompt, params, "prompt") for prompt in body.prompts()]
-        return await _answer(desk, llm, body, orders, TextVoice(llm, body), request)
+        llm, params = ready(shared), body.params()
+        prompts = [Prompt(text, params, "prompt") for text in body.prompts()]
+        return await _answer(shared, llm, body, prompts, TextFormat(llm, body), request)
 
     @app.post(
         "/v1/chat/completions",
@@ -75,17 +75,22 @@ def add_openai(app: FastAPI, desk: Desk) -> None:
     )
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        llm, params = ready(desk), body.params()
-        orders = [Order(body.chat(), params, "messages")]
-        return await _answer(desk, llm, body, orders, ChatVoice(llm, body), request)
+        llm, params = ready(shared), body.params()
+        prompts = [Prompt(body.chat(), params, "messages")]
+        return await _answer(shared, llm, body, prompts, ChatFormat(llm, body), request)
 
 
 async def _answer(
-    desk: Desk, llm: ServedLLM, body: OpenAIRequest, orders: Seq[Order], voice: Voice, request: Request
+    shared: Shared,
+    llm: ServedLLM,
+    body: OpenAIRequest,
+    prompts: Seq[Prompt],
+    answer_format: OpenAIFormat,
+    request: Request,
 ) -> Response:
     check_model(body.model, llm)
-    tickets = await admit(desk, llm, orders, request)
-    return await reply(desk, tickets, voice, request, stream=bool(body.stream))
+    sequences = await submit(shared, llm, prompts, request)
+    return await reply(shared, sequences, answer_format, request, stream=bool(body.stream))
 
 
 def check_model(name: str | None, llm: ServedLLM) -> None:
@@ -105,7 +110,7 @@ def model_of(llm: ServedLLM, created: int) -> dict[str, Any]:
     }
 
 
-class Voice:
+class OpenAIFormat:
     """What both kinds of answers share. Choice index: n choices of the first prompt, then of the next."""
 
     prefix: str
@@ -117,10 +122,10 @@ class Voice:
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": llm.model_name}
         self._done: dict[int, Completion] = {}
 
-    def begin(self, num_choices: int) -> list[dict[str, Any]]:
+    def first_events(self, num_choices: int) -> list[dict[str, Any]]:
         return []
 
-    def say(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+    def events(self, index: int, delta: Delta) -> list[dict[str, Any]]:
         if not (delta.text or delta.tokens or delta.completion):
             return []
         reason, facts = None, {"tokens": list(delta.tokens), "accepted": list(delta.accepted)}
@@ -130,11 +135,11 @@ class Voice:
         choice = {"index": index, **self._piece(index, delta), "finish_reason": reason}
         return [self._part([choice]) | {"medusa": facts}]
 
-    def end(self) -> list[dict[str, Any]]:
+    def last_events(self) -> list[dict[str, Any]]:
         done = [self._done[index] for index in sorted(self._done)]
         return [self._part([]) | {"usage": usage_of(done, self._n)}] if self._usage else []
 
-    def whole(self, done: Seq[Completion]) -> dict[str, Any]:
+    def full_answer(self, done: Seq[Completion]) -> dict[str, Any]:
         choices = [
             {"index": index, **self._all(one), "finish_reason": one.finish_reason, "medusa": facts_of(one)}
             for index, one in enumerate(done)
@@ -151,10 +156,10 @@ class Voice:
         raise NotImplementedError
 
 
-class ChatVoice(Voice):
+class ChatFormat(OpenAIFormat):
     prefix, whole_object, part_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def begin(self, num_choices: int) -> list[dict[str, Any]]:
+    def first_events(self, num_choices: int) -> list[dict[str, Any]]:
         first = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         return [self._part([{"index": index, **first}]) for index in range(num_choices)]
 
@@ -183,7 +188,7 @@ def _named(codec: TextCodec, token: int, logprob: float) -> dict[str, Any]:
     return {"token": text, "logprob": logprob, "bytes": data}
 
 
-class TextVoice(Voice):
+class TextFormat(OpenAIFormat):
     prefix, whole_object, part_object = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, llm: ServedLLM, body: CompletionRequest) -> None:

@@ -177,7 +177,7 @@ class ChatRequest(OpenAIRequest):
 # ---- answers -----------------------------------------------------------------------------------------------------
 
 
-class Usage(BaseModel):
+class OpenAIUsage(BaseModel):
     """accepted and rejected: draft tokens. Rejected ones are no part of completion_tokens."""
 
     prompt_tokens: int
@@ -234,7 +234,7 @@ class ChatCompletion(BaseModel):
     created: int
     model: str
     choices: list[ChatChoice]
-    usage: Usage
+    usage: OpenAIUsage
 
 
 class TextLogprobs(BaseModel):
@@ -258,7 +258,7 @@ class TextCompletion(BaseModel):
     created: int
     model: str
     choices: list[TextChoice]
-    usage: Usage
+    usage: OpenAIUsage
 
 
 class Model(BaseModel):

@@ -14,7 +14,7 @@ from ...engine.detokenizer import Detokenizer
 from ...errors import InvalidRequest
 from ...types import MAX_LOGPROBS, Completion, Delta, SamplingParams, TextCodec, TokenLogprob
 from ..guard.body import json_only
-from ..submit import Desk, Order, admit, ready, reply
+from ..submit import Prompt, Shared, ready, reply, submit
 from .refused_fields import refuse, shown
 from .schemas import (
     GENERATION,
@@ -139,7 +139,7 @@ class TgiResponse(BaseModel):
     details: TgiDetails | None = None
 
 
-def add_tgi(app: FastAPI, desk: Desk) -> None:
+def add_tgi(app: FastAPI, shared: Shared) -> None:
     options: dict[str, Any] = {
         "dependencies": [Depends(json_only)],
         "responses": documented(*GENERATION, events=EVENTS),
@@ -148,35 +148,37 @@ def add_tgi(app: FastAPI, desk: Desk) -> None:
     @app.post("/", response_model=list[TgiResponse], **options)
     async def compatible(body: TgiRequest, request: Request) -> Response:
         """Complete `inputs`, in a list of one, or with `stream` as events."""
-        return await answer_tgi(desk, body, request, stream=bool(body.stream), listed=True)
+        return await answer_tgi(shared, body, request, stream=bool(body.stream), listed=True)
 
     @app.post("/generate_stream", response_class=Response, **options)
     async def generate_stream(body: TgiRequest, request: Request) -> Response:
         """Complete `inputs` as events, one a token."""
-        return await answer_tgi(desk, body, request, stream=True)
+        return await answer_tgi(shared, body, request, stream=True)
 
 
-async def answer_tgi(desk: Desk, body: TgiRequest, request: Request, *, stream: bool, listed: bool = False) -> Response:
-    llm, parameters = ready(desk), body.parameters or TgiParameters()
-    order = Order(body.inputs, (parameters.sampling_params(),), "inputs")
-    tickets = await admit(desk, llm, [order], request)
-    return await reply(desk, tickets, TgiVoice(llm.codec, body.inputs, parameters, listed), request, stream=stream)
+async def answer_tgi(
+    shared: Shared, body: TgiRequest, request: Request, *, stream: bool, listed: bool = False
+) -> Response:
+    llm, parameters = ready(shared), body.parameters or TgiParameters()
+    prompt = Prompt(body.inputs, (parameters.sampling_params(),), "inputs")
+    sequences = await submit(shared, llm, [prompt], request)
+    return await reply(shared, sequences, TgiFormat(llm.codec, body.inputs, parameters, listed), request, stream=stream)
 
 
-class TgiVoice:
+class TgiFormat:
     """One event a token, of one sequence; the texts of the tokens join to the generated text."""
 
     def __init__(self, codec: TextCodec, inputs: str, parameters: TgiParameters, listed: bool) -> None:
         self._codec, self._parameters, self._listed = codec, parameters, listed
         self._before = inputs if parameters.return_full_text else ""
-        self._pieces = Pieces(codec, parameters.stop or ())
+        self._texts = TokenTexts(codec, parameters.stop or ())
         self._index = 0
 
-    def begin(self, num_choices: int) -> list[dict[str, Any]]:
+    def first_events(self, num_choices: int) -> list[dict[str, Any]]:
         return []
 
-    def say(self, index: int, delta: Delta) -> list[dict[str, Any]]:
-        texts = self._pieces.feed(delta.token_ids, delta.completion)
+    def events(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        texts = self._texts.feed(delta.token_ids, delta.completion)
         out = []
         for token, text, told in zip(delta.token_ids, texts, delta.logprobs, strict=True):
             self._index += 1
@@ -193,13 +195,13 @@ class TgiVoice:
             out[-1] |= {"generated_text": self._before + done.text, "details": details}
         return out
 
-    def end(self) -> list[dict[str, Any]]:
+    def last_events(self) -> list[dict[str, Any]]:
         return []
 
-    def whole(self, done: Seq[Completion]) -> Any:
+    def full_answer(self, done: Seq[Completion]) -> Any:
         said: dict[str, Any] = {"generated_text": self._before + done[0].text}
         if self._parameters.details is not False:
-            texts = self._pieces.feed(done[0].token_ids, done[0])
+            texts = self._texts.feed(done[0].token_ids, done[0])
             triples = zip(done[0].token_ids, texts, done[0].logprobs, strict=True)
             said["details"] = self._details(done[0])
             said["details"]["tokens"] = [self._token(token, text, told.logprob) for token, text, told in triples]
@@ -221,7 +223,7 @@ class TgiVoice:
         return [self._token(token, self._codec.token_text(token), value) for token, value in told.top]
 
 
-class Pieces:
+class TokenTexts:
     """A sequence's text, token by token: what each made certain. The last one's is all the rest."""
 
     def __init__(self, codec: TextCodec, stop: Seq[str]) -> None:
@@ -230,8 +232,8 @@ class Pieces:
 
     def feed(self, ids: Seq[int], completion: Completion | None) -> list[str]:
         texts = []
-        for place, token in enumerate(ids, 1):
-            if completion is not None and place == len(ids):
+        for number, token in enumerate(ids, 1):
+            if completion is not None and number == len(ids):
                 texts.append(completion.text[self._length :])
             else:
                 texts.append(self._detokenizer.feed([token])[0])
