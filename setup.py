@@ -1,4 +1,4 @@
-"""Packaging. The version is read from the package and the requirements from requirements.txt, so each stands once."""
+"""Packaging. The version is read from the package and the requirements from requirements.txt: each is written once."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-# The repository's address, which its owner sets here alone; `python .ci/address.py` then writes it where it is used.
+# The repository's address, which its owner sets here; `python .ci/address.py` then writes it wherever it is used.
 URL = ""
 
 

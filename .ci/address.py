@@ -1,7 +1,7 @@
 """Write the repository's address, `URL` in setup.py, to where it is used: the notebooks' first cells and the README.
 
 python .ci/address.py           after the owner has set it
-python .ci/address.py --check   exit code 1 where something else stands there
+python .ci/address.py --check   exit code 1 where something else is written there
 """
 
 import json

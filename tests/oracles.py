@@ -1,5 +1,5 @@
-"""Drafters that are always right, always wrong or random, and an engine around a tiny model that a test steps by
-hand."""
+"""Drafters that are always right, always wrong or random, an engine around a tiny model that a test steps by hand, and
+the loss of training as it is defined."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from medusa_serve.config import EngineConfig
 from medusa_serve.engine.batch_manager import BatchManager
@@ -101,3 +102,18 @@ def run(manager: BatchManager, jobs: list[tuple[list[int], SamplingParams]], joi
         if last.error is not None:
             raise last.error
     return [last.completion for last in lasts]
+
+
+def plain_loss(
+    features: Tensor, teacher: Tensor, place: Tensor, output: Any, weights: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """training.loss.soft_loss as it is defined: every logit at once, gradients by autograd."""
+    rows, depths, _ = features.shape
+    log_q = output.log_probs(features)  # (R, D, V')
+    p = output.log_probs(teacher, temperature).exp()
+    total = features.new_zeros(())
+    for row in range(rows):
+        for depth in range(depths):
+            if row + depth < rows and int(place[row + depth]) >= depth:
+                total = total - weights[depth] * (p[row + depth] * log_q[row, depth]).sum()
+    return total / rows

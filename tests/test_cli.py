@@ -18,6 +18,7 @@ import pytest
 
 from medusa_serve import cli
 from medusa_serve.commands import serve as serve_command
+from medusa_serve.commands.generate import figures
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import LoadError
 from medusa_serve.types import Completion, Delta
@@ -74,10 +75,11 @@ def run(*arguments: str) -> int:
         (["generate", "hi", "--max-tok", "4"], "--max-tok"),  # no abbreviations
         (["bench"], "WHAT"),
         (["bench", "frobnicate"], "frobnicate"),
-        (["bench", "engine", "--rounds", "0"], "rounds must be"),
-        (["bench", "engine", "--nodes", "4"], "--nodes"),  # an option of the others
+        (["bench", "decode", "--rounds", "0"], "rounds must be"),
+        (["bench", "peers", "--nodes", "4"], "--nodes"),  # an option of the others
         (["bench", "acceptance"], "--prompts"),
-        (["bench", "drafting", "--tree", "8"], "--tree"),
+        (["bench", "step", "--tree", "8"], "--tree"),
+        (["bench", "table", "x", "--nosuch"], "--nosuch"),
         (["heads"], "WHAT"),
         (["heads", "frobnicate"], "frobnicate"),
         (["heads", "check", "x", "--dtype", "int3"], "dtype must be"),
@@ -184,7 +186,7 @@ def test_raw_prompts(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_figures_without_steps() -> None:
-    line = cli._figures(completion(steps=0, completion_tokens=1, decode_ms=0.0, finish_reason="length"))
+    line = figures(completion(steps=0, completion_tokens=1, decode_ms=0.0, finish_reason="length"))
     assert line == "1 tokens, finish reason: length"
 
 

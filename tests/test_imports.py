@@ -18,12 +18,13 @@ ALLOWED = {
     "model": set(),
     "engine": {"model"},
     "llm": {"model", "engine"},
-    "server": {"engine", "llm"},  # llm for Ray Serve, which starts from a config
+    "server": {"engine"},
+    "cluster": {"server", "engine", "llm"},  # a replica starts from a config
     "training": {"model", "engine"},
     "notebook": {"server", "engine", "model", "llm", "training", "bench"},
     "bench": {"server", "engine", "model", "llm", "training"},
-    "heads_commands": {"bench", "model", "training"},
-    "cli": {"server", "engine", "model", "llm", "bench", "heads_commands", "training", "notebook"},
+    "commands": {"bench", "cluster", "server", "engine", "model", "llm", "training"},
+    "cli": {"commands"},
     "build_compiled": {"model", "llm"},
     "__main__": {"cli"},
 }
@@ -59,7 +60,7 @@ def test_imports_point_down(path: Path) -> None:
 
 def test_only_model_training_and_bench_import_torch() -> None:
     for path in FILES:
-        if room_of(path) in ("model", "training", "bench", "heads_commands"):
+        if room_of(path) in ("model", "training", "bench", "commands"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -89,10 +90,22 @@ def test_importing_the_package_is_quick() -> None:
     assert min(seconds) < 0.2
 
 
-@pytest.mark.parametrize("module", ["cli", "llm", "engine.batch_manager", "server.app", "server.serve"])
+@pytest.mark.parametrize("module", ["cli", "llm", "engine.batch_manager", "server.app", "server.listen"])
 def test_no_torch_at_import(module: str) -> None:
     modules, _ = loaded_after(f"import medusa_serve.{module}")
     assert not modules & HEAVY
+
+
+@pytest.mark.parametrize(("command", "mine"), [("serve", "serve"), ("generate", "generate"), ("bench", "bench")])
+def test_a_command_is_imported_when_it_is_asked_for(command: str, mine: str) -> None:
+    """The nonsense option ends it before it runs."""
+    call = f"from medusa_serve import cli\ntry:\n  cli.main(['{command}', '--nosuch'])\nexcept SystemExit: pass"
+    modules, _ = loaded_after(call)
+    commands = {name.removeprefix("medusa_serve.commands.") for name in modules if "serve.commands." in name}
+    assert commands == {mine, "options"}
+    rooms = {name.split(".")[1] for name in modules if name.startswith("medusa_serve.")}
+    assert not rooms & {"model", "training", "notebook", "cluster"}
+    assert ("bench" in rooms) == (command == "bench")
 
 
 def test_public_names_are_there() -> None:

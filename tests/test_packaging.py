@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+from tests.test_imports import ALLOWED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -94,6 +97,15 @@ def test_the_readme_is_short_and_its_options_exist() -> None:
         assert option in out[0] + out[1], option
 
 
+def test_the_readmes_rooms_are_the_folders_and_imports_point_down_them() -> None:
+    table = README.split("## Rooms", 1)[1].split("\n## ", 1)[0]
+    rooms = re.findall(r"^\| `(\w+)/`", table, re.M)
+    folders = {path.parent.name for path in (ROOT / "medusa_serve").glob("*/__init__.py")}
+    assert set(rooms) == folders | {"medusa_serve", "tests"}
+    for room in folders:
+        assert not ALLOWED[room] & set(rooms[: rooms.index(room)])
+
+
 def test_requirements_are_lower_bounds_that_colab_meets() -> None:
     lines = [*requirements("runtime"), *requirements("tests")]
     for line in lines:
@@ -166,6 +178,67 @@ def test_license() -> None:
     assert "Apache License" in text
     assert "Copyright 2026 The medusa_serve authors" in text
     assert "END OF TERMS AND CONDITIONS" in text
+
+
+# ---- budgets of lines --------------------------------------------------------------------------------------------
+
+SMALL = {"medusa_serve": 30, "medusa_serve/*": 10, "medusa_serve/a": 20, "tests/campaigns": 500}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Within the budgets SMALL."""
+    for name, lines in (("medusa_serve/top.py", 10), ("medusa_serve/a/b/c.py", 20), ("tests/campaigns/d.py", 400)):
+        write(tmp_path / name, "x = 1\n" * lines)
+    return tmp_path
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def body(lines: int, head: str = "def f():") -> str:
+    return head + "\n" + "    x = 1\n" * lines
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        (
+            "medusa_serve/a/e.py",
+            "\n",
+            ["medusa_serve: 31 lines, 1 over", "medusa_serve/a: 21 lines, 1 over its budget of 20"],
+        ),
+        ("medusa_serve/f.py", "\n", ["medusa_serve: 31 lines", "medusa_serve/*: 11 lines"]),
+        ("medusa_serve/g/h.py", "", ["medusa_serve/g: it has no budget"]),
+        ("tests/campaigns/d.py", "\n" * 401, ["tests/campaigns/d.py: 401 lines, more than 400"]),
+        ("tests/campaigns/i.py", body(60), ["tests/campaigns/i.py: f has 61 lines, more than 60"]),
+        ("tests/campaigns/i.py", body(60, "class A:\n async def g():"), ["tests/campaigns/i.py: g has 61 lines"]),
+        ("tests/campaigns/i.py", body(59), []),
+        ("tests/campaigns/i.py", body(60, "@njit(cache=True)\ndef f():"), []),
+        ("tests/campaigns/i.py", body(60, "@triton.jit\ndef f():\n  def g():"), []),
+        ("tests/campaigns/j/k.py", "\n" * 101, ["tests/campaigns: 501 lines, 1 over its budget of 500"]),
+    ],
+)
+def test_a_room_over_its_budget_fails(
+    name: str, text: str, says: list[str], tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(ROOT / ".ci/budgets.py"))["main"]
+    assert main(tree, SMALL) == 0
+    assert capsys.readouterr().out.splitlines()[2] == "    20 of     20 lines  medusa_serve/a"
+    write(tree / name, text)
+    assert main(tree, SMALL) == (1 if says else 0)
+    found = capsys.readouterr().out.splitlines()[len(SMALL) :]
+    assert len(found) == len(says)
+    assert all(line.startswith(said) for line, said in zip(found, says, strict=True))
+
+
+def test_every_room_has_a_budget_and_the_run_asks_for_it() -> None:
+    budgets = runpy.run_path(str(ROOT / ".ci/budgets.py"))
+    assert not list(budgets["without_budget"](ROOT, budgets["BUDGETS"]))
+    assert all(budgets["files_of"](ROOT, room) for room in budgets["BUDGETS"])
+    assert "python .ci/budgets.py" in (ROOT / ".ci/run").read_text()
 
 
 def test_nothing_large_is_tracked() -> None:

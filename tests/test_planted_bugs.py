@@ -1,7 +1,7 @@
 """Negative controls: each oracle of the server's tests sees the bugs planted for it, and nothing while there are none.
 
 Those of exactness are in test_faults.py (a wrong mask bit, a position off by one, a skipped commit, reused noise, a
-leaked slot), those of the load bench in bench/test_load.py.
+leaked slot), those of the load bench in campaigns/test_load.py.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from medusa_serve import LLM, EngineConfig, SamplingParams
 from medusa_serve.bench.questions import read_prompts
 from medusa_serve.model.loading.load import load_model
 from medusa_serve.model.sampling.noise import gumbel
-from tests.campaigns.engine import BenchConfig, _served, bench_engine, table
+from tests.campaigns.engine import BenchConfig, bench_engine, table
+from tests.campaigns.serving import served
 from tests.tiny import greedy
 
 pytestmark = pytest.mark.slow
@@ -135,7 +136,7 @@ def sampled_mismatches(model, prompt: list[int], answer: list[int], params: Samp
 def test_a_sample_against_generate_itself_through_http(reference):
     with (
         LLM(dtype="float32") as llm,
-        _served(llm) as url,
+        served(llm) as url,
     ):  # an LLM of its own: a server that stops has drained its engine
         for prompt in prompts()[:4]:
             body = json.dumps({"messages": prompt, "max_tokens": 48, "return_token_ids": True}).encode()

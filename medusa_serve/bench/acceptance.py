@@ -1,7 +1,7 @@
 """How many tokens a decode step emits, by kind of prompt and size of tree: `medusa-serve bench acceptance`.
 
-Acceptance belongs to the model, the heads and the prompts: what a GPU measures holds for a CPU, up to near-ties of the
-dtype. Only `decode_ms` speaks of the machine.
+Acceptance depends on the model, the heads and the prompts: what a GPU measures holds for a CPU, up to near-ties of the
+dtype. Only `decode_ms` depends on the machine.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import MAX_NODES, EngineConfig, check_int
-from ..errors import InvalidConfig, InvalidRequest, LoadError
+from ..errors import InvalidRequest, LoadError
 from ..presets import FAMILIES, shipped_heads
 from ..types import SamplingParams
-from .command import check_folder, read, write
+from .command import check_folder, check_numbers, numbers, read, run_bench, write
 
 if TYPE_CHECKING:
     from ..llm import LLM
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 KINDS = ("all", "no loops")
 RULE = (
-    "Evaluation prompts: sha256 mod 100 is 0, near-duplicates of the others left out, at most {per_category} of a "
+    "Evaluation prompts: sha256 mod 100 is 0, without near-duplicates of the others, at most {per_category} of a "
     "category. Each is one chat message; {sequences} at once are answered with at most {max_tokens} tokens, each with "
-    "a whole tree of its own, drafts from the heads only; at T > 0 with a seed from the prompt's sha256. Acceptance: "
-    "the sum of (completion tokens - 1) over the sum of decode steps. A loop: some run of 8 tokens stands three times "
-    "in the answer. decode_ms: the median over answers of the decode time per step."
+    "a full tree, drafts from the heads only; at T > 0 with a seed from the prompt's sha256. Acceptance: the sum of "
+    "(completion tokens - 1) over the sum of decode steps. A loop: some run of 8 tokens is three times in the answer. "
+    "decode_ms: the median over answers of the decode time per step."
 )
 
 
@@ -54,10 +54,8 @@ class AcceptanceConfig:
     out: str | None = None
 
     def __post_init__(self) -> None:
-        for name, values, top in (("nodes", self.nodes, MAX_NODES), ("temperatures", self.temperatures, 100)):
-            low = 2 if name == "nodes" else 0
-            if not values or len(set(values)) < len(values) or not all(low <= value <= top for value in values):
-                raise InvalidConfig(f"{name} must be different numbers from {low} to {top}.", param=name)
+        check_numbers(self, "nodes", 2, MAX_NODES)
+        check_numbers(self, "temperatures", 0, 100)
         check_int(self, "per_category", 1, 2**20)
         check_int(self, "max_tokens", 2, 2**20)
         check_int(self, "sequences", 1, 1024)
@@ -85,7 +83,7 @@ class Answer(NamedTuple):
 
 
 def bench_acceptance(engine: EngineConfig, config: AcceptanceConfig) -> dict[str, Any]:
-    """Measure what `config.out` does not hold yet; → the whole result, kept there after every (N, temperature).
+    """Measure what `config.out` does not hold yet; → the full result, written there after each (N, temperature).
 
     Raises LoadError: no heads, a file of other options in the way, a tree that the heads cannot fill.
     """
@@ -133,12 +131,12 @@ def _measure(
     nodes = int(engine.tree)
     with rested(LLM(engine)) as llm:
         facts = {name: value for name, value in llm.describe().items() if name != "nodes"}
-        facts["hardware"] = machine()["device"]  # whose times must not mix in one file
+        facts["hardware"] = machine()["device"]  # times of two devices must not mix in one file
         if result["engine"] is not None and result["engine"] != facts:
             raise LoadError(
                 f"{config.out} was measured with {_differing(result['engine'], facts)}; give another --out."
             )
-        questions = _questions(llm, prompts, config.max_tokens)
+        questions = encoded(llm, prompts, config.max_tokens)
         counts = {"prompts": len(prompts), "left_out": len(prompts) - len(questions)}
         result |= {"engine": facts, "evaluation": counts}
         for temperature in temperatures:
@@ -166,8 +164,8 @@ def heads_path(engine: EngineConfig) -> Path:
     return path
 
 
-def _questions(llm: LLM, prompts: Sequence[Prompt], max_tokens: int) -> list[Question]:
-    """As the server would send them, without those that the template refuses or the context does not hold."""
+def encoded(llm: LLM, prompts: Sequence[Prompt], max_tokens: int) -> list[Question]:
+    """As the server would encode them, without prompts that the template refuses or the context does not hold."""
     from ..training.distill import encode
 
     room = llm.describe()["max_context"] - max_tokens
@@ -187,7 +185,7 @@ def _questions(llm: LLM, prompts: Sequence[Prompt], max_tokens: int) -> list[Que
 
 
 def _answers(llm: LLM, questions: Sequence[Question], temperature: float, config: AcceptanceConfig) -> Iterator[Answer]:
-    """A tree of N beside plain decoding is not shared: every sequence has N nodes in every step, whoever goes along."""
+    """With two sizes, N and plain decoding, the engine shares out no nodes: each sequence has N nodes in each step."""
     from ..training.distill import first_loop
 
     size = 1 if config.sequences == 1 else 4 * config.sequences
@@ -206,8 +204,7 @@ def rows_of(answers: Sequence[Answer], nodes: int, temperature: float) -> list[R
         chosen = [answer for answer in answers if category in ("all", answer.category)]
         for kind in KINDS:
             kept = [answer for answer in chosen if kind == "all" or not answer.looped]
-            place = {"nodes": nodes, "temperature": temperature, "category": category, "kind": kind}
-            row = place | _row(kept)
+            row = {"nodes": nodes, "temperature": temperature, "category": category, "kind": kind} | _row(kept)
             if temperature == 0:
                 times = [answer.decode_ms / answer.steps for answer in kept if answer.steps]
                 row["decode_ms"] = round(statistics.median(times), 3) if times else None
@@ -229,10 +226,8 @@ def _bytes(prompt: Prompt) -> bytes:
 
 
 def heads_digest(heads: Path) -> str:
-    """Of the tensors and of config.json, whose calibration chooses the trees: other heads may come to the same path.
-
-    Without the provenance: what is told of the heads changes no draft.
-    """
+    """Of the tensors, and of config.json, because its calibration chooses the trees. The path alone would not do: other
+    heads may be saved there. Without the provenance, which changes no draft."""
     from ..model.drafting.tensors import read_tensors
 
     found = read_tensors(heads, wanted=lambda name: False)
@@ -268,7 +263,7 @@ def _differing(old: dict[str, Any], new: dict[str, Any]) -> str:
 def table(results: Sequence[dict[str, Any]]) -> str:
     """One block a temperature; a row for each category with all answers and without loops, a column for each N.
 
-    Results of the same engine and options are one table; where two hold the same N, the first one's figure stands.
+    Results of the same engine and options make one table; where two hold the same N, the first one's figure counts.
     """
     first = results[0]
     for other in results[1:]:
@@ -325,39 +320,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperatures", type=numbers(float), metavar="T,…", help="0,0.7 by default")
     parser.add_argument("--per-category", type=int, metavar="N", help="prompts of each at most (25)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="of an answer (128)")
-    parser.add_argument("--sequences", type=int, metavar="N", help="answered at once, each with a whole tree (1)")
+    parser.add_argument("--sequences", type=int, metavar="N", help="answered at once, each with a full tree (1)")
     parser.add_argument("--out", metavar="FILE", help="kept there as JSON; given again, the run goes on from it")
     parser.add_argument("--show", nargs="+", metavar="FILE", help="only print the tables of such files")
     parser.set_defaults(run=run, parser=parser)
 
 
-def numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """For argparse: numbers with commas between them."""
-
-    def parse(text: str) -> tuple[Any, ...]:
-        try:
-            return tuple(kind(part) for part in text.split(","))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be numbers with commas between them, not {text!r}") from None
-
-    return parse
-
-
 def run(options: argparse.Namespace) -> int:
-    names = ("prompts", "nodes", "temperatures", "per_category", "max_tokens", "sequences", "out")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
     if options.show:
+        given = [name for name in AcceptanceConfig.__dataclass_fields__ if getattr(options, name) is not None]
         if given:
-            options.parser.error(f"--show runs nothing, so --{next(iter(given)).replace('_', '-')} means nothing")
+            options.parser.error(f"--show runs nothing, so --{given[0].replace('_', '-')} means nothing")
         print(table([read(path, "acceptance") for path in options.show]))
         return 0
     if options.prompts is None:
         options.parser.error("the following arguments are required: --prompts (or --show)")
-    try:
-        fixed = ("model", "heads", "device", "dtype", "quantize", "compile")
-        engine = EngineConfig(**{name: getattr(options, name) for name in fixed})
-        config = AcceptanceConfig(**given)
-    except InvalidConfig as error:
-        options.parser.error(error.message.rstrip("."))
-    print(table([bench_acceptance(engine, config)]))
-    return 0
+    return run_bench(options, "acceptance", AcceptanceConfig, bench_acceptance, lambda result: table([result]))

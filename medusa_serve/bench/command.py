@@ -15,6 +15,25 @@ from ..errors import InvalidConfig, LoadError
 Config = TypeVar("Config")
 
 
+def numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """For argparse: numbers with commas between them."""
+
+    def parse(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be numbers with commas between them, not {text!r}") from None
+
+    return parse
+
+
+def check_numbers(config: Any, name: str, low: float, high: float) -> None:
+    """Raise InvalidConfig unless the field holds different numbers in [low, high]."""
+    values = getattr(config, name)
+    if not values or len(set(values)) < len(values) or not all(low <= value <= high for value in values):
+        raise InvalidConfig(f"{name} must be different numbers from {low} to {high}.", param=name)
+
+
 def end_options(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
     """The options that every such command ends with; `run` is called with what was given."""
     parser.add_argument("--out", metavar="FILE", help="write the figures there as JSON")
@@ -29,16 +48,16 @@ def run_bench(
     bench: Callable[[EngineConfig, Config], dict[str, Any]],
     table: Callable[[dict[str, Any]], str],
 ) -> int:
-    """Measure, keep the result where `--out` says, and print it. name: the bench's, as its results call it · kind: its
-    config dataclass; both configs take the options that are named as their fields, and nonsense in either ends the
-    program. → the exit status"""
+    """Measure, write the result where `--out` says, and print it. name: of the bench, as in its results · kind: its
+    config dataclass. Both configs take the options that are named as their fields; a value that either refuses ends the
+    program. Returns the exit code."""
     if options.show:
         print(table(read(options.show, name)))
         return 0
-    told = {name: value for name, value in vars(options).items() if value is not None}
+    given = {name: value for name, value in vars(options).items() if value is not None}
 
     def made(config: Callable[..., Any]) -> Any:
-        return config(**{name: told[name] for name in config.__dataclass_fields__ if name in told})  # type: ignore[attr-defined]
+        return config(**{name: given[name] for name in config.__dataclass_fields__ if name in given})  # type: ignore[attr-defined]
 
     try:
         engine, config = made(EngineConfig), made(kind)
@@ -57,7 +76,7 @@ def run_bench(
 
 
 def check_folder(out: str) -> None:
-    """Before minutes of work whose result could not be written."""
+    """Raise LoadError before minutes of work, if the result could not be written."""
     if not Path(out).absolute().parent.is_dir():
         raise LoadError(f"There is no folder for {out}.")
 
@@ -74,7 +93,7 @@ def read(path: str, kind: str) -> dict[str, Any]:
 
 
 def write(path: str, result: dict[str, Any]) -> None:
-    """Whole or not at all: a killed run keeps what it had."""
+    """By a rename, so that a killed run leaves the last complete file."""
     part = Path(f"{path}.part")
     part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     os.replace(part, path)

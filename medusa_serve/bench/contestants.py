@@ -1,5 +1,5 @@
-"""What a user would take instead, behind one call: this engine with and without speculation, transformers' several
-ways to generate, llama-cpp-python. All are greedy, go on past an end of text, and forget a prompt they answered."""
+"""What a user would take instead, as one call: this engine with and without speculation, transformers' several ways to
+generate, llama-cpp-python. All are greedy, go on past an end of text, and keep nothing of a prompt they answered."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LeftOut(Exception):
 
 
 class Contestant(Protocol):
-    """facts: what was compared (dtype, options, figures of its own), read when all rounds are over."""
+    """facts: what was compared (dtype, options, own figures), read when all rounds are over."""
 
     facts: dict[str, Any]
 
@@ -89,8 +89,8 @@ class Ours:
         from .facts import rested
 
         self._llm = rested(LLM(replace(config, slots=config.slots or match.together)))
-        told = self._llm.describe()
-        self.facts: dict[str, Any] = {name: told[name] for name in ("dtype", "drafts", "nodes", "slots")}
+        about = self._llm.describe()
+        self.facts: dict[str, Any] = {name: about[name] for name in ("dtype", "drafts", "nodes", "slots")}
         self._params = SamplingParams(max_tokens=match.tokens, ignore_eos=True)
         self._keys = itertools.count()
         self._drafted, self._steps = 0, 0
@@ -124,7 +124,7 @@ def plain(match: Match) -> Ours:
 
 
 def without_end(engine: EngineConfig, dtype: str) -> LoadedModel:
-    """A model of its own (ours changes the modules it runs on) that knows no end of text."""
+    """A second model, since the engine changes the modules of its own; it knows no end of text."""
     from ..model.loading.load import load_model
 
     loaded = load_model(replace(engine, dtype=dtype, quantize="none"), progress=False)
@@ -253,7 +253,7 @@ class LlamaCpp:
 
 
 def gguf_of(model: str) -> Path:
-    """The GGUF file behind a model in the cache. Raises LeftOut."""
+    """The GGUF file that a model in the cache was made from. Raises LeftOut."""
     from ..model.loading.default_model import SMOLLM2, cache_folder
 
     if model != DEFAULT_MODEL:

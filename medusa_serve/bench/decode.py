@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..config import MAX_NODES, EngineConfig, check_int
 from ..errors import InvalidConfig, LoadError
 from ..types import Completion, Delta, SamplingParams
-from .acceptance import Question, _questions, numbers
-from .command import end_options, run_bench
+from .acceptance import Question, encoded
+from .command import check_numbers, end_options, numbers, run_bench
 from .plot import decode_table
-from .step import check_numbers
 
 if TYPE_CHECKING:
     from ..llm import LLM
@@ -46,7 +45,7 @@ class DecodeConfig:
 
     concurrency  sequences that decode together · nodes  fixed sizes of tree, the root counts · tokens  of each answer ·
     rounds  that count · prompts  a file whose evaluation prompts are asked (None: the built-in questions) ·
-    one_at_a_time  never two engines in memory: slower, and a round's modes are further apart in time
+    one_at_a_time  never two engines in memory: slower, and more time passes from one mode of a round to the next
     """
 
     concurrency: tuple[int, ...] = (1, 2, 4, 8)
@@ -109,7 +108,7 @@ Taken = dict[tuple[int, str], list[Sample]]  # by concurrency and mode, a sample
 
 
 def bench_decode(engine: EngineConfig, config: DecodeConfig) -> dict[str, Any]:
-    """The whole table. Raises LoadError: no prompt fits, a tree that cannot be filled, or nothing to draft from."""
+    """All rows and ratios. Raises LoadError: no prompt fits, a tree that cannot be filled, or nothing to draft from."""
     from ..training.pipeline import ProgressLine
     from .facts import command, facts
 
@@ -122,7 +121,7 @@ def bench_decode(engine: EngineConfig, config: DecodeConfig) -> dict[str, Any]:
         prompts = asked_prompts(auto, config.prompts, config.tokens)
         for turn in turns(config):
             sample = _measure(engines.get(turn.mode.tree), turn, prompts, config)
-            if not turn.counts:  # nobody captures steps beside those who are measured
+            if not turn.counts:  # no engine may capture steps while another one is measured
                 engines.rest()
             if turn.counts:
                 taken.setdefault((turn.concurrency, turn.mode.name), []).append(sample)
@@ -142,7 +141,7 @@ def bench_decode(engine: EngineConfig, config: DecodeConfig) -> dict[str, Any]:
 
 
 class Engines(ExitStack):
-    """The engines of a run by their tree, opened when first asked for; all stay open, or only the last one."""
+    """The engines of a run by their tree, opened when first asked for. All stay open, or only the last one."""
 
     def __init__(self, config: EngineConfig, one_at_a_time: bool) -> None:
         super().__init__()
@@ -162,7 +161,7 @@ class Engines(ExitStack):
         return self._open[tree]
 
     def rest(self) -> None:
-        """Wait until all engines have done ahead what they can."""
+        """Wait until all engines have done the work that they leave for idle time."""
         from .facts import rested
 
         for llm in self._open.values():
@@ -180,7 +179,7 @@ def turns(config: DecodeConfig) -> Iterator[Turn]:
     if not config.one_at_a_time:
         for count in counts:
             for number in range(config.rounds + 1):
-                shift = number % len(every)  # who comes first changes
+                shift = number % len(every)  # which mode comes first changes
                 yield from (Turn(count, mode, number, number > 0) for mode in every[shift:] + every[:shift])
         return
     for number in range(1, config.rounds + 1):
@@ -191,14 +190,14 @@ def turns(config: DecodeConfig) -> Iterator[Turn]:
 
 
 def asked_prompts(llm: LLM, source: str | None, tokens: int) -> list[Question]:
-    """As the server would send them, in an order in which categories mix; without those that do not fit."""
+    """As the server would encode them, in an order that mixes categories; without prompts that do not fit."""
     from ..training import prompts as files
     from .questions import read_prompts
 
     if source is None:
-        return _questions(llm, [files.Prompt(text) for text in read_prompts().questions], tokens)
+        return encoded(llm, [files.Prompt(text) for text in read_prompts().questions], tokens)
     chosen = files.split(files.read_prompts(source))[1]
-    return sorted(_questions(llm, chosen, tokens), key=lambda asked: asked.seed)
+    return sorted(encoded(llm, chosen, tokens), key=lambda asked: asked.seed)
 
 
 def _measure(llm: LLM, turn: Turn, prompts: Sequence[Question], config: DecodeConfig) -> Sample:
@@ -215,7 +214,7 @@ def _measure(llm: LLM, turn: Turn, prompts: Sequence[Question], config: DecodeCo
         for index in range(turn.concurrency):
             asked = prompts[(turn.number * turn.concurrency + index) % len(prompts)]
             params = SamplingParams(max_tokens=config.tokens, seed=asked.seed, **fixed)
-            # a key of its own: no mode finds a prompt in the cache that another one has computed
+            # one key for each turn: no mode finds a prompt in the cache that another mode computed
             ids.append(llm.manager.submit(asked.ids, params, sink, key=repr(turn)))
         while len(answers) < len(ids):
             got.append(inbox.get())
@@ -282,7 +281,7 @@ def ratios_of(taken: Taken, concurrency: int) -> Row:
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--concurrency", type=numbers(int), metavar="N,…", help="sequences that decode together (1,2,4,8)")
-    add("--nodes", type=numbers(int), metavar="N,…", help="fixed sizes of tree beside auto (4,8,16)")
+    add("--nodes", type=numbers(int), metavar="N,…", help="fixed sizes of tree, besides auto (4,8,16)")
     add("--temperature", type=float, metavar="T", help="0 (the default) is greedy")
     add("--tokens", type=int, metavar="N", help="of each answer (96)")
     add("--rounds", type=int, metavar="N", help="repetitions, of which the median counts (5)")

@@ -31,13 +31,14 @@ def facts() -> dict[str, str | None]:
     return {**machine(), **mine}
 
 
-def command() -> str:
-    """This process's command line for a shell, without API keys and the folders of paths on this machine."""
+def command(module: str = "medusa_serve") -> str:
+    """This process's command line for a shell, without API keys and the folders of paths on this machine. module: what
+    `python -m` was called with"""
     words = list[str]()
     for before, word in itertools.pairwise(["", *sys.argv[1:]]):
         word = "KEY" if before == "--api-key" else re.sub(r"^--api-key=.*", "--api-key=KEY", word)
         words.append(re.sub(r"(^|=)/.*/(?=[^/])", r"\1", word))
-    return shlex.join(["python", "-m", "medusa_serve", *words])
+    return shlex.join(["python", "-m", module, *words])
 
 
 class Others:
@@ -47,7 +48,7 @@ class Others:
         self._start = self._read()
 
     def cores(self) -> float | None:
-        """On average since this was made; None where the kernel does not tell."""
+        """On average since this was made; None where the kernel does not say."""
         now = self._read()
         if self._start is None or now is None:
             return None
@@ -85,7 +86,6 @@ def machine() -> dict[str, str]:
 
 
 def rested(llm: LLM) -> LLM:
-    """The same, once it has done what it leaves for when it idles: what is measured is how it serves from then on, and
-    nothing is compiled or captured beside it."""
+    """The same, once it has done what it leaves for idle time: nothing is compiled or captured while it is measured."""
     llm.manager.wait_until_rested(REST_S)
     return llm

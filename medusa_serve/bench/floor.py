@@ -1,5 +1,4 @@
-"""What the machine can do at best, and what is in a GPU's memory: the floor that `medusa-serve bench step` holds steps
-against."""
+"""How fast the machine reads memory, which bounds the steps of `bench step`, and what a GPU's memory holds."""
 
 from __future__ import annotations
 
@@ -51,7 +50,7 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def read_bytes(model: Any) -> int:
-    """Of the weights that a step reads: all but an embedding of its own, of which it gathers a few rows."""
+    """Of the weights that a step reads: all but an untied embedding, of which it gathers a few rows."""
     embedding = model.get_input_embeddings().weight.data_ptr()
     tied = any(tensor.data_ptr() == embedding for tensor in _tensors(model.get_output_embeddings()))
     return num_bytes(tensor for tensor in _tensors(model) if tied or tensor.data_ptr() != embedding)
@@ -80,7 +79,7 @@ def memory_of(model: Any, runner: ModelRunner) -> dict[str, int]:
     `forget_peak` (activations, graphs, what the allocator keeps). Nothing for a CPU."""
     import torch
 
-    cache = getattr(runner.forward, "cache", None)  # a model that decodes plainly has caches of its own
+    cache = getattr(runner.forward, "cache", None)  # a model that decodes plainly has other caches
     if runner.device.type != "cuda" or cache is None:
         return {}
     heads = getattr(runner.drafter, "heads", None)

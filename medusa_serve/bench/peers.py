@@ -1,7 +1,7 @@
-"""Tokens per second beside what a user would take instead, in one run: `medusa-serve bench peers`.
+"""Tokens per second of this engine and of what a user would take instead, in one run: `medusa-serve bench peers`.
 
-Each round gives all contestants the same prompts, in turn, and asks for the same number of tokens, whatever
-ends a text. A figure is the median over rounds, a ratio that of two medians; prefill counts.
+Each round gives all contestants the same prompts, in turn, and asks for the same number of tokens, even past an end of
+text. A figure is the median over rounds, a ratio that of two medians; prefill counts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RULE = (
 @dataclass(frozen=True, kw_only=True)
 class PeersConfig:
     """contestants: names in CONTESTANTS · prompts: of a round, at least · tokens: of each answer · rounds: that count,
-    after one that warms up · concurrency: prompts answered at once, by those that can"""
+    after one that warms up · concurrency: prompts answered at once, by contestants that can"""
 
     contestants: tuple[str, ...] = tuple(CONTESTANTS)
     prompts: int = 4
@@ -75,7 +75,7 @@ class Entry:
 
 
 def bench_peers(engine: EngineConfig, config: PeersConfig) -> dict[str, Any]:
-    """The contest, with what it was run on. Raises LoadError: the model cannot be had, or nobody could run."""
+    """The contest, with what it was run on. Raises LoadError: the model cannot be loaded, or no contestant runs."""
     from ..model.loading.load import load_model
     from ..training.distill import encode
     from .facts import Others, command, facts
@@ -151,7 +151,7 @@ def _round(entries: Sequence[Entry], batches: Sequence[Prompts], tokens: int, *,
                 entry.drop(reason(error))
                 continue
             seconds[entry.name] += time.perf_counter() - started
-            give_up_workers()  # else those of a contestant in this thread would slow one in a thread of its own
+            give_up_workers()  # else the workers of a contestant in this thread would slow one in another thread
             made = [len(answer) for answer in answers]
             if made != [tokens] * len(batch):  # then its time says nothing
                 entry.drop(f"it made {sum(made)} tokens where {tokens * len(batch)} were asked for")
@@ -187,7 +187,7 @@ def _equal(mine: Mapping[int, list[list[int]]], theirs: Mapping[int, list[list[i
 
 
 def table(result: dict[str, Any]) -> str:
-    """A line for each contestant, the quickest first, then those that were left out with their reasons."""
+    """A line for each contestant, the quickest first; then a line for each that was left out, with the reason."""
     facts, options = result["machine"], result["options"]
     llama = f", llama-cpp-python {facts['llama-cpp-python']}" if facts["llama-cpp-python"] else ""
     device = facts["cpu"] if facts["device"].endswith("CPU") else facts["device"]
@@ -223,7 +223,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=int, metavar="N", help="of a round, at least (4)")
     parser.add_argument("--tokens", type=int, metavar="N", help="of each answer (96)")
     parser.add_argument("--rounds", type=int, metavar="N", help="interleaved repetitions; the median counts (5)")
-    parser.add_argument("--concurrency", type=int, metavar="N", help="prompts at once, for those that can (1)")
+    parser.add_argument("--concurrency", type=int, metavar="N", help="prompts at once, for contestants that can (1)")
     end_options(parser, run)
 
 

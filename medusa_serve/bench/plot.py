@@ -57,7 +57,7 @@ def decode_table(result: dict[str, Any]) -> str:
 def step_table(result: dict[str, Any]) -> str:
     floor = result["floor"]
     lines = [
-        f"{title(result)}; {result['options']['length']} tokens behind each sequence",
+        f"{title(result)}; {result['options']['length']} tokens in each sequence",
         f"reading {floor['weight_bytes'] / 1e9:.2f} GB of weights at {floor['bytes_per_second'] / 1e9:.1f} GB/s takes "
         f"{floor['ms']:.2f} ms",
         f"{'batch':>5}{'nodes':>7}{'ms':>10}{'device ms':>11}{'over floor':>12}{'over 1 node':>13}{'sampled':>10}",
@@ -68,10 +68,8 @@ def step_table(result: dict[str, Any]) -> str:
         lines.append(f"{row['batch']:5}{row['nodes']:7}{times}{row['to_floor']:12.3f}{row['to_plain']:13.3f}{hot}")
     for row in result["memory"]:
         if "peak" in row:
-            parts = ", ".join(
-                f"{name} {row[name] / 2**30:.2f}" for name in ("weights", "heads", "slab", "rest", "peak")
-            )
-            lines.append(f"GiB of memory with trees of {row['nodes']}: {parts}")
+            sizes = [f"{name} {row[name] / 2**30:.2f}" for name in ("weights", "heads", "slab", "rest", "peak")]
+            lines.append(f"GiB of memory with trees of {row['nodes']}: {', '.join(sizes)}")
     return "\n".join(lines)
 
 
@@ -102,7 +100,7 @@ def plot(config: PlotConfig) -> None:
         for axes, (draw, results) in zip(figure.subplots(len(pictures), squeeze=False)[:, 0], pictures, strict=True):
             try:
                 draw(axes, results)
-            except (LookupError, TypeError, ValueError) as error:  # JSON that somebody has cut or changed
+            except (LookupError, TypeError, ValueError) as error:  # JSON that was cut or changed by hand
                 raise LoadError(f"A result of `bench {results[0]['kind']}` is incomplete: {error!r}.") from error
         figure.savefig(config.out, dpi=150, metadata={"Date": None} if config.out.endswith("svg") else None)
 
@@ -149,10 +147,9 @@ def draw_decode(axes: Any, results: list[dict[str, Any]]) -> None:
         rates = [row["tokens_per_second"] or row["whole_tokens_per_second"] for row in mine]
         style = {"linewidth": 2.5, "zorder": 3} if mode == "auto" else {"linewidth": 1, "linestyle": "--"}
         label = f"{mode} nodes" if mode.isdigit() else mode
-        axes.plot([row["concurrency"] for row in mine], rates, marker="o", markersize=4, label=label, **style)
-    _finish(
-        axes, result, "sequences that decode together", "tokens per second", {r["concurrency"] for r in result["rows"]}
-    )
+        _line(axes, [row["concurrency"] for row in mine], rates, label, **style)
+    counts = {row["concurrency"] for row in result["rows"]}
+    _finish(axes, result, "sequences that decode together", "tokens per second", counts)
 
 
 def draw_step(axes: Any, results: list[dict[str, Any]]) -> None:
@@ -160,13 +157,7 @@ def draw_step(axes: Any, results: list[dict[str, Any]]) -> None:
     (result,) = results
     for batch in sorted({row["batch"] for row in result["rows"]}):
         mine = [row for row in result["rows"] if row["batch"] == batch]
-        axes.plot(
-            [row["nodes"] for row in mine],
-            [row["ms"] for row in mine],
-            marker="o",
-            markersize=4,
-            label=f"batch {batch}",
-        )
+        _line(axes, [row["nodes"] for row in mine], [row["ms"] for row in mine], f"batch {batch}")
     floor = result["floor"]["ms"]
     axes.axhline(floor, color="black", linestyle=":", label=f"reading the weights: {floor:.2f} ms")
     _finish(axes, result, "nodes of each sequence's tree", "ms per step", {row["nodes"] for row in result["rows"]})
@@ -180,13 +171,7 @@ def draw_acceptance(axes: Any, results: list[dict[str, Any]]) -> None:
         for temperature in sorted({row["temperature"] for row in rows}):
             mine = sorted((row for row in rows if row["temperature"] == temperature), key=lambda row: row["nodes"])
             label = f"{(result['engine'] or {}).get('heads')} heads, T = {temperature:g}"
-            axes.plot(
-                [row["nodes"] for row in mine],
-                [row["acceptance"] for row in mine],
-                marker="o",
-                markersize=4,
-                label=label,
-            )
+            _line(axes, [row["nodes"] for row in mine], [row["acceptance"] for row in mine], label)
     sizes = {row["nodes"] for result in results for row in result["rows"]}
     _finish(axes, results[0], "nodes of the tree", "tokens per step", sizes)
 
@@ -202,13 +187,17 @@ def draw_peers(axes: Any, results: list[dict[str, Any]]) -> None:
     axes.grid(False)
 
 
-def _finish(axes: Any, result: dict[str, Any], below: str, beside: str, ticks: set[int]) -> None:
+def _line(axes: Any, x: list[float], y: list[float], label: str, **style: Any) -> None:
+    axes.plot(x, y, marker="o", markersize=4, label=label, **style)
+
+
+def _finish(axes: Any, result: dict[str, Any], below: str, left: str, ticks: set[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(ticks), [str(tick) for tick in sorted(ticks)], minor=False)
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set_xlabel(below)
-    axes.set_ylabel(beside)
+    axes.set_ylabel(left)
     axes.set_title(title(result), fontsize=8, wrap=True)
     axes.legend(frameon=False)
 

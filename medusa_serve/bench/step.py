@@ -1,9 +1,9 @@
-"""t(B, N), a whole decode step of B sequences with trees of N nodes, against the time in which this machine reads the
+"""t(B, N), the time of a decode step of B sequences with trees of N nodes, and the time in which this machine reads the
 model's weights: `medusa-serve bench step`.
 
-A step is what the engine runs: verify, accept, commit, and draft for the next one; it is read as the engine reads it,
-one step behind where the device runs ahead. N = 1 is plain decoding by a runner without a drafter. What a sequence has
-behind it is not computed but taken as it lies in the cache: it costs the same to read.
+A step is what the engine runs: verify, accept, commit, and draft for the next one. Its outputs are read as the engine
+reads them, one step late where the device runs ahead. N = 1 is plain decoding by a runner without a drafter. The tokens
+before the step are not computed: whatever the cache holds is read, at the same cost.
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
-from ..config import DEFAULT_MODEL, MAX_NODES, EngineConfig, check_int
+from ..config import MAX_NODES, EngineConfig, check_int
 from ..errors import InvalidConfig, LoadError
 from ..types import PrefillChunk, SamplingParams, StepOutput
-from .acceptance import numbers
-from .command import end_options, run_bench
+from .command import check_numbers, end_options, numbers, run_bench
 from .floor import forget_peak, memory_of, read_bytes, read_rates
 from .plot import step_table
-from .shapes import SHAPES, fixed_drafter, random_drafter, random_model
 
 if TYPE_CHECKING:
     from ..model.loading.load import LoadedModel
     from ..model.runner import ModelRunner
 
 Row = dict[str, Any]
+FIXED_DEPTH, FIXED_RANKS = 5, 10  # of the drafts for a model without heads
 ATTENTION = ("auto", "sdpa")
 RULE = (
     "ms: of a step with `batch` sequences of {length} tokens each, by the clock, in blocks of {steps}. device_ms: "
@@ -44,10 +43,9 @@ RULE = (
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """rows: B, sequences of a step · nodes: N, 1 is measured in any case · length: tokens behind each sequence ·
+    """rows: B, sequences of a step · nodes: N, 1 is measured in any case · length: tokens of each sequence ·
     rounds, after one that warms up · steps: of a block · temperature: above 0, the same steps also with rows sampled
-    at it and top_p 0.9 · attention: auto, or sdpa: what a GPU takes for which Triton has no kernels, as a T4 ·
-    random: a key of SHAPES, built of random weights"""
+    at it and top_p 0.9 · attention: auto, or sdpa: what a GPU takes for which Triton has no kernels, as a T4"""
 
     rows: tuple[int, ...] = (1, 2, 4, 8)
     nodes: tuple[int, ...] = (1, 4, 8, 16, 64)
@@ -56,7 +54,6 @@ class StepConfig:
     steps: int = 8
     temperature: float = 0.0
     attention: str = "auto"
-    random: str | None = None
 
     def __post_init__(self) -> None:
         check_numbers(self, "rows", 1, 1024)
@@ -68,13 +65,11 @@ class StepConfig:
             raise InvalidConfig("temperature must be a number from 0 to 100.", param="temperature")
         if self.attention not in ATTENTION:
             raise InvalidConfig(f"attention must be one of {', '.join(ATTENTION)}.", param="attention")
-        if self.random is not None and self.random not in SHAPES:
-            raise InvalidConfig(f"random must be one of {', '.join(SHAPES)}, not {self.random!r}.", param="random")
 
 
 class Block(NamedTuple):
     """Milliseconds of a step, and of a plain one of as many sequences in the same round. device_ms: None on a CPU ·
-    sampled_ms: of a step whose rows are sampled"""
+    sampled_ms: of a step with sampled rows"""
 
     batch: int
     nodes: int
@@ -84,24 +79,32 @@ class Block(NamedTuple):
     sampled_ms: float | None = None
 
 
+class Subject(NamedTuple):
+    """What is measured. heads: what they are called"""
+
+    loaded: LoadedModel
+    drafter: Any
+    heads: str
+
+
 # ---- the run -----------------------------------------------------------------------------------------------------
 
 
-def bench_step(engine: EngineConfig, config: StepConfig) -> dict[str, Any]:
-    """All cells with the floor. Raises LoadError: what cannot be loaded or does not fit, trees that cannot be
-    filled."""
+def bench_step(engine: EngineConfig, config: StepConfig, subject: Subject | None = None) -> dict[str, Any]:
+    """All cells with the floor. subject: instead of the engine's model and heads. Raises LoadError: what cannot be
+    loaded or does not fit, trees that cannot be filled."""
     from ..model.gpu import attention as splitk
 
     if config.attention == "auto":
-        return _bench(engine, config)
+        return _bench(engine, config, subject)
     with mock.patch.object(splitk, "available", return_value=False):
-        return _bench(engine, config)
+        return _bench(engine, config, subject)
 
 
-def _bench(engine: EngineConfig, config: StepConfig) -> dict[str, Any]:
+def _bench(engine: EngineConfig, config: StepConfig, subject: Subject | None) -> dict[str, Any]:
     from .facts import command, facts
 
-    loaded, drafter, name = _loaded(engine, config)
+    loaded, drafter, heads = subject or _loaded(engine)
     reads, blocks, memory = read_rates(loaded.device), list[Block](), list[Row]()
     for nodes in [n for n in sorted(config.nodes) if n > 1] or [1]:
         forget_peak(loaded.device)
@@ -111,14 +114,14 @@ def _bench(engine: EngineConfig, config: StepConfig) -> dict[str, Any]:
         reads += read_rates(loaded.device)
     size, rate = read_bytes(loaded.model), statistics.median(reads)
     floor = {"weight_bytes": size, "bytes_per_second": round(rate), "ms": size / rate * 1000}
-    names = ("length", "rounds", "steps", "temperature", "attention", "random")
+    names = ("length", "rounds", "steps", "temperature", "attention")
     options = {name: getattr(config, name) for name in names}
     return {
         "kind": "step",
         "rule": RULE.format(**options),
         "machine": facts(),
         "command": command(),
-        "engine": {"model": loaded.name, "heads": name, "device": str(loaded.device), "dtype": loaded.numbers},
+        "engine": {"model": loaded.name, "heads": heads, "device": str(loaded.device), "dtype": loaded.numbers},
         "options": options,
         "floor": floor | {"ms": round(floor["ms"], 4)},
         "memory": memory,
@@ -129,8 +132,8 @@ def _bench(engine: EngineConfig, config: StepConfig) -> dict[str, Any]:
 def _cells(
     loaded: LoadedModel, engine: EngineConfig, config: StepConfig, nodes: int, drafter: Any
 ) -> tuple[Row, list[Block]]:
-    """A runner's memory, and its steps with trees of so many nodes beside plain ones. Nothing of it is kept, so that
-    the next one's memory is its own."""
+    """A runner's memory, and its steps with trees of `nodes` and without. The runner is closed, so that the next one's
+    memory can be measured."""
     from ..model.build import build_runner
 
     plan = _plan(engine, config, nodes, drafter)
@@ -147,7 +150,7 @@ def _cells(
 
 
 def _plan(engine: EngineConfig, config: StepConfig, nodes: int, drafter: Any) -> EngineConfig:
-    """As many slots as are needed, with room for a block whose every draft is accepted."""
+    """As many slots as are needed, with room for a block in which every draft is accepted."""
     deepest = min(nodes - 1, drafter.max_depth)
     room = config.length + 2 + (config.steps + 1) * (1 + deepest)
     context = max(room, engine.max_context or 0)
@@ -155,19 +158,29 @@ def _plan(engine: EngineConfig, config: StepConfig, nodes: int, drafter: Any) ->
     return replace(engine, tree=tree, lookup=False, slots=max(config.rows), max_context=context)
 
 
-def _loaded(engine: EngineConfig, config: StepConfig) -> tuple[LoadedModel, Any, str]:
-    """(model, drafter, what the heads are called)."""
+def _loaded(engine: EngineConfig) -> Subject:
     from ..llm import _drafter
     from ..model.loading.load import load_model
 
-    if config.random is None:
-        loaded = load_model(engine)
-        drafter, name, _ = _drafter(engine, loaded)
-        return loaded, drafter or fixed_drafter(), name
-    loaded = random_model(config.random, engine)
-    if engine.heads == "none":
-        return loaded, fixed_drafter(), "none"
-    return loaded, random_drafter(loaded.model), "random sequential"
+    loaded = load_model(engine)
+    drafter, name, _ = _drafter(engine, loaded)
+    return Subject(loaded, drafter or fixed_drafter(), name)
+
+
+def fixed_drafter() -> Any:
+    """Drafts the same tokens in a tree of the same form at every step: trees of N nodes without heads."""
+    import torch
+
+    from medusa_serve.model.drafting.draft import StaticDrafter
+    from medusa_serve.model.drafting.tree import most_probable
+
+    class FixedDrafter(StaticDrafter):
+        def candidates(self, slots: Any, hidden: Any, pending: Any, length: Any, sampling: Any) -> Any:
+            ranks = torch.arange(self.num_ranks, device=pending.device)
+            return ranks.expand(len(slots), self.num_heads, -1)
+
+    ranks = [[0.6 * 0.5**rank for rank in range(FIXED_RANKS)]] * FIXED_DEPTH
+    return FixedDrafter(FIXED_DEPTH, FIXED_RANKS, most_probable(ranks, MAX_NODES))
 
 
 def measure(runner: ModelRunner, nodes: int, config: StepConfig) -> list[Block]:
@@ -198,14 +211,14 @@ def plain_runner(runner: ModelRunner) -> ModelRunner:
 
 
 def read_prompt(runner: ModelRunner, length: int) -> None:
-    """A prompt of so many tokens in one pass."""
+    """A prompt of `length` tokens in one pass."""
     runner.admit(0, _prompt(runner, 0, length), SamplingParams(seed=0), runner.max_context, 0)
     runner.prefill([PrefillChunk(0, length)]).outputs()
     runner.free(0)
 
 
 def _prompt(runner: ModelRunner, slot: int, length: int) -> list[int]:
-    return [(31 * slot + 7 * place) % runner.vocab_size for place in range(length)]
+    return [(31 * slot + 7 * index) % runner.vocab_size for index in range(length)]
 
 
 def step_ms(
@@ -218,22 +231,22 @@ def step_ms(
     params = SamplingParams(seed=0, ignore_eos=True, temperature=temperature, top_p=0.9 if temperature else 1.0)
     for slot in slots:
         prompt = _prompt(runner, slot, config.length)
-        runner.admit(slot, prompt, params, runner.max_context, config.length - 1)  # what lies in the cache will do
+        runner.admit(slot, prompt, params, runner.max_context, config.length - 1)  # of any content
     runner.prefill([PrefillChunk(slot, 1) for slot in slots]).outputs()
     runner.decode(slots, nodes).outputs()
-    flights, last = deque[Any](), list[StepOutput]()
+    in_flight, last = deque[Any](), list[StepOutput]()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * config.steps * runner.overlaps)]
     started = time.perf_counter()
     for number in range(config.steps):
         for event in events[2 * number : 2 * number + 1]:
             event.record()
-        flights.append(runner.decode(slots, nodes))
+        in_flight.append(runner.decode(slots, nodes))
         for event in events[2 * number + 1 : 2 * number + 2]:
             event.record()
-        if len(flights) > runner.overlaps:
-            last = flights.popleft().outputs()
-    while flights:
-        last = flights.popleft().outputs()
+        if len(in_flight) > runner.overlaps:
+            last = in_flight.popleft().outputs()
+    while in_flight:
+        last = in_flight.popleft().outputs()
     took = (time.perf_counter() - started) / config.steps * 1000
     for slot in slots:
         runner.free(slot)
@@ -268,28 +281,18 @@ def rows_of(blocks: Sequence[Block], floor_ms: float) -> list[Row]:
 # ---- the command -------------------------------------------------------------------------------------------------
 
 
-def check_numbers(config: Any, name: str, low: int, high: int) -> None:
-    """Raise InvalidConfig unless the field holds different ints in [low, high]."""
-    values = getattr(config, name)
-    if not values or len(set(values)) < len(values) or not all(low <= value <= high for value in values):
-        raise InvalidConfig(f"{name} must be different numbers from {low} to {high}.", param=name)
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--rows", type=numbers(int), metavar="B,…", help="sequences of a step (1,2,4,8)")
     add("--nodes", type=numbers(int), metavar="N,…", help="sizes of tree; 1 is plain decoding (1,4,8,16,64)")
-    add("--length", type=int, metavar="N", help="tokens behind each sequence (256)")
+    add("--length", type=int, metavar="N", help="tokens of each sequence (256)")
     add("--rounds", type=int, metavar="N", help="interleaved repetitions; the median counts (5)")
     add("--steps", type=int, metavar="N", help="of a block that is timed (8)")
     add("--temperature", type=float, metavar="T", help="also with all rows sampled at T, top_p 0.9")
     add("--attention", choices=ATTENTION, help="sdpa: as on a GPU for which Triton has no kernels (auto)")
-    add("--random", metavar="SHAPE", help=f"random weights instead of a model: {', '.join(SHAPES)}")
     add("--max-context", type=int, metavar="N", help="tokens of a slot (what the run needs)")
     end_options(parser, run)
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.random and (options.model != DEFAULT_MODEL or options.heads not in ("auto", "none")):
-        options.parser.error("--random makes its own model and heads, so --model and --heads NAME mean nothing")
     return run_bench(options, "step", StepConfig, bench_step, step_table)

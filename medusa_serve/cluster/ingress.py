@@ -1,4 +1,4 @@
-"""Where clients come to: no model, but the way to a replica, and the last word where one dies."""
+"""What clients connect to: it has no model; it passes each request to a replica, and ends its answer if that dies."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HEALTH_S = 10.0
 
 
 class Ingress:
-    """Passes requests on to replicas, answers /health for all of them, and has the last word where one dies."""
+    """Passes requests on to replicas, answers /health for all of them, and ends the answers of a replica that dies."""
 
     def __init__(self, replicas: Any, server: ServerConfig) -> None:
         self._replicas, self._config = replicas, server
@@ -44,15 +44,15 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> Any:
         return LastResort(BodyLimit(self._request, self._config))
 
-    async def facts(self) -> dict[str, Any]:
-        """What one replica says of its model."""
-        told: dict[str, Any] = await self._replicas.facts.remote()
-        return told
+    async def about(self) -> dict[str, Any]:
+        """`Replica.about` of one of them."""
+        about: dict[str, Any] = await self._replicas.about.remote()
+        return about
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self._lifespan(receive, send)
-        body = (await receive()).get("body", b"")  # whole: BodyLimit has read it
+        body = (await receive()).get("body", b"")  # all of it: BodyLimit has read it
         if scope["path"] == "/health" and scope["method"] == "GET":
             return await self._health(scope, receive, send)
         with contextlib.suppress(OSError):  # newer ASGI servers: the client has left
@@ -86,22 +86,22 @@ class Ingress:
             raise
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """A running replica's own word, and how many there are; 503 where none runs."""
+        """A running replica's own /health, and how many there are; 503 where none runs."""
         running, wanted, others = await asyncio.to_thread(self._counts)
         counts = {"running": running, "wanted": wanted, **others}
         if not running:
             message = "No replica is ready."
             return await _json({"status": "loading", "message": message, "replicas": counts}, 503)(scope, receive, send)
-        told: dict[str, Any] = {}
+        body: dict[str, Any] = {}
         try:
             async with asyncio.timeout(HEALTH_S), await self._asked(scope, b"") as response:
-                status, told = response.status, json.loads(await response.read())
+                status, body = response.status, json.loads(await response.read())
         except (*LOST, TimeoutError) as error:
-            status, told = 503, {"status": "stalled", "message": f"No replica answers ({type(error).__name__})."}
-        return await _json({**told, "replicas": counts}, status)(scope, receive, send)
+            status, body = 503, {"status": "stalled", "message": f"No replica answers ({type(error).__name__})."}
+        return await _json({**body, "replicas": counts}, status)(scope, receive, send)
 
     def _counts(self) -> tuple[int, int, dict[str, int]]:
-        """(running, wanted, those in other states by name)."""
+        """(running, wanted, the number in each other state by name)."""
         deployment = serve.status().applications[self._app_name].deployments[REPLICA]
         states = {getattr(state, "value", str(state)).lower(): n for state, n in deployment.replica_states.items() if n}
         running = states.pop("running", 0)

@@ -1,4 +1,4 @@
-"""A request passed on over HTTP to a replica's port, and its answer back: whatever has come goes on in one piece."""
+"""A request passed on over HTTP to a replica's port, and its answer back: all that has come is passed on at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HOP = frozenset(  # of one connection, not of the message (RFC 9110, 7.6.1)
     b"upgrade".split()
 )
 NOT_ASKED = HOP | {b"host", b"content-length", b"expect", PERMIT, CLIENT}  # written anew, or not at all
-NOT_ANSWERED = HOP | {b"date", b"server"}  # who faces the client writes its own
+NOT_ANSWERED = HOP | {b"date", b"server"}  # the server that the client is connected to writes its own
 CONNECT_S = 5.0
 IDLE_S = 30.0  # that a connection is kept; the replicas keep it for longer
 PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a machine that is gone closes no connection
@@ -31,7 +31,7 @@ class Upstream:
     """Connections to the replicas, kept between requests. Belongs to one event loop."""
 
     def __init__(self, silence_s: float) -> None:
-        """silence_s: an answer that says nothing for so long is given up"""
+        """silence_s: an answer that is silent for so long is given up"""
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S, socket_factory=_probed),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=silence_s),
@@ -100,8 +100,8 @@ def _text(value: bytes) -> str:
 
 
 class RelayedAnswer:
-    """What a client has got of one answer. Nothing is sent before the first of its events, or all of an answer that is
-    no stream, has come: until then another replica may answer. Of a stream only whole events are sent.
+    """What a client has got of one answer. Nothing is sent before the first event has come, or all of an answer that is
+    no stream: until then another replica may answer. Of a stream only complete events are sent.
 
     started: something was sent · ended: so was the terminal event
     """
@@ -138,7 +138,7 @@ class RelayedAnswer:
         await self._send({"type": "http.response.body", "body": body, "more_body": not last})
 
     async def end(self, error: MedusaServeError) -> None:
-        """The terminal event of a stream that has none yet, or an answer of its own where none has begun."""
+        """The terminal event of a stream that has none yet, or an error reply where no answer has begun."""
         reply = reply_to(error)
         head = {"type": "http.response.start", "status": reply.status_code, "headers": reply.raw_headers}
         body = bytes(reply.body)

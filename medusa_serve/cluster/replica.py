@@ -34,7 +34,7 @@ class Replica:
 
             load = LLM
         self._llm = load(engine)
-        self._llm.manager.wait_until_rested(WARM_S)  # who is asked has compiled and captured its passes
+        self._llm.manager.wait_until_rested(WARM_S)  # a replica that gets requests has compiled and captured its passes
         self._permits, self._node = Permits(), get_node_ip_address()
         self._bound = replace(server, host=LOOPBACK, port=0, keep_alive_s=KEEP_S, max_connections=MANY)
         sock, started = bind(self._bound), threading.Event()
@@ -42,7 +42,7 @@ class Replica:
         self._outside = self._inside if self._node == LOOPBACK else ""  # until another machine asks
         gate, self._stop_s = partial(PermitsOnly, permits=self._permits), server.drain_s + 4 * CLOSE_S
         self._server = WebServer(self._llm, server, lambda _: started.set(), gate=gate, connections=self._bound)
-        # a loop of its own: what Ray does in its own loops holds up no answer
+        # its own thread and loop: what Ray does in its loops delays no answer
         self._thread = threading.Thread(target=self._server.run, args=([sock],), name="medusa-http", daemon=True)
         self._thread.start()
         started.wait(START_S)  # where it does not, check_health says so
@@ -54,15 +54,16 @@ class Replica:
         if not self._thread.is_alive():
             raise RuntimeError("The HTTP server is gone.")
 
-    def facts(self) -> dict[str, Any]:
+    def about(self) -> dict[str, Any]:
+        """The model as LLM.describe() says, its notes, and this process."""
         llm: Any = self._llm
         notes = list(getattr(llm, "notes", []))
         chats = llm.codec.has_chat_template
-        return {"facts": llm.describe(), "notes": notes, "has_chat_template": chats, "pid": os.getpid()}
+        return {"model": llm.describe(), "notes": notes, "has_chat_template": chats, "pid": os.getpid()}
 
     async def permit(self, node: str) -> AsyncIterator[tuple[str, str]]:
         """Yield where to send one request from the machine `node`, and the name of its permit, and end when its answer
-        is over: so long Ray counts it here."""
+        is over: until then Ray counts the request here."""
         with self._permits.given() as permit:
             yield self._address_for(node), permit.name
             await permit.until_over()

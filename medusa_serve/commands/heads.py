@@ -1,5 +1,5 @@
-"""`medusa-serve heads`: what a file of heads holds (inspect), in another layout (convert), and whether they fit a base
-(check)."""
+"""`medusa-serve heads`: show what a file of heads holds (inspect), write it in another layout (convert), try whether
+the heads fit a model (check)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..config import DEFAULT_MODEL, EngineConfig
 from ..errors import InvalidConfig, LoadError
 from ..presets import FAMILIES, shipped_heads
+from .options import add_model_options, refuse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,14 +40,14 @@ LAYOUTS = {
 }
 CALIBRATION = ("ranks", "tau", "noise_tau")
 WRITABLE = ("native", "A", "B", "C", "E")
-ALSO = {"vllm": "E", "tgi": "B"}  # by whose they are
+ALSO = {"vllm": "E", "tgi": "B"}  # the servers that read them
 BRINGS_OUTPUT = ("A", "B", "E")  # these hold output layers, so tied heads need the base's
-TOKENS = 48  # that the base continues each text with
-PLACES = (1, 2, 3, 4)  # tokens behind the right one, at which drafts are right by chance
-# Measured on the default model (376 positions): heads of either family, trained for seconds on 74 answers, have 18 % or
-# more at the right place and 9 % at most elsewhere, 3.8 standard deviations apart at least. Random heads, trained ones
-# with their inputs mixed up or in another order, and fresh ones, which repeat the base's next token: 1.6 at most. A
-# fixed share would not do: the five commonest tokens alone make up 25 % of these texts.
+TOKENS = 48  # of each answer of the base model
+SHIFTS = (1, 2, 3, 4)  # tokens after the right one: there, drafts are right by chance only
+# Measured on the default model (376 positions): heads of either family, trained for seconds on 74 answers, hit at least
+# 18 % at the right position and at most 9 % at others, a difference of at least 3.8 standard deviations. Random heads,
+# trained heads with their inputs mixed up or in another order, and fresh heads, which repeat the base's next token: at
+# most 1.6. A fixed share would not do: the five commonest tokens alone make up 25 % of these texts.
 SIGMAS = 3.0
 
 
@@ -61,7 +62,7 @@ def heads_path(name: str, model: str = DEFAULT_MODEL) -> Path:
 
 
 def facts_of(info: HeadsInfo, config: dict[str, Any]) -> dict[str, Any]:
-    """HeadsInfo as plain data, and whose heads they are. `config` is what lies beside the tensors."""
+    """HeadsInfo as plain data, and which model the heads are for. config: of the folder that holds the tensors"""
     origin = info.provenance
     base = origin.get("base_model") or origin.get("base") or config.get("base_model_name_or_path")
     return asdict(info) | {
@@ -130,7 +131,7 @@ def convert(options: argparse.Namespace) -> int:
 
 def _check_out(path: Path, out: Path, overwrite: bool) -> list[Path]:
     """The tensor files that go away. Raises LoadError unless `out` can be made, or holds heads alone and may be
-    overwritten: a model that somebody keeps there is not ours to spoil."""
+    overwritten: a user's model there must not be lost."""
     from ..model.drafting.files import split_full_model
     from ..model.drafting.tensors import HEAD_FILES
 
@@ -185,9 +186,9 @@ def _write(path: Path, folder: Path, layout: str, info: HeadsInfo, base: str | N
 
 
 class Elsewhere(NamedTuple):
-    """The five best drafts of depth 0 held against the token `by` places behind the one that they should draft.
+    """How often the five best drafts of depth 0 hold the token that comes `by` tokens after the right one.
 
-    share: of positions where it is among them · sigmas: by how many standard deviations the right place is better
+    share: of positions where they do · sigmas: by how many standard deviations the right token is hit more often
     """
 
     by: int
@@ -197,7 +198,7 @@ class Elsewhere(NamedTuple):
 
 @dataclass(frozen=True)
 class Agreement:
-    """What the heads would have drafted beside what the base said."""
+    """What the heads would have drafted, compared with what the base model wrote."""
 
     ranks: Ranks
     elsewhere: list[Elsewhere]
@@ -211,7 +212,7 @@ def check(options: argparse.Namespace) -> int:
     try:
         engine = EngineConfig(model=options.model, device=options.device, dtype=options.dtype, quantize="none")
     except InvalidConfig as error:
-        options.parser.error(error.message.rstrip("."))
+        refuse(options, error)
     path = heads_path(options.path, options.model)
     loaded = load_model(engine)
     model = loaded.model
@@ -242,10 +243,10 @@ def check(options: argparse.Namespace) -> int:
 
 
 def misfit(own: float, elsewhere: Sequence[Elsewhere]) -> str | None:
-    """Why these heads are not for this base; None if they are. own: the top-5 share of depth 0 at its place.
+    """Why these heads are not for this base; None if they are. own: the top-5 share of depth 0 at the right position.
 
-    Chance is what the same drafts hit at wrong places, as common words are right anywhere now and then. Heads that read
-    this base's states hit their own place more often than any other, by SIGMAS standard deviations at least.
+    Chance is what the same drafts hit at wrong positions, where a common word is right now and then. Heads that read
+    this base's hidden states hit the right position more often than any other, by at least SIGMAS standard deviations.
     """
     worst = min(elsewhere, key=lambda one: one.sigmas)
     if worst.sigmas >= SIGMAS:
@@ -257,7 +258,7 @@ def misfit(own: float, elsewhere: Sequence[Elsewhere]) -> str | None:
 
 
 def base_answers(loaded: LoadedModel) -> Answers:
-    """The built-in questions, and how the base answers them greedily, by the engine without heads."""
+    """The base model's greedy answers to the built-in questions, made by the engine without heads."""
     import numpy as np
 
     from ..bench.questions import read_prompts
@@ -286,7 +287,7 @@ def base_answers(loaded: LoadedModel) -> Answers:
 
 
 def agreement(heads: Heads, hidden_inputs: Sequence[int], loaded: LoadedModel, answers: Answers) -> Agreement:
-    """As training.finish.measure does it, but for every family, and with output layers that the heads bring."""
+    """As training.finish.measure, but for every family, and for heads with output layers of their own."""
     import numpy as np
     import torch
 
@@ -300,13 +301,13 @@ def agreement(heads: Heads, hidden_inputs: Sequence[int], loaded: LoadedModel, a
         hidden = teacher.hidden(batch.ids)[0][batch.at]
         features = features_of(heads, hidden, batch.tokens(heads.max_depth))
         columns = [rank_column(heads, x, depth, depth, batch, answers.vocab_size) for depth, x in enumerate(features)]
-        others = [elsewhere(heads, features[0], by, columns[0], batch, answers.vocab_size) for by in PLACES]
+        others = [elsewhere(heads, features[0], by, columns[0], batch, answers.vocab_size) for by in SHIFTS]
     looped = np.zeros(len(answers), bool)
     return Agreement(Ranks(torch.stack(columns, dim=1).cpu().numpy(), answers.answer_len - 1, looped), others)
 
 
 def elsewhere(heads: Any, features: Tensor, by: int, own: Tensor, batch: Batch, vocab: int) -> Elsewhere:
-    """A sign test: how often either place's token is among the five best drafts, and the one before the other."""
+    """A sign test: how often either token is among the five best drafts, and ranks before the other one."""
     from ..training.calibrate import PAST_END
 
     other = rank_column(heads, features, 0, by, batch, vocab)
@@ -331,7 +332,7 @@ def features_of(heads: Any, hidden: Tensor, tokens: Tensor) -> Sequence[Tensor]:
 
 
 def rank_column(heads: Any, features: Tensor, depth: int, target: int, batch: Batch, vocab: int) -> Tensor:
-    """(R): where depth `depth`'s candidates have the token that depth `target` should draft."""
+    """(R): the rank, among the candidates of depth `depth`, of the token that depth `target` should draft."""
     import torch
 
     from ..training.calibrate import true_ranks
@@ -351,22 +352,23 @@ def rank_column(heads: Any, features: Tensor, depth: int, target: int, batch: Ba
 # ---- the command line --------------------------------------------------------------------------------------------
 
 
-def add_parsers(kinds: Any) -> argparse.ArgumentParser:
-    """inspect, convert and check; → the parser of check, which wants the options of a model."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = "look into files of heads, convert them, try them on a model"
+    kinds = parser.add_subparsers(required=True, metavar="WHAT", title="what")
 
     def add(name: str, about: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        parser: argparse.ArgumentParser = kinds.add_parser(name, help=about, description=about, allow_abbrev=False)
-        parser.add_argument("path", metavar="PATH", help="a file or folder of heads, or medusa or sequential (shipped)")
-        parser.set_defaults(run=run, parser=parser)
-        return parser
+        kind: argparse.ArgumentParser = kinds.add_parser(name, help=about, description=about)
+        kind.add_argument("path", metavar="PATH", help="a file or folder of heads, or medusa or sequential (shipped)")
+        kind.set_defaults(run=run, parser=kind)
+        return kind
 
     add("inspect", "what a file of heads holds", inspect).add_argument(
         "--json", action="store_true", help="print one JSON object"
     )
-    parser = add("convert", "write heads in another layout", convert)
-    parser.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
+    to = add("convert", "write heads in another layout", convert)
+    to.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
     about = "the layout; vllm is E, tgi is B"
-    parser.add_argument("--to", required=True, type=lambda name: ALSO.get(name, name), choices=WRITABLE, help=about)
-    parser.add_argument("--base", metavar="MODEL", help="whose output layer tied heads share (layouts A, B, E)")
-    parser.add_argument("--overwrite", action="store_true", help="replace other heads in OUT")
-    return add("check", "whether heads fit a model", check)
+    to.add_argument("--to", required=True, type=lambda name: ALSO.get(name, name), choices=WRITABLE, help=about)
+    to.add_argument("--base", metavar="MODEL", help="of tied heads: layouts A, B, E hold its output layer")
+    to.add_argument("--overwrite", action="store_true", help="replace other heads in OUT")
+    add_model_options(add("check", "whether heads fit a model", check), heads=False)

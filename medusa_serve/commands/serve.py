@@ -1,4 +1,4 @@
-"""`medusa-serve serve`: its options, the server from start to stop, what it prints. uvicorn comes with the server."""
+"""`medusa-serve serve`: its options, and the server from start to stop. uvicorn comes with the server."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import secrets
-import shlex
 import threading
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,23 +14,26 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..config import EngineConfig
+from ..errors import InvalidConfig
 from ..server.config import ServerConfig
+from ..server.start_lines import curl_line, key_lines, model_line, print_lines
+from .options import add_engine_options, engine_config, refuse
 
 if TYPE_CHECKING:
     from ..llm import LLM
-
-EXAMPLE = "Explain photosynthesis to a child."
 
 
 # ---- options -----------------------------------------------------------------------------------------------------
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Serve a model over HTTP."
+    add_engine_options(parser)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="any other host than the default needs a key")
     group.add_argument("--port", type=int, default=8000, help="8000 by default; 0: any free one")
     group.add_argument("--max-queue", type=int, default=64, metavar="N", help="requests that may wait for a slot")
-    about = "copies of the model behind one address, a GPU each (a part of the cores without one); needs Ray Serve"
+    about = "copies of the model at one address, a GPU each (without GPUs: a share of the cores); needs Ray Serve"
     group.add_argument("--replicas", type=int, default=1, metavar="N", help=about)
     group.add_argument("--api-key", metavar="KEY", help="or MEDUSA_SERVE_API_KEY; made where one is needed")
     about = "a further key to hand out, under limits per key; may be given several times; made without KEY"
@@ -39,6 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     about = "a name of this server in Host headers; may be given several times (default: this machine's)"
     group.add_argument("--access-log", action="store_true", help="one line a request on stderr, without text or keys")
     group.add_argument("--allow-host", metavar="NAME", action="append", default=[], help=about)
+    parser.set_defaults(run=run, parser=parser)
 
 
 def server_config(options: argparse.Namespace) -> tuple[ServerConfig, bool]:
@@ -60,8 +63,27 @@ def server_config(options: argparse.Namespace) -> tuple[ServerConfig, bool]:
 # ---- from start to stop ------------------------------------------------------------------------------------------
 
 
+def run(options: argparse.Namespace) -> int:
+    from ..cluster.config import ReplicasConfig
+
+    try:
+        engine = engine_config(options)
+        server, key_is_ours = server_config(options)
+        ReplicasConfig(replicas=options.replicas)
+    except InvalidConfig as error:
+        refuse(options, error)
+    if options.replicas > 1:
+        from ..cluster.command import serve_replicas
+
+        serve_replicas(engine, server, options.replicas, as_json=options.json, key_is_ours=key_is_ours)
+        return 0
+    serve_until_stopped(engine, server, as_json=options.json, key_is_ours=key_is_ours)
+    return 0
+
+
 def serve_until_stopped(engine: EngineConfig, config: ServerConfig, *, as_json: bool, key_is_ours: bool) -> None:
-    """Listen, load, tell, serve until Ctrl-C or SIGTERM. Raises what loading raises; the port is bound before it."""
+    """Listen, load, print how to ask, serve until Ctrl-C or SIGTERM. Raises what loading raises; the port is bound
+    before."""
     from ..server.background_load import BackgroundLoad
     from ..server.gc_freeze import loaded_is_kept
     from ..server.listen import bind, serve, url_of
@@ -80,15 +102,16 @@ def serve_until_stopped(engine: EngineConfig, config: ServerConfig, *, as_json: 
         url = url_of(sock)
         if not as_json:
             where = url if config.is_loopback else f"{url} (listening on {config.host}: use this machine's address)"
-            _print(f"medusa_serve {__version__} at {where}, loading {engine.model} …", *_key_lines(config, key_is_ours))
+            first = f"medusa_serve {__version__} at {where}, loading {engine.model} …"
+            print_lines(first, *key_lines(config, key_is_ours))
         source = BackgroundLoad(load)
 
-        def tell() -> None:
+        def print_when_ready() -> None:
             source.wait()
             if source.state == "ready":
                 _print_ready(source.get(), url, config, as_json)  # type: ignore[arg-type]
 
-        threading.Thread(target=tell, name="medusa-tell", daemon=True).start()
+        threading.Thread(target=print_when_ready, name="medusa-ready", daemon=True).start()
         try:
             serve(source, config, sock=sock)
             if source.state == "failed":
@@ -97,41 +120,10 @@ def serve_until_stopped(engine: EngineConfig, config: ServerConfig, *, as_json: 
             source.close()
 
 
-# ---- what it prints ----------------------------------------------------------------------------------------------
-
-
-def _key_lines(config: ServerConfig, key_is_ours: bool) -> list[str]:
-    if config.api_key is None:
-        return ["no key needed: loopback only"]
-    made = " (made for this run)" if key_is_ours else ""
-    guests = [f"key of a guest: {key}" for key in config.guest_keys]
-    return [f"key: {config.api_key}{made}, sent as `Authorization: Bearer …`", *guests]
-
-
 def _print_ready(llm: LLM, url: str, config: ServerConfig, as_json: bool) -> None:
     key, guests = config.api_key, {"guest_keys": config.guest_keys} if config.guest_keys else {}
-    curl = curl_line(url, key, llm.codec.has_chat_template)
+    curl, about = curl_line(url, key, llm.codec.has_chat_template), llm.describe()
     if as_json:
-        _print(json.dumps({"url": url, "api_key": key, **guests, "curl": curl, **llm.describe(), "notes": llm.notes}))
+        print_lines(json.dumps({"url": url, "api_key": key, **guests, "curl": curl, **about, "notes": llm.notes}))
         return
-    facts = ", ".join(f"{name} {_plain(value)}" for name, value in llm.describe().items())
-    _print(facts, *(f"  {note}" for note in llm.notes), "ready; try:", curl)
-
-
-def _plain(value: Any) -> str:
-    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
-
-
-def curl_line(url: str, key: str | None, has_chat_template: bool) -> str:
-    """A shell line that gets an answer from the server at `url`."""
-    body: dict[str, Any] = {"messages": [{"role": "user", "content": EXAMPLE}]}
-    if not has_chat_template:
-        body = {"prompt": "Once upon a time"}
-    words = ["curl", "-s", f"{url}/generate", "-H", "Content-Type: application/json"]
-    if key is not None:
-        words += ["-H", f"Authorization: Bearer {key}"]
-    return shlex.join([*words, "-d", json.dumps({**body, "max_tokens": 64})])
-
-
-def _print(*lines: str) -> None:
-    print(*lines, sep="\n", flush=True)
+    print_lines(model_line(about), *(f"  {note}" for note in llm.notes), "ready; try:", curl)

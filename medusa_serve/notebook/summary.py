@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from ..commands.serve import EXAMPLE, curl_line
+from ..server.start_lines import EXAMPLE, curl_line
 from . import env
 
 

@@ -118,18 +118,3 @@ def _cross_entropy(z: Tensor, q: Tensor, p: Tensor) -> Tensor:
 def _difference(q: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
     """q - p in `dtype`, q overwritten or cast in the same pass."""
     return q.sub_(p) if q.dtype == dtype else torch.sub(q, p, out=torch.empty_like(q, dtype=dtype))
-
-
-def plain_loss(
-    features: Tensor, teacher: Tensor, place: Tensor, output: Output, weights: Tensor, temperature: float = 1.0
-) -> Tensor:
-    """The slow reference: every logit at once, gradients by autograd."""
-    rows, depths, _ = features.shape
-    log_q = output.log_probs(features)  # (R, D, V')
-    p = output.log_probs(teacher, temperature).exp()
-    total = features.new_zeros(())
-    for row in range(rows):
-        for depth in range(depths):
-            if row + depth < rows and int(place[row + depth]) >= depth:
-                total = total - weights[depth] * (p[row + depth] * log_q[row, depth]).sum()
-    return total / rows

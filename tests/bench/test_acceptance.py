@@ -1,7 +1,4 @@
-"""`medusa-serve bench acceptance` and `drafting`, on a base whose every next token is known: figures are exact.
-
-pytest tests/bench/test_acceptance.py
-"""
+"""`medusa-serve bench acceptance`, on a base whose every next token is known: figures are exact."""
 
 from __future__ import annotations
 
@@ -17,9 +14,8 @@ import pytest
 from medusa_serve import cli
 from medusa_serve.bench import acceptance
 from medusa_serve.bench.acceptance import Answer, heads_digest, rows_of, table
-from medusa_serve.model.drafting.heads import MedusaHeads
 from medusa_serve.presets import FAMILIES, shipped_heads
-from tests.commands.test_heads import HIDDEN, LONG, SHORT, chain_folder, chain_heads, saved
+from tests.commands.test_heads import LONG, SHORT, chain_folder, chain_heads, saved
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -294,35 +290,6 @@ def test_rows_of_answers() -> None:
     assert rows["all", "no loops"]["steps"] == 5
 
 
-# ---- drafting ----------------------------------------------------------------------------------------------------
-
-
-def test_drafting_has_a_price(world: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    heads = MedusaHeads(HIDDEN, 3)
-    path = saved(heads, tmp_path / "tied")
-    fixed = ["drafting", "--model", world["base"], "--device", "cpu", "--rounds", "2"]
-    out = tmp_path / "d.json"
-    assert run(*fixed, "--heads", path, "--nodes", "4,16", "--draft-vocab", "64", "--out", str(out)) == 0
-    result = json.loads(out.read_text())
-    assert [row["nodes"] for row in result["rows"]] == [4, 16]
-    assert (result["draft_vocab"], result["depth"], result["engine"]["heads"]) == (64, 3, "medusa")
-    for row in result["rows"]:
-        assert row["draft_share"] == pytest.approx(row["draft_ms"] / row["plain_ms"], rel=0.01)
-        assert row["step_ratio"] == pytest.approx(row["step_ms"] / row["plain_ms"], rel=0.01)
-        assert 0 < row["draft_ms"] < row["step_ms"]
-    assert "draft/plain" in capsys.readouterr().out
-
-    def refused(says: str, *more: str, code: int) -> None:
-        assert run(*fixed, *more) == code
-        assert says in capsys.readouterr().err
-
-    refused("draft_vocab cannot change", "--heads", world["right"], "--draft-vocab", "0", code=1)
-    refused("more than the", "--heads", path, "--draft-vocab", "9999", code=1)
-    refused("no heads to measure", "--heads", "none", code=1)
-    refused("nodes must be", "--nodes", "1", code=2)
-    refused("rounds must be", "--rounds", "0", code=2)
-
-
 # ---- what ships --------------------------------------------------------------------------------------------------
 
 
@@ -353,16 +320,3 @@ def test_one_sequence_reaches_what_was_asked_for() -> None:
             assert row["answers"] == 225
             assert row["acceptance"] >= least.pop((row["temperature"], row["nodes"]))
     assert not least
-
-
-def test_a_stored_result_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    results = ROOT / "notebooks/results"
-    assert run("drafting", "--show", str(results / "drafting_h200.json")) == 0
-    assert "smollm2-135m in bfloat16 on NVIDIA H200" in capsys.readouterr().out
-    assert run("drafting", "--show", str(results / "acceptance_one_h200.json")) == 1
-    assert "is no result of `bench drafting`" in capsys.readouterr().err
-
-
-def test_drafting_costs_the_gpu_at_most_a_quarter_of_a_plain_step() -> None:
-    result = json.loads((ROOT / "notebooks/results/drafting_h200.json").read_text())
-    assert {row["nodes"]: row["draft_share"] <= 0.25 for row in result["rows"]} == {8: True, 64: True}

@@ -108,7 +108,7 @@ def test_decode_table() -> None:
 def test_step_table() -> None:
     lines = step_table(RESULTS["step"]).splitlines()
     assert "Some GPU, torch" in lines[0]  # a GPU's threads say nothing
-    assert lines[0].endswith("256 tokens behind each sequence")
+    assert lines[0].endswith("256 tokens in each sequence")
     assert lines[1] == "reading 0.54 GB of weights at 17.0 GB/s takes 31.65 ms"
     assert lines[6].split() == ["8", "16", "336.00", "3.25", "1.500", "1.250", "-"]
     assert lines[7:] == [

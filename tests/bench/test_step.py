@@ -1,7 +1,4 @@
-"""`medusa-serve bench step`, on models of random weights.
-
-pytest tests/bench/test_step.py
-"""
+"""`medusa-serve bench step`, also on models of random weights, which `python -m tests.campaigns step` makes."""
 
 from __future__ import annotations
 
@@ -16,13 +13,14 @@ import torch
 from medusa_serve import cli
 from medusa_serve.bench import step
 from medusa_serve.bench.floor import memory_of, num_bytes, read_bytes, read_rates
-from medusa_serve.bench.shapes import SHAPES, fixed_drafter, random_drafter, random_model
-from medusa_serve.bench.step import Block, StepConfig, plain_runner, rows_of, step_ms
+from medusa_serve.bench.step import Block, StepConfig, fixed_drafter, plain_runner, rows_of, step_ms
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import InvalidConfig, LoadError
 from medusa_serve.model.build import build_runner
 from medusa_serve.model.weights.int4 import use_few_bits
 from medusa_serve.types import StepOutput
+from tests.campaigns import __main__ as campaigns
+from tests.campaigns.shapes import SHAPES, random_drafter, random_model
 from tests.commands.test_heads import chain_folder, chain_heads, saved
 from tests.model.test_exact import on_steps
 from tests.tiny import tiny_model
@@ -59,8 +57,8 @@ def test_every_cell_against_the_floor_and_one_node(
     monkeypatch.setattr(step, "read_rates", lambda device: [1e9, 3e9, 0.5e9])
     out = tmp_path / "s.json"
     arguments = ["--random", "tiny", "--device", "cpu", "--rows", "3,1", "--nodes", "16,4", "--rounds", "2"]
-    monkeypatch.setattr("sys.argv", ["medusa-serve", "bench", "step", *arguments, f"--out={out}"])
-    assert run(*arguments, f"--out={out}") == 0
+    monkeypatch.setattr("sys.argv", ["campaigns", "step", *arguments, f"--out={out}"])
+    assert campaigns.main(["step", *arguments, f"--out={out}"]) == 0
     one_round = [((1,), 1), ((1, 4), 4)], [((1,), 1), ((1, 16), 16)]
     expected = []
     for each in one_round:
@@ -201,20 +199,6 @@ def test_fixed_drafts_fill_the_tree_without_heads() -> None:
     runner.close()
 
 
-def test_random_models_are_the_same_each_time_and_leave_the_generator_alone() -> None:
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    one, two = (random_model("tiny", EngineConfig(device="cpu", dtype="bfloat16")) for _ in range(2))
-    heads = [random_drafter(loaded.model).heads for loaded in (one, two)]
-    assert torch.equal(torch.rand(3), expected)
-    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
-    assert torch.equal(heads[0].start_proj.weight, heads[1].start_proj.weight)
-    assert {p.dtype for p in (*one.model.parameters(), *heads[0].parameters())} == {torch.bfloat16}
-    assert heads[0].output.weight.data_ptr() == one.model.lm_head.weight.data_ptr()
-    assert one.model.config.num_hidden_layers == SHAPES["tiny"]["num_hidden_layers"]
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -226,7 +210,6 @@ def test_random_models_are_the_same_each_time_and_leave_the_generator_alone() ->
         ("length", 1),
         ("rounds", 0),
         ("steps", 0),
-        ("random", "llama-8b"),
     ],
 )
 def test_nonsense_is_refused_by_name(field: str, value: Any) -> None:
@@ -260,6 +243,6 @@ def test_real_heads_and_what_they_cannot_fill(
     shallow = saved(chain_heads(base, 1), tmp_path / "shallow")
     refused("fill at most", "--heads", shallow, "--nodes", "64", code=1)
     refused("more than the model's own", "--heads", right, "--nodes", "4", "--length", "600", code=1)
-    refused("--random makes its own", "--random", "tiny", code=2)
+    refused("--random", "--random", "tiny", code=2)  # the developers' bench has that
     refused("rows must be", "--rows", "0", code=2)
     refused("There is no folder for", "--out", str(tmp_path / "a" / "b"), code=1)

@@ -1,7 +1,7 @@
-"""What drafting costs one sequence, as a share of a plain step: `medusa-serve bench drafting`.
+"""What drafting costs one sequence, as a share of a plain step: `python -m tests.campaigns drafting`.
 
 plain  a step that decodes one token, no heads loaded
-draft  the drafter's own call on real hidden states; in a CUDA graph of its own where the engine uses graphs
+draft  the drafter's own call on real hidden states; in its own CUDA graph where the engine uses graphs
 step   the engine's whole step with a tree of N nodes: verify, accept, commit, draft
 
 Each is timed in blocks of equal calls, in turn; the median block counts, and figures are ratios of medians.
@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from medusa_serve.bench.acceptance import heads_path, numbers
-from medusa_serve.bench.command import end_options, run_bench
+from medusa_serve.bench.acceptance import heads_path
+from medusa_serve.bench.command import end_options, numbers, run_bench
+from medusa_serve.bench.step import plain_runner
 from medusa_serve.config import MAX_NODES, EngineConfig, check_int
 from medusa_serve.errors import InvalidConfig, LoadError
 from medusa_serve.types import PrefillChunk, SamplingParams
@@ -86,7 +87,8 @@ def bench_drafting(engine: EngineConfig, config: DraftingConfig) -> dict[str, An
 def measure(
     runner: ModelRunner, prompts: Sequence[Sequence[int]], nodes: int, config: DraftingConfig
 ) -> dict[str, float]:
-    """Milliseconds of plain, draft and step for one tree, and the two ratios."""
+    """Milliseconds of plain, draft and step for one tree, and the two ratios. The plain runner has the same cache: they
+    take turns in slot 0, and the prefill of one overwrites what the other left there."""
     plain = plain_runner(runner)
     drafts = [_draft_call(runner, recorded_draft(runner, prompt)) for prompt in prompts]
     times: dict[str, list[float]] = {"plain": [], "draft": [], "step": []}
@@ -106,18 +108,6 @@ def measure(
     }
 
 
-def plain_runner(runner: ModelRunner) -> ModelRunner:
-    """A runner without heads over the same model and cache, so that both fit into memory. They take turns in slot 0
-    with the same prompt; what one leaves behind there is overwritten by the other's prefill."""
-    from medusa_serve.model.runner import ModelRunner
-    from medusa_serve.model.shapes import Shape
-    from medusa_serve.model.tables import SlotTables
-
-    tables = SlotTables(1, runner.tables.history.shape[1], [], 0, 0, runner.device)
-    sizes: Any = {"vocab_size": runner.vocab_size, "max_context": runner.max_context}
-    return ModelRunner(runner.forward, tables, shapes={1: Shape(1, 0, 0)}, drafter=None, eos_ids=[], **sizes)
-
-
 class _Recorder:
     """Stands in for the drafter in one step, and keeps what the engine asked it."""
 
@@ -131,7 +121,7 @@ class _Recorder:
 
 
 def recorded_draft(runner: ModelRunner, prompt: Sequence[int]) -> Call:
-    """The drafter's call after a step behind this prompt, to be made again."""
+    """The drafter's call of the step after this prompt, so that it can be made again."""
     import torch
 
     drafter: Any = runner.drafter
@@ -192,17 +182,17 @@ def _calls_ms(runner: ModelRunner, call: Call, count: int) -> float:
 
 
 def _steps_ms(runner: ModelRunner, prompt: Sequence[int], nodes: int, count: int) -> float:
-    """The same of decode steps, read as the engine reads them: one step behind where the device runs ahead."""
+    """The same of decode steps, read as the engine reads them: one step late where the device runs ahead."""
     _begin(runner, prompt)
     runner.decode([0], nodes).outputs()
-    flights: deque[Any] = deque()
+    in_flight: deque[Any] = deque()
     started = time.perf_counter()
     for _ in range(count):
-        flights.append(runner.decode([0], nodes))
-        if len(flights) > runner.overlaps:
-            flights.popleft().outputs()
-    while flights:
-        flights.popleft().outputs()
+        in_flight.append(runner.decode([0], nodes))
+        if len(in_flight) > runner.overlaps:
+            in_flight.popleft().outputs()
+    while in_flight:
+        in_flight.popleft().outputs()
     took = time.perf_counter() - started
     runner.free(0)
     return took / count * 1000

@@ -1,4 +1,4 @@
-"""Measurements that anybody can repeat: `medusa-serve bench engine`. Ratios within one run count; times are noise.
+"""What the engine is worth: `python -m tests.campaigns engine`. Ratios within one run count; times are noise.
 
 plain    tokens/s of one sequence without speculation over transformers' `generate` in the same dtype
 streams  tokens/s of 8 concurrent HTTP streams over one stream, speculation off
@@ -7,24 +7,24 @@ lookup   tokens per step on summarise and rewrite prompts, lookup on; the texts 
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import threading
 import time
 import urllib.request
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from medusa_serve.bench.command import end_options, run_bench
 from medusa_serve.bench.facts import machine, rested
 from medusa_serve.bench.questions import read_prompts
 from medusa_serve.config import EngineConfig, check_int
-from medusa_serve.server.config import ServerConfig
 from medusa_serve.types import Completion, SamplingParams
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from .serving import served
 
+if TYPE_CHECKING:
     from medusa_serve.llm import LLM
 
 
@@ -51,8 +51,8 @@ def bench_engine(engine: EngineConfig, bench: BenchConfig) -> dict[str, Any]:
         lookup = lookup_acceptance(llm, bench.tokens)
         streams = stream_ratio(llm, bench)
         facts = llm.describe()
-    plain = plain_ratio(config, bench)
-    return {"machine": machine(), "engine": facts, "plain": plain, "streams": streams, "lookup": lookup}
+    found = {"plain": plain_ratio(config, bench), "streams": streams, "lookup": lookup}
+    return {"kind": "engine", "machine": machine(), "engine": facts, **found}
 
 
 def plain_ratio(config: EngineConfig, bench: BenchConfig) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def stream_ratio(llm: LLM, bench: BenchConfig) -> dict[str, Any]:
     """One HTTP stream and `bench.streams` of them at once, in turn; speculation off."""
     one: list[float] = []
     many: list[float] = []
-    with _served(llm) as url:
+    with served(llm) as url:
         for index in range(bench.rounds + 1):
             single = _streams(url, 1, bench.tokens, index)
             together = _streams(url, bench.streams, bench.tokens, index)
@@ -162,27 +162,6 @@ def _streams(url: str, count: int, tokens: int, offset: int) -> float:
     return sum(totals) / (time.perf_counter() - started)
 
 
-@contextmanager
-def _served(llm: LLM) -> Iterator[str]:
-    """The app over `llm` on a free loopback port, in a thread of its own."""
-    from medusa_serve.server.listen import WebServer, bind, url_of
-
-    config = ServerConfig(port=0)
-    sock = bind(config)
-    server = WebServer(llm, config)
-    thread = threading.Thread(target=server.run, args=([sock],), name="bench-server")
-    thread.start()
-    try:
-        while not server.started:
-            if not thread.is_alive():
-                raise RuntimeError("The server did not start.")
-            time.sleep(0.01)
-        yield url_of(sock)
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
 def table(result: dict[str, Any]) -> str:
     """The figures as lines for a person."""
     plain, streams, lookup = result["plain"], result["streams"], result["lookup"]
@@ -199,3 +178,15 @@ def table(result: dict[str, Any]) -> str:
             f"{lookup['texts_equal_plain']} of {lookup['prompts']} texts equal plain decoding",
         ]
     )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", type=int, metavar="N", help="of each answer (96)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="repetitions, of which the median counts (5)")
+    parser.add_argument("--slots", type=int, metavar="N", help="sequences that decode together (default: from memory)")
+    parser.add_argument("--max-context", type=int, metavar="N", help="tokens of prompt and completion")
+    end_options(parser, run)
+
+
+def run(options: argparse.Namespace) -> int:
+    return run_bench(options, "engine", BenchConfig, bench_engine, table)

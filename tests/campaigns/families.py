@@ -1,6 +1,6 @@
 """Which families of transformers' decoders run with trees (by attention of ours, or by a mask for their own):
-`medusa-serve bench families`. Tiny random models go through the self-test of every load, in float32: a tree pass, a
-commit and the pass after it against plain forwards."""
+`python -m tests.campaigns families`. Tiny random models go through the self-test of every load, in float32: a tree
+pass, a commit and the pass after it against plain forwards."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def bench_families(engine: EngineConfig, config: FamiliesConfig) -> Row:
 
     logging.set_verbosity_error()  # what matters of their advice is in the table
     rows = [row_of(name) for name in config.families or FAMILIES]
-    return {"kind": "families", "machine": facts(), "command": command(), "rows": rows}
+    return {"kind": "families", "machine": facts(), "command": command("tests.campaigns"), "rows": rows}
 
 
 def row_of(name: str) -> Row:
@@ -134,8 +134,8 @@ def table(result: Row) -> str:
     rows, facts = result["rows"], result["machine"]
     lines = [f"transformers {facts['transformers']}, torch {facts['torch']}, {facts['date']}; {counts(rows)}"]
     for row in rows:
-        told = f"self-test {row['error']:.0e}" if row["why"] is None else row["why"]
-        lines.append(f"{row['family']:18}{row['runs']:8}{told}")
+        note = f"self-test {row['error']:.0e}" if row["why"] is None else row["why"]
+        lines.append(f"{row['family']:18}{row['runs']:8}{note}")
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """Clients of POST /generate in one event loop: when each answer's tokens came. Standard library alone.
 
-It runs in processes of its own (`clients`), which are ready before they are asked: clients that shared the interpreter
+It runs in other processes (`clients`), which are ready before they are asked: clients that shared the interpreter
 with the server would take the engine's time.
 """
 
@@ -25,8 +25,8 @@ from urllib.parse import urlsplit
 MAX_LINE = 1 << 20  # bytes of a header, or of one event
 ANSWER_S = 600.0  # an answer that takes longer is an error
 PERCENTILES = (50, 95, 99)
-APART = 1_000_000  # numbers of requests between two processes of clients
-PAUSE_S = 0.2  # a client whose request failed waits so long: a refused one would spin
+NUMBERS_EACH = 1_000_000  # numbers of requests that each process of clients may use
+PAUSE_S = 0.2  # that a client waits after a failed request: a refused one would spin
 
 
 class Sample(NamedTuple):
@@ -134,14 +134,14 @@ async def request(target: Target, number: int, due: float, began: float, patienc
     first, status, tokens, terminals, dones = None, "cut", 0, 0, 0
     try:
         async with asyncio.timeout(patience_s), aclosing(_events(target, target.body(number))) as events:
-            async for told in events:
-                if isinstance(told, str):  # the HTTP status of a refusal, or the end
-                    dones += told == "200"
-                    status = told if status == "cut" else status
-                elif "error" in told:
-                    status, terminals = str(told["error"]["code"] or told["error"]["type"]), terminals + 1
+            async for event in events:
+                if isinstance(event, str):  # the HTTP status of a refusal, or the end
+                    dones += event == "200"
+                    status = event if status == "cut" else status
+                elif "error" in event:
+                    status, terminals = str(event["error"]["code"] or event["error"]["type"]), terminals + 1
                 else:
-                    tokens, terminals = tokens + sum(told["tokens"]), terminals + ("finish_reason" in told)
+                    tokens, terminals = tokens + sum(event["tokens"]), terminals + ("finish_reason" in event)
                     if first is None and tokens:
                         first = time.perf_counter() - began
     except TimeoutError:
@@ -155,7 +155,7 @@ async def request(target: Target, number: int, due: float, began: float, patienc
 
 
 async def _events(target: Target, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any] | str]:
-    """The events of one answer, "200" for its [DONE], and what comes behind that; the status alone where it is
+    """The events of one answer, "200" for its [DONE], and what comes after that; the status alone where it is
     another."""
     parts = urlsplit(target.url)
     tls = ssl.create_default_context() if parts.scheme == "https" else None
@@ -242,9 +242,9 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
 def percentile(values: Sequence[float], share: float) -> float:
     """The value that `share` per cent lie below; between two of them on the straight line, as numpy does."""
     ordered = sorted(values)
-    place = (len(ordered) - 1) * share / 100
-    low, high = math.floor(place), math.ceil(place)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    index = (len(ordered) - 1) * share / 100
+    low, high = math.floor(index), math.ceil(index)
+    return ordered[low] + (ordered[high] - ordered[low]) * (index - low)
 
 
 # ---- the processes ---------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 @contextmanager
 def clients(processes: int = 1) -> Iterator[Callable[..., list[Sample]]]:
     """A call that runs a load (closed_loop, open_loop) with its arguments in a process of the clients; a closed loop
-    for a time is shared out among `processes`, since one reads only so many events a second."""
+    for a time is shared out among `processes`, since one reads a limited number of events a second."""
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(time.sleep, [0.5] * processes))  # all are there, none of them took two of these
 
@@ -269,7 +269,8 @@ def clients(processes: int = 1) -> Iterator[Callable[..., list[Sample]]]:
 def shared(
     target: Target, clients: int, start: int, requests: None, seconds: float, *, processes: int
 ) -> list[tuple[Target, int, int, None, float]]:
-    """A closed loop's arguments for each process that gets a client; each numbers its requests from a place of its own,
+    """A closed loop's arguments for each process that gets a client; each numbers its requests from another start,
     so that no two prompts are the same."""
-    counts = [clients // processes + (place < clients % processes) for place in range(processes)]
-    return [(target, count, start + place * APART, requests, seconds) for place, count in enumerate(counts) if count]
+    counts = [clients // processes + (index < clients % processes) for index in range(processes)]
+    firsts = [start + index * NUMBERS_EACH for index in range(processes)]
+    return [(target, n, first, requests, seconds) for n, first in zip(counts, firsts, strict=True) if n]

@@ -6,7 +6,7 @@ I3  every slot is free: an idle engine audits them, and starts again where one i
 I4  tasks of the event loop, threads and open files are as before
 I5  memory is as before, nothing runs and nothing waits
 I6  a canary says within 5 s what it said before
-I7  no log line holds its prompt or the key, or tells of an exception that nobody retrieved
+I7  no log line holds its prompt or the key, or reports an exception that was never retrieved
 I8  /health is 200, as it must be where the canary answers
 """
 
@@ -94,8 +94,8 @@ class Invariants:
         hold("I5", grown_mb <= SPARE_MB and device_mb <= SPARE_DEVICE_MB, f"{grown_mb:.0f} and {device_mb:.0f} MB more")
         hold("I6", said == self._golden, f"the canary said {said!r}, not {self._golden!r}")
         hold("I6", canary_s < CANARY_S, f"the canary took {canary_s:.1f} s")
-        told = self._lines.that_hold("never retrieved", CANARY, *filter(None, [self._key]))
-        hold("I7", not told, f"{len(told)} log lines, the first at {told[:1]}")
+        found = self._lines.with_words("never retrieved", CANARY, *filter(None, [self._key]))
+        hold("I7", not found, f"{len(found)} log lines, the first at {found[:1]}")
         status = _health(self._url)
         hold("I8", (status == 200) == (said is not None), f"/health says {status}")
         self._accepted = figures["accepted_requests"]
@@ -173,11 +173,11 @@ class _Lines(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self._told: list[tuple[str, str]] = []
+        self._seen: list[tuple[str, str]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._told.append((record.name, self.format(record)))
+        self._seen.append((record.name, self.format(record)))
 
-    def that_hold(self, *words: str) -> list[str]:
+    def with_words(self, *words: str) -> list[str]:
         """The loggers' names: what was found is not said again."""
-        return [name for name, text in self._told if any(word in text for word in words)]
+        return [name for name, text in self._seen if any(word in text for word in words)]

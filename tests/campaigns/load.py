@@ -1,11 +1,11 @@
-"""Load until it hurts, and what must hold then: `medusa-serve bench load`.
+"""Load until it hurts, and what must hold then: `python -m tests.campaigns load`.
 
 closed loop  64 streaming clients for minutes
 open loop    requests at random times, at shares of the capacity that the closed loop showed
 burst        500 requests within a second
 storms       five times 200 clients that leave within half a second
 
-All come over loopback from a process of their own. After each the invariants are checked (invariants.py).
+All come over loopback from another process. After each the invariants are checked (invariants.py).
 """
 
 from __future__ import annotations
@@ -15,29 +15,28 @@ import asyncio
 import random
 import secrets
 import statistics
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 from medusa_serve.bench.command import end_options, run_bench
 from medusa_serve.config import EngineConfig, check_int
 from medusa_serve.errors import InvalidConfig
-from medusa_serve.server.config import ServerConfig
 
 from . import http_load
 from .http_load import Sample, Target, percentile, summary
 from .invariants import REFUSED, Invariants
+from .serving import served
 
 SHARES = (0.5, 0.8, 1.0, 2.0, 4.0)  # of the capacity; those below 1 must not be refused
 LAG_S = 0.01  # the server's event loop is asked so often how late it is
 LAG_P99_MS = 50.0
 RULE = (
-    "Greedy streamed answers of at most {tokens} tokens to the built-in questions, numbered; clients in a process of "
-    "their own. capacity: answers a second of the closed loop. lag: how much later than asked for the server's event "
+    "Greedy streamed answers of at most {tokens} tokens to the built-in questions, numbered; clients in another "
+    "process. capacity: answers a second of the closed loop. lag: how much later than asked for the server's event "
     "loop wakes, every 10 ms, during all loads. canary_s: a fixed prompt's answer after each load. Compared with the "
     "state after a burst that is not counted."
 )
@@ -113,40 +112,13 @@ class Lag:
     def end(self) -> dict[str, float]:
         """The load is over."""
         self.loads += self.now
-        return told_ms(self.now)
+        return lag_ms_of(self.now)
 
 
-def told_ms(seconds: list[float]) -> dict[str, float]:
+def lag_ms_of(seconds: list[float]) -> dict[str, float]:
     late = seconds or [0.0]
     figures = {"p50": statistics.median(late), "p99": percentile(late, 99), "max": max(late)}
     return {name: round(value * 1000, 2) for name, value in figures.items()}
-
-
-@contextmanager
-def served(llm: Any, lag: Lag, key: str) -> Iterator[str]:
-    """The app over `llm` on a free loopback port, in a thread of its own. key: the owner's"""
-    from medusa_serve.server.listen import WebServer, bind
-
-    config = ServerConfig(port=0, api_key=key)
-    ready: list[str] = []
-
-    def tell(url: str) -> None:
-        ready.append(url)
-        lag.begin()
-
-    with bind(config) as sock:
-        server = WebServer(llm, config, tell)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="bench-server")
-        thread.start()
-        try:
-            while not ready:
-                if not thread.is_alive():
-                    raise RuntimeError("The server did not start.")
-                time.sleep(0.01)
-            yield ready[0]
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -159,7 +131,7 @@ def bench_load(engine: EngineConfig, config: LoadConfig) -> dict[str, Any]:
     from medusa_serve.llm import LLM
 
     lag, key = Lag(), secrets.token_urlsafe()
-    with rested(LLM(engine)) as llm, served(llm, lag, key) as url, http_load.clients() as run:
+    with rested(LLM(engine)) as llm, served(llm, key, lag.begin) as url, http_load.clients() as run:
         target = Target(url, read_prompts().questions, config.tokens, chat=llm.codec.has_chat_template, key=key)
         with closing(Invariants(llm, url, lag.loop, key)) as invariants:
             loads = list(_loads(run, target, config, invariants, lag))
@@ -169,11 +141,11 @@ def bench_load(engine: EngineConfig, config: LoadConfig) -> dict[str, Any]:
         "kind": "load",
         "rule": RULE.format(tokens=config.tokens),
         "machine": facts(),
-        "command": command(),
+        "command": command("tests.campaigns"),
         "engine": health | {"max_queue": limits["max_queue"]},
         "options": {name: getattr(config, name) for name in config.__dataclass_fields__},
         "loads": loads,
-        "lag_ms": told_ms(lag.loads),
+        "lag_ms": lag_ms_of(lag.loads),
     }
     return result | {"bars": bars(result)}
 
@@ -215,16 +187,16 @@ def _loads(
 
 
 def _counted(samples: list[Sample]) -> dict[str, Any]:
-    told = summary(samples)
+    figures = summary(samples)
     refused = sum(sample.status in REFUSED for sample in samples)
     return {
         "requests": len(samples),
         "statuses": dict(sorted(Counter(sample.status for sample in samples).items())),
         "accepted_share": round(1 - refused / len(samples), 4),
-        "answers_per_second": told["requests_per_second"],
-        "tokens_per_second": told["tokens_per_second"],
-        "first_token_ms": told["first_token_ms"],
-        "total_ms": told["total_ms"],
+        "answers_per_second": figures["requests_per_second"],
+        "tokens_per_second": figures["tokens_per_second"],
+        "first_token_ms": figures["first_token_ms"],
+        "total_ms": figures["total_ms"],
     }
 
 

@@ -1,6 +1,6 @@
 """One run on one GPU that makes the heads the package ships, in stages that can be called alone and again.
 
-    python -m tests.campaigns.make_heads --model FOLDER --prompts FILE --work DIR --out DIR --stage all
+    python -m tests.campaigns make_heads --model FOLDER --prompts FILE --work DIR --out DIR --stage all
     stages: distill (training and evaluation answers), train (the families), eval (forecasts by category), all
 
 Everything large stays in --work; --out gets heads and JSON files. A stage that fails prints its traceback and the
@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,15 @@ from medusa_serve.training.pipeline import make_answers
 from medusa_serve.training.prompts import Prompt, read_prompts, split
 from medusa_serve.training.shards import read_answers
 from medusa_serve.training.teacher import Teacher
-from medusa_serve.training.train_heads import TrainConfig, train
+from medusa_serve.training.train_config import TrainConfig
+from medusa_serve.training.train_heads import train
 
 LICENCE = "Apache-2.0, as the base model; trained only on text that the base model wrote"
 STAGES, FAMILIES = ("distill", "train", "eval"), ("sequential", "medusa")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(options: argparse.Namespace) -> int:
     """Run the stages asked for; 1 when any of them failed."""
-    options = _parser().parse_args(argv)
     started = time.monotonic()
     stages = STAGES if options.stage == "all" else tuple(options.stage.split(","))
     families = FAMILIES if options.family == "both" else (options.family,)
@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if good else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tests.campaigns.make_heads", allow_abbrev=False)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run)
     parser.add_argument("--model", required=True, help="folder of the base model")
     parser.add_argument("--prompts", required=True)
     parser.add_argument("--work", required=True, help="answers and training states; must outlive the stages")
@@ -108,7 +108,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tag", default="", help="added to the families' names: one run beside another")
     parser.add_argument("--held-out", type=int, default=512)
-    return parser
 
 
 def _indexes(text: str) -> tuple[int, ...]:
@@ -124,7 +123,7 @@ def say(text: str) -> None:
 
 
 def guarded(name: str, work: Callable[[], Any]) -> bool:
-    """Run one part; a failure is told and does not end the others."""
+    """Run one part; a failure is printed and does not end the others."""
     say(name)
     started = time.monotonic()
     try:
@@ -257,7 +256,3 @@ def _by_category(ranks: Ranks, categories: np.ndarray, table: list[list[float]])
                 row = {str(size): round(x, 4) for size, x in forecast(ranks.chosen(mask), table).items()}
                 out[category][kind] = {**row, "answers": int(mask.sum())}
     return out
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

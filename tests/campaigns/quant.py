@@ -1,5 +1,5 @@
-"""Half precision and NF4 side by side on a GPU: `medusa-serve bench quant`. The memory that was planned from the config
-against what was taken, and a step's time by nodes: from how many on four-bit weights stop to pay."""
+"""Half precision and NF4 side by side on a GPU: `python -m tests.campaigns quant`. The memory that was planned from the
+config against what was taken, and a step's time by nodes: from how many on four-bit weights are not faster."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import gc
 from dataclasses import dataclass, replace
 from typing import Any
 
-from medusa_serve.bench.acceptance import numbers
-from medusa_serve.bench.command import end_options, run_bench
-from medusa_serve.bench.shapes import SHAPES
-from medusa_serve.bench.step import StepConfig, bench_step, check_numbers
+from medusa_serve.bench.command import check_numbers, end_options, numbers, run_bench
 from medusa_serve.config import DEFAULT_MODEL, MAX_NODES, EngineConfig, check_int
 from medusa_serve.errors import InvalidConfig
+
+from .shapes import SHAPES
+from .step import RandomStepConfig, bench_random_step
 
 Row = dict[str, Any]
 KINDS = ("none", "nf4")
@@ -29,7 +29,7 @@ RULE = (
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """nodes: N · length: tokens behind the sequence · rounds, steps: as of `bench step` · random: a key of SHAPES"""
+    """nodes: N · length: tokens of the sequence · rounds, steps: as of `bench step` · random: a key of SHAPES"""
 
     nodes: tuple[int, ...] = (1, 8, 16, 64)
     length: int = 256
@@ -50,7 +50,7 @@ def bench_quant(engine: EngineConfig, config: QuantConfig) -> Row:
     from medusa_serve.bench.facts import command, facts
     from medusa_serve.model.gpu.capture import give_back
 
-    step = StepConfig(
+    step = RandomStepConfig(
         rows=(1,),
         nodes=tuple(sorted({1, *config.nodes})),
         length=config.length,
@@ -61,8 +61,8 @@ def bench_quant(engine: EngineConfig, config: QuantConfig) -> Row:
     engine, results = replace(engine, max_context=engine.max_context or CONTEXT), {}
     for kind in KINDS:
         gc.collect()
-        give_back()  # or the next model lies among what the allocator keeps of the last one, and pins it
-        results[kind] = bench_step(replace(engine, quantize=kind), step)
+        give_back()  # or the next model lands in blocks of the last one, which are then never freed
+        results[kind] = bench_random_step(replace(engine, quantize=kind), step)
     memory = {kind: compared(result, kind, config, engine.max_context or CONTEXT) for kind, result in results.items()}
     names = ("nodes", "length", "rounds", "steps", "random")
     rows = rows_of(results)
@@ -70,7 +70,7 @@ def bench_quant(engine: EngineConfig, config: QuantConfig) -> Row:
         "kind": "quant",
         "rule": RULE.format(length=config.length),
         "machine": facts(),
-        "command": command(),
+        "command": command("tests.campaigns"),
         "options": {name: getattr(config, name) for name in names},
         "engine": {kind: result["engine"] for kind, result in results.items()},
         "floor": {kind: result["floor"] for kind, result in results.items()},
@@ -144,7 +144,7 @@ def table(result: Row) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=numbers(int), metavar="N,…", help="sizes of tree (1,8,16,64)")
-    parser.add_argument("--length", type=int, metavar="N", help="tokens behind the sequence (256)")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens of the sequence (256)")
     parser.add_argument("--rounds", type=int, metavar="N", help="interleaved repetitions; the median counts (5)")
     parser.add_argument("--steps", type=int, metavar="N", help="of a block that is timed (8)")
     parser.add_argument("--random", metavar="SHAPE", help=f"{', '.join(SHAPES)} (llama-7b)")

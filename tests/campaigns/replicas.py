@@ -1,7 +1,7 @@
-"""Copies of the model behind one address, under Ray Serve: `medusa-serve bench replicas`.
+"""Copies of the model at one address, under Ray Serve: `python -m tests.campaigns replicas`.
 
 scaling  closed loops of streaming clients against one replica, then against all, in one run
-kill     one replica is killed (SIGKILL) under load: what each request was told, and when the replica was back
+kill     one replica is killed (SIGKILL) under load: how each request ended, and when the replica was back
 update   the replicas are brought to another config under load, one after the other
 split    a model over all GPUs, layer by layer: its greedy tokens beside those of one GPU
 """
@@ -25,9 +25,7 @@ from functools import partial
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
-from medusa_serve.bench.acceptance import numbers
-from medusa_serve.bench.command import end_options, run_bench, write
-from medusa_serve.bench.shapes import SHAPES, random_llm
+from medusa_serve.bench.command import end_options, numbers, run_bench, write
 from medusa_serve.cluster.config import ReplicasConfig
 from medusa_serve.config import DEFAULT_MODEL, EngineConfig, check_int
 from medusa_serve.errors import InvalidConfig
@@ -36,6 +34,7 @@ from medusa_serve.types import SamplingParams
 
 from . import http_load
 from .http_load import Sample, Target, summary
+from .shapes import SHAPES, random_llm
 
 if TYPE_CHECKING:
     from medusa_serve.cluster.command import Cluster
@@ -44,7 +43,7 @@ Row = dict[str, Any]
 RunLoad = Callable[..., list[Any]]
 PARTS = ("scaling", "kill", "update", "split")
 RULE = (
-    "Greedy streamed answers of at most {tokens} tokens, through one address; clients in {processes} processes apart, "
+    "Greedy streamed answers of at most {tokens} tokens, through one address; clients in {processes} other processes, "
     "each of which sends its next request when its last one has ended, for {seconds:g} s. scaling: "
     "tokens_per_second, percentiles of whole answers; ratios: all replicas over one, with the same clients in all, and "
     "with the same clients for each replica. kill, update: each stream is read to its end; "
@@ -97,7 +96,7 @@ def bench_replicas(engine: EngineConfig, config: ReplicasBenchConfig, keep: Call
         "kind": "replicas",
         "rule": RULE.format(split_tokens=SPLIT_TOKENS, **{name: getattr(config, name) for name in names}),
         "machine": facts(),
-        "command": command(),
+        "command": command("tests.campaigns"),
         "options": {name: getattr(config, name) for name in names},
     }
 
@@ -134,14 +133,14 @@ def _under_ray(engine: EngineConfig, config: ReplicasBenchConfig, add: Callable[
             warmed = run(http_load.closed_loop, target, max(config.clients), start, None, config.seconds)
             start += len(warmed)
             loads[count] = []
-            add({"engine": running.facts()["facts"]})
+            add({"engine": running.about_replica()["model"]})
             for clients in config.clients:
                 line.show(f"{count} replicas, clients: {clients}")
                 samples = run(http_load.closed_loop, target, clients, start, None, config.seconds)
                 start += len(samples)
                 loads[count].append({"replicas": count, "clients": clients} | summary(samples))
                 add({"loads": [row for rows in loads.values() for row in rows]})
-        add({"engine": running.facts()["facts"]} | ({"ratios": ratios(loads)} if loads else {}))
+        add({"engine": running.about_replica()["model"]} | ({"ratios": ratios(loads)} if loads else {}))
 
         def update() -> None:  # another chunk of prefill: a replica with another config is another replica
             changed = replace(engine, prefill_chunk=engine.prefill_chunk // 2)
@@ -183,7 +182,7 @@ class Trouble:
         self._run, self._target, self._stop = run, target, threading.Event()
 
     def during(self, act: Callable[[], None]) -> Row:
-        """Load, `act` in the middle of it, load on until all are back; what everybody was told."""
+        """Load, `act` in the middle of it, load on until all are back. → how requests ended, what /health said"""
         threads = [threading.Thread(target=work) for work in (self._load, self._watch)]
         for thread in threads:
             thread.start()
@@ -199,8 +198,8 @@ class Trouble:
             self._stop.set()
             for thread in threads:
                 thread.join()
-        told = {"acted_at_s": round(acted - self.began, 1), "all_back_after_s": took, "health": changes(self.health)}
-        return {"clients": max(self.config.clients), **count(self.streams), **told}
+        times = {"acted_at_s": round(acted - self.began, 1), "all_back_after_s": took, "health": changes(self.health)}
+        return {"clients": max(self.config.clients), **count(self.streams), **times}
 
     def _load(self) -> None:
         while not self._stop.is_set():
@@ -211,14 +210,14 @@ class Trouble:
     def _watch(self) -> None:
         while not self._stop.is_set():
             at = round(time.perf_counter() - self.began, 1)
-            self.health.append({"at_s": at, **told_by_health(self.running.url)})
+            self.health.append({"at_s": at, **read_health(self.running.url)})
             time.sleep(0.2)
 
     def _all_back(self, before: int) -> bool:
         """Whether as many as are wanted run again, after fewer did. before: how much was heard of /health then"""
         until = time.perf_counter() + BACK_S
         while time.perf_counter() < until:
-            since = [told["running"] for told in self.health[before:]]
+            since = [seen["running"] for seen in self.health[before:]]
             if since and min(since) < self.config.replicas <= since[-1]:
                 return True
             time.sleep(0.1)
@@ -227,10 +226,10 @@ class Trouble:
 
 def kill_one(running: Cluster) -> None:
     """SIGKILL to the process of one replica on this machine."""
-    os.kill(running.facts()["pid"], signal.SIGKILL)
+    os.kill(running.about_replica()["pid"], signal.SIGKILL)
 
 
-def told_by_health(url: str) -> Row:
+def read_health(url: str) -> Row:
     """The status code of GET /health and how many replicas run by its word; code 0 where nothing answers."""
     code, body = 0, {}
     try:
@@ -238,7 +237,7 @@ def told_by_health(url: str) -> Row:
             code, body = response.status, json.loads(response.read())
     except urllib.error.HTTPError as error:
         code = error.code
-        with contextlib.suppress(OSError, ValueError):  # Ray's own words, while there is no application
+        with contextlib.suppress(OSError, ValueError):  # Ray's own answer, while there is no application
             body = json.loads(error.read())
     except (OSError, ValueError, HTTPException):
         pass
@@ -246,9 +245,9 @@ def told_by_health(url: str) -> Row:
 
 
 def changes(health: list[Row]) -> list[Row]:
-    """The first of each run of equal words."""
-    words = [{name: told[name] for name in ("code", "running")} for told in health]
-    return [told for told, word, before in zip(health, words, [None, *words], strict=False) if word != before]
+    """The first of each run of equal states."""
+    states = [{name: seen[name] for name in ("code", "running")} for seen in health]
+    return [seen for seen, state, before in zip(health, states, [None, *states], strict=False) if state != before]
 
 
 def count(streams: list[Sample]) -> Row:
@@ -331,7 +330,7 @@ def table(result: Row) -> str:
 
 def _trouble_line(part: str, row: Row) -> str:
     lost = ", ".join(f"{n} × {status}" for status, n in row["lost"].items()) or "none"
-    seen = " → ".join(f"{told['running']}" for told in row["health"])
+    seen = " → ".join(f"{state['running']}" for state in row["health"])
     back = "never" if row["all_back_after_s"] is None else f"after {row['all_back_after_s']} s"
     ends = f"{row['one_terminal']} of {row['accepted']} accepted requests with one terminal event"
     return f"{part}: {row['requests']} requests, lost {lost}; {ends}; all back {back}; replicas by /health: {seen}"

@@ -1,8 +1,8 @@
 """How often a greedy answer differs from plain decoding of that prompt alone, and whether a near-tie did it:
-`medusa-serve bench same-text`.
+`python -m tests.campaigns same_text`.
 
 In float32 no answer differs. In half precision sums in another order (more rows, more nodes) round otherwise, and where
-two tokens are as good as equal the other one may come first; from there on the texts part.
+two tokens are as good as equal the other one may come first; from there on the texts differ.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medusa_serve.bench.acceptance import Question, numbers
-from medusa_serve.bench.command import end_options, run_bench
+from medusa_serve.bench.acceptance import Question
+from medusa_serve.bench.command import check_numbers, end_options, numbers, run_bench
 from medusa_serve.bench.decode import asked_prompts
-from medusa_serve.bench.step import check_numbers
 from medusa_serve.config import EngineConfig, check_int
 from medusa_serve.notebook.comparison import gap
 from medusa_serve.types import MAX_LOGPROBS, Completion, SamplingParams
@@ -70,15 +69,16 @@ def bench_same_text(engine: EngineConfig, config: SameTextConfig) -> Row:
         rows = []
         for count, speculation in modes:
             line.show(f"{count} at once, {'with' if speculation else 'without'} speculation")
-            told = answers(llm, questions, count, config.tokens, speculation=speculation)
-            rows.append({"concurrency": count, "speculation": speculation, **row_of(llm, questions, plain, told, near)})
+            found = answers(llm, questions, count, config.tokens, speculation=speculation)
+            row = row_of(llm, questions, plain, found, near)
+            rows.append({"concurrency": count, "speculation": speculation, **row})
     line.leave()
     names = {"roundings": ROUNDINGS, "logit": LOGIT, "top": MAX_LOGPROBS, "near": near}
     return {
         "kind": "same-text",
         "rule": RULE.format(tokens=config.tokens, **names),
         "machine": facts(),
-        "command": command(),
+        "command": command("tests.campaigns"),
         "engine": about,
         "options": asdict(config) | {"prompts": Path(config.prompts or "the built-in questions").name},
         "near": near,
@@ -97,32 +97,32 @@ def answers(
 
 
 def row_of(
-    llm: LLM, questions: Sequence[Question], plain: Sequence[Completion], told: Sequence[Completion], near: float
+    llm: LLM, questions: Sequence[Question], plain: Sequence[Completion], found: Sequence[Completion], near: float
 ) -> Row:
-    """What the answers say beside those of plain decoding."""
+    """How the answers differ from those of plain decoding."""
     gaps: list[float | None] = []
-    for asked, want, got in zip(questions, plain, told, strict=True):
+    for asked, want, got in zip(questions, plain, found, strict=True):
         at = parting(want.token_ids, got.token_ids)
         if at is not None:
             gaps.append(gap(llm, [*asked.ids, *want.token_ids[:at]], want.token_ids[at], got.token_ids[at]))
     known = [value for value in gaps if value is not None]
     return {
-        "answers": len(told),
+        "answers": len(found),
         "different": len(gaps),
-        "share": round(len(gaps) / len(told), 4),
+        "share": round(len(gaps) / len(found), 4),
         "gaps": {"median": round(statistics.median(known), 4), "largest": round(max(known), 4)} if known else None,
         "no_tie": sum(value is None or value > near for value in gaps),
     }
 
 
 def parting(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """The first place at which two texts of one length differ."""
+    """The first position at which two texts of one length differ."""
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
 
 
 def usual_gaps(plain: Sequence[Completion]) -> list[float]:
-    """Between the two likeliest tokens at each place."""
-    return [told.top[0][1] - told.top[1][1] for done in plain for told in done.logprobs]
+    """Between the two likeliest tokens at each position."""
+    return [token.top[0][1] - token.top[1][1] for done in plain for token in done.logprobs]
 
 
 # ---- for a person ------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def table(result: Row) -> str:
         lines.append(f"{row['concurrency']:7}  {word:<11}{row['answers']:8}{different:>13}{cells}{row['no_tie']:8}")
     usual = result["usual_gap"]
     return "\n".join(
-        [*lines, f"log-probabilities; the two likeliest tokens of any place are {usual:.3f} apart (median)"]
+        [*lines, f"log-probabilities; the two likeliest tokens of a position are {usual:.3f} apart (median)"]
     )
 
 

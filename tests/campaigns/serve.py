@@ -1,4 +1,4 @@
-"""HTTP load on a server, as its clients see it: `medusa-serve bench serve`.
+"""HTTP load on a server, as its clients see it: `python -m tests.campaigns serve`.
 
 closed loop  N clients, each of which sends its next request when its last one has ended
 open loop    requests at random times at a given rate, whether or not the server keeps up
@@ -21,14 +21,14 @@ from dataclasses import dataclass, replace
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
-from medusa_serve.bench.acceptance import numbers
-from medusa_serve.bench.command import end_options, run_bench
+from medusa_serve.bench.command import end_options, numbers, run_bench
 from medusa_serve.config import EngineConfig, check_int
 from medusa_serve.errors import InvalidConfig, LoadError
 from medusa_serve.types import SamplingParams
 
 from . import http_load
 from .http_load import PERCENTILES, Sample, Target, summary
+from .serving import served
 
 if TYPE_CHECKING:
     from medusa_serve.llm import LLM
@@ -99,7 +99,7 @@ def bench_serve(engine: EngineConfig, config: ServeConfig) -> dict[str, Any]:
         "kind": "serve",
         "rule": RULE.format(tokens=config.tokens, rounds=config.rounds, turns=TURNS),
         "machine": facts(),
-        "command": command(),
+        "command": command("tests.campaigns"),
         "url": config.url,
         "engine": health,
         "options": {name: getattr(config, name) for name in names},
@@ -117,11 +117,9 @@ def _server(engine: EngineConfig, config: ServeConfig) -> Iterator[tuple[str, LL
     from medusa_serve.llm import LLM
     from medusa_serve.server.gc_freeze import loaded_is_kept
 
-    from .engine import _served
-
     # a closed loop is never refused; an open one may be
     queue = max((engine.max_queue, *config.clients))
-    with LLM(replace(engine, max_queue=queue)) as llm, loaded_is_kept(), _served(llm) as url:
+    with LLM(replace(engine, max_queue=queue)) as llm, loaded_is_kept(), served(llm) as url:
         yield url, llm
 
 
@@ -129,12 +127,12 @@ def health_of(url: str) -> dict[str, Any]:
     """What the server says of itself. Raises LoadError where it does not answer, or is not ready."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=30) as response:
-            told = json.loads(response.read())
+            health = json.loads(response.read())
     except (OSError, ValueError, HTTPException) as error:
         raise LoadError(f"No server is ready at {url}: {error}.") from error
-    if not isinstance(told, dict):
+    if not isinstance(health, dict):
         raise LoadError(f"What answers at {url} is no server of this kind.")
-    return {name: told[name] for name in told if name not in ("status", "running", "waiting")}
+    return {name: health[name] for name in health if name not in ("status", "running", "waiting")}
 
 
 def _takes_chats(run: RunLoad, url: str, key: str | None) -> bool:
@@ -212,7 +210,7 @@ def _ids(llm: LLM, body: dict[str, Any]) -> list[int]:
 
 def table(result: dict[str, Any]) -> str:
     engine, facts = result["engine"], result["machine"]
-    where = f"{result['url']} asked from" if result["url"] else "a server of its own on"
+    where = f"{result['url']} asked from" if result["url"] else "its own server on"
     device = facts["cpu"] if engine.get("device") == "cpu" else facts["device"]
     lines = [
         f"{engine.get('model')} in {engine.get('dtype')}, {engine.get('heads')} heads, {engine.get('slots')} slots, "

@@ -1,4 +1,4 @@
-"""The stored figures of `bench engine` hold what was asked for."""
+"""The stored figures of `tests.campaigns engine` hold what was asked for."""
 
 import json
 from pathlib import Path

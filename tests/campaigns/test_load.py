@@ -1,4 +1,4 @@
-"""bench load: a small run of everything on a tiny model, its bars, its table; by `-m load` the whole of it."""
+"""`python -m tests.campaigns load`: a small run on a tiny model, its bars and its table; the full run is `-m load`."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `bench replicas` makes of answers; the run itself is in tests/server/test_replicas.py (`-m ray`)."""
+"""What `tests.campaigns replicas` makes of answers; the run itself is in tests/cluster/test_command.py (`-m ray`)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from medusa_serve.bench.shapes import ByteCodec, random_llm
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import GenerationFailed, InvalidConfig
 from medusa_serve.types import Delta, SamplingParams
 from tests.campaigns.http_load import Sample, Target, _split, closed_loop
 from tests.campaigns.replicas import ReplicasBenchConfig, changes, count, ratios, table
+from tests.campaigns.shapes import ByteCodec, random_llm
 from tests.server.standins import HandLLM, HandManager, hello, serving
 
 

@@ -1,7 +1,4 @@
-"""`medusa-serve bench same-text`: float32 parts nowhere; where texts part it is seen, with the gap.
-
-pytest tests/bench/test_same_text.py
-"""
+"""`python -m tests.campaigns same_text`: float32 parts nowhere; where texts part it is seen, with the gap."""
 
 from __future__ import annotations
 
@@ -12,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from medusa_serve import cli
 from medusa_serve.bench.acceptance import Question
 from medusa_serve.errors import InvalidConfig
 from medusa_serve.types import TokenLogprob
+from tests.campaigns import __main__ as campaigns
 from tests.campaigns.same_text import SameTextConfig, parting, row_of, table, usual_gaps
 from tests.tiny import save_tiny_folder
 
@@ -58,7 +55,7 @@ def test_the_usual_gap_is_between_the_two_likeliest() -> None:
 def test_the_command_end_to_end_in_float32(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = str(save_tiny_folder(tmp_path / "model", "llama")), tmp_path / "s.json"
     options = ["--model", folder, "--device", "cpu", "--dtype", "float32", "--concurrency", "1,3", "--tokens", "12"]
-    assert cli.main(["bench", "same-text", *options, "--max-context", "256", f"--out={out}"]) == 0
+    assert campaigns.main(["same_text", *options, "--max-context", "256", f"--out={out}"]) == 0
     result = json.loads(out.read_text())
     modes = [(row["concurrency"], row["speculation"]) for row in result["rows"]]
     assert modes == [(1, True), (3, True), (3, False)]

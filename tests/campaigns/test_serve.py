@@ -1,7 +1,4 @@
-"""`medusa-serve bench serve`: figures of known samples, clients against a scripted server, the command end to end.
-
-pytest tests/bench/test_serve.py
-"""
+"""`python -m tests.campaigns serve`: figures of known samples, clients of a scripted server, the command end to end."""
 
 from __future__ import annotations
 
@@ -19,14 +16,14 @@ from typing import Any
 import numpy
 import pytest
 
-from medusa_serve import cli
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import GenerationFailed, InvalidConfig, LoadError, QueueFull
 from medusa_serve.server.config import ServerConfig
 from medusa_serve.types import Delta
+from tests.campaigns import __main__ as campaigns
 from tests.campaigns import serve
 from tests.campaigns.http_load import (
-    APART,
+    NUMBERS_EACH,
     Sample,
     Target,
     arrivals,
@@ -44,7 +41,7 @@ from tests.tiny import save_tiny_folder
 
 def run(*arguments: str) -> int:
     try:
-        return cli.main(["bench", "serve", *arguments])
+        return campaigns.main(["serve", *arguments])
     except SystemExit as leaving:
         return int(leaving.code or 0)
 
@@ -196,11 +193,11 @@ def test_clients_are_shared_out_among_processes_and_no_two_prompts_are_the_same(
     assert len(rest) == 2
     texts = [body["messages"][0]["content"] for body in server.bodies]
     assert len(texts) == len(set(texts)) == len(samples) + 2
-    assert {int(text.partition(".")[0]) // APART for text in texts} == {0, 1}
+    assert {int(text.partition(".")[0]) // NUMBERS_EACH for text in texts} == {0, 1}
     assert [part[1:3] for part in shared(target, 3, 5, None, 1.0, processes=4)] == [
         (1, 5),
-        (1, 5 + APART),
-        (1, 5 + 2 * APART),
+        (1, 5 + NUMBERS_EACH),
+        (1, 5 + 2 * NUMBERS_EACH),
     ]
 
 

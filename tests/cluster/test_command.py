@@ -174,9 +174,9 @@ def test_the_shell_starts_two_replicas_and_stops_them(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One run of `bench replicas`: both replicas loaded by 32 streams, one killed, all updated."""
+    """One run of `tests.campaigns replicas`: both replicas loaded by 32 streams, one killed, all updated."""
     out = tmp_path_factory.mktemp("replicas") / "out.json"
-    command = [sys.executable, "-m", "medusa_serve", "bench", "replicas", "--clients", str(CLIENTS)]
+    command = [sys.executable, "-m", "tests.campaigns", "replicas", "--clients", str(CLIENTS)]
     command += ["--seconds", "6", "--tokens", "32", "--out", str(out)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=900)
     result: dict[str, Any] = json.loads(out.read_text())

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from medusa_serve import cli
 from medusa_serve.errors import InvalidConfig
+from tests.campaigns import __main__ as campaigns
 from tests.campaigns.families import FAMILIES, FamiliesConfig, row_of, table
 
 STORED = Path(__file__).parents[2] / "notebooks/results/families.json"
@@ -47,7 +47,7 @@ def test_families_that_cannot_branch_say_why() -> None:
 
 
 def test_the_command_prints_the_stored_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "families", "--show", str(STORED)]) == 0
+    assert campaigns.main(["families", "--show", str(STORED)]) == 0
     printed = capsys.readouterr().out.rstrip("\n")
     assert printed == table(json.loads(STORED.read_text()))
     assert len(printed.splitlines()) == 1 + len(FAMILIES)

@@ -6,7 +6,8 @@ pytest tests/training/test_loss.py
 import pytest
 import torch
 
-from medusa_serve.training.loss import Output, plain_loss, soft_loss
+from medusa_serve.training.loss import Output, soft_loss
+from tests.oracles import plain_loss
 
 
 def case(rows=13, depths=4, hidden=6, vocab=11, dtype=torch.float64, **output):

@@ -17,7 +17,7 @@ from medusa_serve.training.pipeline import answering, make_answers, train_from_p
 from medusa_serve.training.prompts import Prompt
 from medusa_serve.training.shards import read_answers
 from medusa_serve.training.train_heads import Run
-from tests.campaigns import make_heads as campaign
+from tests.campaigns import __main__ as campaigns
 from tests.tiny import save_tiny_folder
 
 SMALL = {"inner": 16, "readout": 8, "num_heads": 2, "draft_vocab": 100, "held_out": 8}
@@ -114,7 +114,7 @@ ARGS = ["--device", "cpu", "--dtype", "float32", "--distill-seconds", "3", "--ma
 def test_the_campaign_makes_both_families_and_tables(folder, prompt_file, tmp_path, capsys):
     where = ["--model", str(folder), "--prompts", str(prompt_file), "--work", str(tmp_path / "w"), "--out"]
     out = tmp_path / "o"
-    assert campaign.main([*where, str(out), *ARGS]) == 0
+    assert campaigns.main(["make_heads", *where, str(out), *ARGS]) == 0
     for family in ("medusa", "sequential"):
         assert (out / family / "heads.safetensors").is_file()
         result = json.loads((out / f"forecast-{family}.json").read_text())
@@ -124,7 +124,7 @@ def test_the_campaign_makes_both_families_and_tables(folder, prompt_file, tmp_pa
     printed = capsys.readouterr().out
     assert "tokens per step with the best static tree" in printed
     # again: what is there is not made again, and a failing part does not end the others
-    assert campaign.main([*where, str(out), *ARGS, "--stage", "train,eval"]) == 1
+    assert campaigns.main(["make_heads", *where, str(out), *ARGS, "--stage", "train,eval"]) == 1
     printed = capsys.readouterr().out
     assert "train sequential FAILED" in printed
     assert "exists; choose another" in printed
@@ -134,15 +134,15 @@ def test_the_campaign_makes_both_families_and_tables(folder, prompt_file, tmp_pa
 def test_a_killed_training_leaves_its_last_heads_in_out(folder, prompt_file, tmp_path, monkeypatch, capsys):
     where = ["--model", str(folder), "--prompts", str(prompt_file), "--work", str(tmp_path / "w")]
     where += ["--out", str(tmp_path / "o"), *ARGS, "--family", "medusa"]
-    assert campaign.main([*where, "--stage", "distill"]) == 0
+    assert campaigns.main(["make_heads", *where, "--stage", "distill"]) == 0
 
     def broken(*args, **options):
         raise RuntimeError("no disk")
 
     with monkeypatch.context() as patch:
         patch.setattr("medusa_serve.training.train_heads.finish", broken)
-        assert campaign.main([*where, "--stage", "train"]) == 1
+        assert campaigns.main(["make_heads", *where, "--stage", "train"]) == 1
     assert (tmp_path / "o" / "medusa-interim" / "heads.safetensors").is_file()
-    assert campaign.main([*where, "--stage", "train"]) == 0  # goes on, and finishes
+    assert campaigns.main(["make_heads", *where, "--stage", "train"]) == 0  # goes on, and finishes
     assert "going on from step" in capsys.readouterr().out
     assert (tmp_path / "o" / "medusa" / "heads.safetensors").is_file()

@@ -1,5 +1,5 @@
 """A model over several GPUs: which layer goes where, and that a cache in parts is a cache. The GPUs themselves are in
-`bench replicas --parts split`."""
+`tests.campaigns replicas --parts split`."""
 
 from __future__ import annotations
 

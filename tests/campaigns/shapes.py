@@ -6,11 +6,11 @@ import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..config import MAX_NODES, EngineConfig
-from ..errors import InvalidRequest
+from medusa_serve.config import EngineConfig
+from medusa_serve.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from ..llm import LLM
+    from medusa_serve.llm import LLM
 
 SHAPES: dict[str, dict[str, Any]] = {  # the numbers of transformers' LlamaConfig
     "llama-7b": {
@@ -30,7 +30,6 @@ SHAPES: dict[str, dict[str, Any]] = {  # the numbers of transformers' LlamaConfi
         "max_position_embeddings": 2048,
     },
 }
-FIXED_DEPTH, FIXED_RANKS = 5, 10
 
 
 def random_model(shape: str, engine: EngineConfig) -> Any:
@@ -38,13 +37,13 @@ def random_model(shape: str, engine: EngineConfig) -> Any:
     LoadError."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from ..model.forward.split import spread
-    from ..model.gpu.capture import TURN
-    from ..model.loading.load import LoadedModel, _choose_device, _choose_numbers, _shrink
-    from ..model.weights.nf4 import quantize_nf4
+    from medusa_serve.model.forward.split import spread
+    from medusa_serve.model.gpu.capture import TURN
+    from medusa_serve.model.loading.load import LoadedModel, _choose_device, _choose_numbers, _shrink
+    from medusa_serve.model.weights.nf4 import quantize_nf4
 
     notes: list[str] = []
-    nobody: Any = None
+    none: Any = None
     config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None, pad_token_id=None)
     device = _choose_device(engine.device, notes)
     dtype, weights = _choose_numbers(engine, device, config, notes)
@@ -56,8 +55,8 @@ def random_model(shape: str, engine: EngineConfig) -> Any:
         notes.append(spread(model))
     return LoadedModel(
         model=model,
-        tokenizer=nobody,
-        codec=nobody,
+        tokenizer=none,
+        codec=none,
         name=f"random {shape}",
         device=device,
         dtype=dtype,
@@ -86,7 +85,7 @@ class ByteCodec:
 
 def random_llm(engine: EngineConfig, shape: str) -> LLM:
     """An LLM over random weights that speaks letters; without heads. Raises LoadError."""
-    from ..llm import LLM
+    from medusa_serve.llm import LLM
 
     def load(config: EngineConfig) -> Any:
         return replace(random_model(shape, config), codec=ByteCodec())
@@ -96,10 +95,10 @@ def random_llm(engine: EngineConfig, shape: str) -> LLM:
 
 def random_drafter(model: Any) -> Any:
     """Sequential heads of the usual proportions, attached to the model, in the dtype that the engine would take."""
-    from ..model.drafting.draft_formats import make_fast
-    from ..model.drafting.drafters import SequentialDrafter
-    from ..model.drafting.heads import SequentialHeads
-    from ..model.loading.default_model import cache_folder
+    from medusa_serve.model.drafting.draft_formats import make_fast
+    from medusa_serve.model.drafting.drafters import SequentialDrafter
+    from medusa_serve.model.drafting.heads import SequentialHeads
+    from medusa_serve.model.loading.default_model import cache_folder
 
     hidden = model.config.hidden_size
     with _seeded(model.device):
@@ -118,19 +117,3 @@ def _seeded(device: Any) -> contextlib.ExitStack:
     stack.enter_context(torch.device(device))
     torch.manual_seed(0)
     return stack
-
-
-def fixed_drafter() -> Any:
-    """Drafts the same tokens in a tree of the same form at every step: trees of N nodes without heads."""
-    import torch
-
-    from ..model.drafting.draft import StaticDrafter
-    from ..model.drafting.tree import most_probable
-
-    class FixedDrafter(StaticDrafter):
-        def candidates(self, slots: Any, hidden: Any, pending: Any, length: Any, sampling: Any) -> Any:
-            ranks = torch.arange(self.num_ranks, device=pending.device)
-            return ranks.expand(len(slots), self.num_heads, -1)
-
-    ranks = [[0.6 * 0.5**rank for rank in range(FIXED_RANKS)]] * FIXED_DEPTH
-    return FixedDrafter(FIXED_DEPTH, FIXED_RANKS, most_probable(ranks, MAX_NODES))

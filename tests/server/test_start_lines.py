@@ -1,4 +1,4 @@
-"""The shell line that `serve` prints."""
+"""The shell line that a server prints when it is ready."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from medusa_serve.commands.serve import curl_line
+from medusa_serve.server.start_lines import curl_line
 
 
 @pytest.mark.parametrize("key", [None, "k'ey $x"])
