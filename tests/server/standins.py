@@ -29,7 +29,7 @@ class WordCodec:
 
     has_chat_template = True
     special_ids = frozenset({0})
-    pieces = None
+    token_texts = None
 
     def encode(self, text: str) -> list[int]:
         return [ord(c) for c in text]

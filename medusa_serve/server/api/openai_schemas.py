@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from ...errors import InvalidRequest, Unsupported
-from ...types import MAX_LOGPROBS, MAX_SEED, SamplingParams
+from ...types import MAX_SEED, SamplingParams
 from .refused_fields import MESSAGE_NEUTRAL, NEUTRAL, refuse, shown
-from .schemas import MAX_MESSAGES, Sampled, Speculation, Text, Timings, Whole, shown_as
+from .schemas import MAX_MESSAGES, Sampled, Speculation, Text, Timings, Whole, number_of, shown_as
 
 MAX_CHOICES = 4  # of one prompt
 MAX_PROMPTS = 8
@@ -73,7 +73,7 @@ class OpenAIRequest(Sampled):
     model_config = ConfigDict(extra="ignore")
 
     model: Text | None = Field(None, description="As /v1/models names it; absent: the one model that is served.")
-    temperature: float | None = shown_as(1.0, minimum=0, maximum=100)
+    temperature: float | None = number_of("temperature", default=1.0)
     n: Whole | None = shown_as(1, minimum=1, maximum=MAX_CHOICES)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -124,7 +124,7 @@ class CompletionRequest(OpenAIRequest):
             }
         ),
     ]
-    logprobs: Whole | None = shown_as(None, minimum=0, maximum=MAX_LOGPROBS)
+    logprobs: Whole | None = number_of("logprobs")
 
     @model_validator(mode="after")
     def _some(self) -> CompletionRequest:
@@ -154,9 +154,9 @@ class ChatRequest(OpenAIRequest):
     model_config = ConfigDict(json_schema_extra=_chat_shown)
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Whole | None = shown_as(None, minimum=1, maximum=2**31 - 1)
+    max_completion_tokens: Whole | None = number_of("max_tokens")
     logprobs: bool | None = False
-    top_logprobs: Whole | None = shown_as(None, minimum=0, maximum=MAX_LOGPROBS)
+    top_logprobs: Whole | None = number_of("logprobs")
 
     @model_validator(mode="after")
     def _whole(self) -> ChatRequest:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 
 from ...engine.detokenizer import Detokenizer
 from ...errors import InvalidRequest
-from ...types import MAX_LOGPROBS, Completion, Delta, SamplingParams, TextCodec, TokenLogprob
+from ...types import Completion, Delta, SamplingParams, TextCodec, TokenLogprob
 from ..guard.body import json_only
 from ..submit import Prompt, Shared, ready, reply, submit
 from .refused_fields import refuse, shown
@@ -25,6 +25,7 @@ from .schemas import (
     Text,
     Whole,
     documented,
+    number_of,
     params_of,
     shown_as,
     stops_shown,
@@ -49,18 +50,18 @@ EVENTS = (
 class TgiParameters(Strict):
     model_config = ConfigDict(json_schema_extra=lambda schema: shown(schema, TGI_NEUTRAL))
 
-    max_new_tokens: Whole | None = shown_as(None, minimum=1, maximum=2**31 - 1)
+    max_new_tokens: Whole | None = number_of("max_tokens")
     do_sample: bool | None = False
-    temperature: float | None = shown_as(None, minimum=0, maximum=100)
-    top_p: float | None = shown_as(None, exclusiveMinimum=0, maximum=1)
-    top_k: Whole | None = shown_as(None, minimum=0, maximum=2**31 - 1)
-    seed: Seed | None = shown_as(None, minimum=0, maximum=MOST_SEED)
+    temperature: float | None = number_of("temperature", default=None)
+    top_p: float | None = number_of("top_p", default=None)
+    top_k: Whole | None = number_of("top_k", default=None)
+    seed: Seed | None = number_of("seed", maximum=MOST_SEED)
     stop: list[Text] | None = Field(default=None, json_schema_extra=stops_shown)
-    repetition_penalty: float | None = shown_as(None, exclusiveMinimum=0, maximum=100)
-    frequency_penalty: float | None = shown_as(None, minimum=-2, maximum=2)
+    repetition_penalty: float | None = number_of("repetition_penalty", default=None)
+    frequency_penalty: float | None = number_of("frequency_penalty", default=None)
     return_full_text: bool | None = False
     details: bool | None = True
-    top_n_tokens: Whole | None = shown_as(None, minimum=0, maximum=MAX_LOGPROBS)
+    top_n_tokens: Whole | None = number_of("logprobs")
 
     @model_validator(mode="before")
     @classmethod
