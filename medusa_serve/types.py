@@ -153,7 +153,7 @@ class StepOutput(NamedTuple):
     finished     the device met EOS or the length limit
     failed       the logits were not finite: the sequence must end with an error
     draft_ready  draft tokens at hand for this row's next step (0: a tree would be empty)
-    held_by      for each accepted draft token, the smallest of the runner's N whose tree holds it
+    held_by      for each accepted draft token, the smallest of the runner's N with a tree that holds it
     logprobs     one for each token, where the sequence asked for them
     """
 
@@ -316,7 +316,7 @@ class Runner(Protocol):
     vocab_size: int
     eos_ids: frozenset[int]
     node_choices: tuple[int, ...]  # the N this runner can verify, ascending, beginning with 1 (plain decoding)
-    has_heads: bool  # they draft behind every step of more than one node
+    has_heads: bool  # they draft after every step of more than one node
     prefill_rows: int  # prompts of one prefill pass at most
     row_budget: int  # rows × nodes of one pass at most, while no step times are there
     step_ms: Mapping[tuple[int, int], float]  # measured decode steps by (rows, N); empty where none were
@@ -334,10 +334,10 @@ class Runner(Protocol):
         """Advance prompts; where a prompt is complete, the output holds the first emitted token, else None."""
 
     def first_draft(self, prompts: int) -> int:
-        """N of the tree that a prefill pass of so many prompts drafts for their first decode step."""
+        """N of the tree that a prefill pass of this many prompts drafts for their first decode step."""
 
     def step_rows(self, rows: int) -> int:
-        """Rows of the step that is made for so many: that many, or more where steps are made for some numbers alone."""
+        """Rows of the step that runs for `rows`: as many, or more where steps exist for some numbers of rows only."""
 
     def decode(self, slots: Seq[int], nodes: int) -> StartedPass[StepOutput]:
         """One step of these rows with a tree of `nodes` nodes (one of node_choices), in the order of `slots`."""

@@ -1,4 +1,4 @@
-"""Replicas: the same app, each with a model of its own, behind one address. Ray Serve runs them (extra `ray`).
+"""Replicas: the same app, each with its own model, at one address. Ray Serve runs them (extra `ray`).
 
 client ─► HAProxy (or Ray's own proxy) ─► Ingress (no model) ─► one of the Replicas: create_app over its own LLM
 
@@ -6,8 +6,8 @@ Ray starts the replicas, chooses the least busy for each request, scales them, r
 an update. Requests and answers go by HTTP from the Ingress to the replica's own port: that costs one call of Ray a
 request, where each message through Ray costs as much as many events.
 The Ingress does what a replica cannot do for itself: when a replica dies, its open answers get their one terminal
-event, or are asked of another replica where nothing of them was sent yet. Limits (slots, max_queue) are those of each
-replica.
+event, or are asked of another replica where nothing of them was sent yet. Each replica has its own limits (slots,
+max_queue).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from ..errors import InvalidConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicasConfig:
-    """Copies of the model behind one address, under Ray Serve.
+    """Copies of the model at one address, under Ray Serve.
 
     replicas        how many; with max_replicas the least
     max_replicas    None: no scaling; else as many as the requests in progress ask for, up to this

@@ -91,8 +91,8 @@ def _host(scope: Scope) -> str:
 
 def _named(headers: Iterable[tuple[bytes, bytes]]) -> frozenset[bytes]:
     """Further headers of this connection alone, by its Connection header."""
-    told = b",".join(value for name, value in headers if name == b"connection")
-    return frozenset(name.strip().lower() for name in told.split(b","))
+    names = b",".join(value for name, value in headers if name == b"connection")
+    return frozenset(name.strip().lower() for name in names.split(b","))
 
 
 def _text(value: bytes) -> str:

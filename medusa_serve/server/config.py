@@ -18,7 +18,7 @@ class ServerConfig:
     max_connections one more is answered 503 · max_headers, max_header_bytes, max_body_bytes  of a request
     header_s, body_s   for a request's head and body to arrive · keep_alive_s  between requests of a connection
     queue_s         for a slot (503) · first_token_s, total_s  from arrival to the first token, to the end (504)
-    client_stall_s  a client that takes nothing for so long is cut off
+    client_stall_s  a client that takes nothing for this long is cut off
     heartbeat_s     of silence, then a comment in a stream
     merge_ms        a streamed event waits at most this long for a lagging socket before it is merged with later ones
     pace_ms         between two events of an answer at least, and more where many are open; what comes meanwhile is

@@ -50,7 +50,7 @@ def add_info(app: FastAPI, shared: Shared) -> None:
 
 
 def limits_of(config: ServerConfig, llm: ServedLLM) -> dict[str, Any]:
-    """Every limit by name: ServerConfig's, and those of prompts and of the engine. No secrets."""
+    """Every limit by name: of ServerConfig, of prompts, of the engine. No secrets."""
     context = llm.describe()["max_context"]
     return {
         **{name: getattr(config, name) for name in config.__dataclass_fields__ if name not in NOT_SHOWN},

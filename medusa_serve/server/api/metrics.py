@@ -93,9 +93,9 @@ def add_metrics(app: FastAPI, shared: Shared) -> Counter:
     registry = CollectorRegistry()
     registry.register(EngineCollector(shared))
     answers = Counter("medusa_serve_http_answers", "HTTP answers.", ["path", "status"], registry=registry)
-    said: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
-    @app.get("/metrics", response_class=Response, responses=documented(401, 405) | said)
+    @app.get("/metrics", response_class=Response, responses=documented(401, 405) | text)
     async def metrics(request: Request) -> Response:
         """For Prometheus, in the format that the Accept header asks for."""
         encode, kind = choose_encoder(request.headers.get("accept", ""))

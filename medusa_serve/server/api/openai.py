@@ -30,10 +30,10 @@ from .openai_schemas import (
 from .schemas import GENERATION, documented
 
 EVENTS = (
-    "Each is a chunk as OpenAI's, at most one a step and choice; `medusa` tells tokens and accepted draft tokens of its"
+    "Each is a chunk as OpenAI's, at most one a step and choice; `medusa` has tokens and accepted draft tokens of its"
     " steps, the last one of a choice also its seed, totals and timings."
 )
-ALIASES = frozenset({"default", "dummy", "tgi"})  # huggingface_hub's client says dummy, and said tgi
+ALIASES = frozenset({"default", "dummy", "tgi"})  # huggingface_hub's client sends dummy, and sent tgi
 
 
 class NoSuchModel(NotFound):
@@ -114,8 +114,8 @@ class OpenAIFormat:
     """What both kinds of answers share. Choice index: n choices of the first prompt, then of the next."""
 
     prefix: str
-    whole_object: str
-    part_object: str
+    answer_object: str
+    event_object: str
 
     def __init__(self, llm: ServedLLM, body: OpenAIRequest) -> None:
         self._codec, self._n, self._usage = llm.codec, body.n or 1, body.include_usage
@@ -128,12 +128,12 @@ class OpenAIFormat:
     def events(self, index: int, delta: Delta) -> list[dict[str, Any]]:
         if not (delta.text or delta.tokens or delta.completion):
             return []
-        reason, facts = None, {"tokens": list(delta.tokens), "accepted": list(delta.accepted)}
+        reason, medusa = None, {"tokens": list(delta.tokens), "accepted": list(delta.accepted)}
         if delta.completion is not None:
             self._done[index] = delta.completion
-            reason, facts = delta.completion.finish_reason, facts | facts_of(delta.completion)
-        choice = {"index": index, **self._piece(index, delta), "finish_reason": reason}
-        return [self._part([choice]) | {"medusa": facts}]
+            reason, medusa = delta.completion.finish_reason, medusa | totals_of(delta.completion)
+        choice = {"index": index, **self._delta_fields(index, delta), "finish_reason": reason}
+        return [self._part([choice]) | {"medusa": medusa}]
 
     def last_events(self) -> list[dict[str, Any]]:
         done = [self._done[index] for index in sorted(self._done)]
@@ -141,93 +141,95 @@ class OpenAIFormat:
 
     def full_answer(self, done: Seq[Completion]) -> dict[str, Any]:
         choices = [
-            {"index": index, **self._all(one), "finish_reason": one.finish_reason, "medusa": facts_of(one)}
+            {"index": index, **self._answer_fields(one), "finish_reason": one.finish_reason, "medusa": totals_of(one)}
             for index, one in enumerate(done)
         ]
-        return {**self._head, "object": self.whole_object, "choices": choices, "usage": usage_of(done, self._n)}
+        return {**self._head, "object": self.answer_object, "choices": choices, "usage": usage_of(done, self._n)}
 
     def _part(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head, "object": self.part_object, "choices": choices} | ({"usage": None} if self._usage else {})
+        return {**self._head, "object": self.event_object, "choices": choices} | (
+            {"usage": None} if self._usage else {}
+        )
 
-    def _piece(self, index: int, delta: Delta) -> dict[str, Any]:
+    def _delta_fields(self, index: int, delta: Delta) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _all(self, done: Completion) -> dict[str, Any]:
+    def _answer_fields(self, done: Completion) -> dict[str, Any]:
         raise NotImplementedError
 
 
 class ChatFormat(OpenAIFormat):
-    prefix, whole_object, part_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, answer_object, event_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def first_events(self, num_choices: int) -> list[dict[str, Any]]:
         first = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         return [self._part([{"index": index, **first}]) for index in range(num_choices)]
 
-    def _piece(self, index: int, delta: Delta) -> dict[str, Any]:
-        told = self._logprobs(delta.token_ids, delta.logprobs)
-        return {"delta": {"content": delta.text} if delta.text else {}, "logprobs": told}
+    def _delta_fields(self, index: int, delta: Delta) -> dict[str, Any]:
+        logprobs = self._logprobs(delta.token_ids, delta.logprobs)
+        return {"delta": {"content": delta.text} if delta.text else {}, "logprobs": logprobs}
 
-    def _all(self, done: Completion) -> dict[str, Any]:
+    def _answer_fields(self, done: Completion) -> dict[str, Any]:
         message = {"role": "assistant", "content": done.text, "refusal": None}
         return {"message": message, "logprobs": self._logprobs(done.token_ids, done.logprobs)}
 
-    def _logprobs(self, ids: Seq[int], told: Seq[TokenLogprob]) -> dict[str, Any] | None:
-        if not told:
+    def _logprobs(self, ids: Seq[int], logprobs: Seq[TokenLogprob]) -> dict[str, Any] | None:
+        if not logprobs:
             return None
         content = [
             _named(self._codec, token, one.logprob)
             | {"top_logprobs": [_named(self._codec, other, value) for other, value in one.top]}
-            for token, one in zip(ids, told, strict=True)
+            for token, one in zip(ids, logprobs, strict=True)
         ]
         return {"content": content, "refusal": None}
 
 
 def _named(codec: TextCodec, token: int, logprob: float) -> dict[str, Any]:
     text = codec.token_text(token)
-    data = None if "\ufffd" in text else list(text.encode())  # a part of a character has no text of its own
+    data = None if "\ufffd" in text else list(text.encode())  # a part of a character is no text
     return {"token": text, "logprob": logprob, "bytes": data}
 
 
 class TextFormat(OpenAIFormat):
-    prefix, whole_object, part_object = "cmpl", "text_completion", "text_completion"
+    prefix, answer_object, event_object = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, llm: ServedLLM, body: CompletionRequest) -> None:
         super().__init__(llm, body)
         self._top = body.logprobs or 0
         self._offsets: dict[int, int] = {}
 
-    def _piece(self, index: int, delta: Delta) -> dict[str, Any]:
-        told = self._logprobs(delta.token_ids, delta.logprobs, self._offsets.get(index, 0))
-        if told is not None:
-            self._offsets[index] = told["text_offset"][-1] + len(told["tokens"][-1])
-        return {"text": delta.text, "logprobs": told}
+    def _delta_fields(self, index: int, delta: Delta) -> dict[str, Any]:
+        logprobs = self._logprobs(delta.token_ids, delta.logprobs, self._offsets.get(index, 0))
+        if logprobs is not None:
+            self._offsets[index] = logprobs["text_offset"][-1] + len(logprobs["tokens"][-1])
+        return {"text": delta.text, "logprobs": logprobs}
 
-    def _all(self, done: Completion) -> dict[str, Any]:
+    def _answer_fields(self, done: Completion) -> dict[str, Any]:
         return {"text": done.text, "logprobs": self._logprobs(done.token_ids, done.logprobs, 0)}
 
-    def _logprobs(self, ids: Seq[int], told: Seq[TokenLogprob], offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, ids: Seq[int], logprobs: Seq[TokenLogprob], offset: int) -> dict[str, Any] | None:
         """As OpenAI's first API had it: lists side by side. offset: where the first token's text begins."""
-        if not told:
+        if not logprobs:
             return None
         tokens, offsets = [self._codec.token_text(token) for token in ids], []
         for text in tokens:
             offsets.append(offset)
             offset += len(text)
         tops: list[dict[str, float]] = []
-        for chosen, one in zip(ids, told, strict=True):
+        for chosen, one in zip(ids, logprobs, strict=True):
             tops.append({self._codec.token_text(chosen): one.logprob})
             for token, value in one.top:  # best first; parts of characters all read U+FFFD
                 tops[-1].setdefault(self._codec.token_text(token), value)
         return {
             "tokens": tokens,
-            "token_logprobs": [one.logprob for one in told],
+            "token_logprobs": [one.logprob for one in logprobs],
             "top_logprobs": tops if self._top else None,
             "text_offset": offsets,
         }
 
 
-def facts_of(done: Completion) -> dict[str, Any]:
-    """What only this server tells of a choice."""
+def totals_of(done: Completion) -> dict[str, Any]:
+    """What only this server says of a choice."""
     full = done.to_dict()
     return {"seed": done.seed, "total": full["medusa"], "timings": full["timings"]}
 

@@ -1,5 +1,5 @@
 """The bodies of /v1/completions and /v1/chat/completions. Fields that the API does not know are ignored, as its clients
-send many; those that would change the answer are refused by name."""
+send many; fields that would change the answer are refused by name."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ class PredictionTokens(BaseModel):
 
 
 class ChoiceFacts(BaseModel):
-    """Under `medusa`: the seed that gives this text again, and what /generate tells of its steps."""
+    """Under `medusa`: the seed that gives this text again, and what /generate says of its steps."""
 
     seed: int
     total: Speculation

@@ -217,7 +217,7 @@ class GenerateResponse(BaseModel):
 
 
 class Health(BaseModel):
-    """200: status is ok, with facts about the model. 503: any other status, with a message."""
+    """200: status is ok, with LLM.describe(). 503: any other status, with a message."""
 
     model_config = ConfigDict(extra="allow")
 

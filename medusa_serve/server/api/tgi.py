@@ -181,13 +181,13 @@ class TgiFormat:
     def events(self, index: int, delta: Delta) -> list[dict[str, Any]]:
         texts = self._texts.feed(delta.token_ids, delta.completion)
         out = []
-        for token, text, told in zip(delta.token_ids, texts, delta.logprobs, strict=True):
+        for token, text, one in zip(delta.token_ids, texts, delta.logprobs, strict=True):
             self._index += 1
-            said = {"index": self._index, "token": self._token(token, text, told.logprob)}
+            answer = {"index": self._index, "token": self._token(token, text, one.logprob)}
             if self._parameters.top_n_tokens:
-                said["top_tokens"] = self._top(told)
-            out.append({**said, "generated_text": None, "details": None})
-        if out:  # a step's tokens share an event's worth of facts: they stand in its first
+                answer["top_tokens"] = self._top(one)
+            out.append({**answer, "generated_text": None, "details": None})
+        if out:  # these are of the step, not of one token: its first event has them
             out[0]["medusa"] = {"tokens": list(delta.tokens), "accepted": list(delta.accepted)}
         if out and delta.completion is not None:
             done = delta.completion
@@ -200,28 +200,28 @@ class TgiFormat:
         return []
 
     def full_answer(self, done: Seq[Completion]) -> Any:
-        said: dict[str, Any] = {"generated_text": self._before + done[0].text}
+        answer: dict[str, Any] = {"generated_text": self._before + done[0].text}
         if self._parameters.details is not False:
             texts = self._texts.feed(done[0].token_ids, done[0])
             triples = zip(done[0].token_ids, texts, done[0].logprobs, strict=True)
-            said["details"] = self._details(done[0])
-            said["details"]["tokens"] = [self._token(token, text, told.logprob) for token, text, told in triples]
+            answer["details"] = self._details(done[0])
+            answer["details"]["tokens"] = [self._token(token, text, one.logprob) for token, text, one in triples]
             if self._parameters.top_n_tokens:
-                said["details"]["top_tokens"] = [self._top(told) for told in done[0].logprobs]
-        return [said] if self._listed else said
+                answer["details"]["top_tokens"] = [self._top(one) for one in done[0].logprobs]
+        return [answer] if self._listed else answer
 
     def _details(self, done: Completion) -> dict[str, Any]:
         reason = "length"
         if done.finish_reason == "stop":
             reason = "eos_token" if done.token_ids[-1] in self._codec.special_ids else "stop_sequence"
-        facts = {"finish_reason": reason, "generated_tokens": done.completion_tokens, "seed": done.seed}
-        return facts | {"prefill": [], "tokens": [], "medusa": done.to_dict()["medusa"]}
+        details = {"finish_reason": reason, "generated_tokens": done.completion_tokens, "seed": done.seed}
+        return details | {"prefill": [], "tokens": [], "medusa": done.to_dict()["medusa"]}
 
     def _token(self, token: int, text: str, logprob: float) -> dict[str, Any]:
         return {"id": token, "text": text, "logprob": logprob, "special": token in self._codec.special_ids}
 
-    def _top(self, told: TokenLogprob) -> list[dict[str, Any]]:
-        return [self._token(token, self._codec.token_text(token), value) for token, value in told.top]
+    def _top(self, one: TokenLogprob) -> list[dict[str, Any]]:
+        return [self._token(token, self._codec.token_text(token), value) for token, value in one.top]
 
 
 class TokenTexts:
