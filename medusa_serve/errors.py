@@ -123,6 +123,6 @@ class TunnelError(MedusaServeError):
 
 
 def reason_of(error: BaseException) -> str:
-    """What a foreign error says, in one line that can stand within a sentence."""
+    """The text of an error of another package, in one line that fits into a sentence."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")

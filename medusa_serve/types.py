@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from .errors import InvalidRequest, MedusaServeError
@@ -18,41 +18,103 @@ MAX_SEED = 2**63 - 1
 MAX_STOPS, MAX_STOP_CHARS = 4, 64
 MAX_BIASES, MAX_BIAS = 300, 100.0
 MAX_LOGPROBS = 5
-LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON has no word for
+LEAST_LOGPROB = -9999.0  # instead of minus infinity, which JSON does not have
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """What a number in SamplingParams may be, and its help. SamplingParams checks it; the command line, the bodies of
+    the HTTP APIs and their OpenAPI page are made from it.
+
+    default  None: the number may be absent · open_low: `low` itself is refused
+    metavar  of the command line's option; None: it has none
+    """
+
+    kind: type[int] | type[float]
+    default: int | float | None
+    low: int | float
+    high: int | float
+    help: str
+    open_low: bool = False
+    metavar: str | None = None
+
+    def check(self, name: str, value: Any) -> None:
+        if value is None and self.default is None:
+            return
+        low, high = self.low, self.high
+        number = isinstance(value, (int, self.kind)) and not isinstance(value, bool)
+        if number and low <= value <= high and not (self.open_low and value == low):  # NaN is never within
+            return
+        bounds = f"a number in {'(' if self.open_low else '['}{low:g}, {high:g}]"
+        if self.kind is int:
+            bounds = f"an integer from {low} to {high}"
+        raise InvalidRequest(f"{name} must be {bounds}.", param=name)
+
+
+def _field(number: Number) -> Any:
+    return field(default=number.default, metadata={"number": number, "check": number.check})
+
+
+def _check_stops(name: str, stops: Any) -> None:
+    if not isinstance(stops, tuple) or len(stops) > MAX_STOPS:
+        raise InvalidRequest(f"{name} must be a string or a list of at most {MAX_STOPS} strings.", param=name)
+    for text in stops:
+        if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_CHARS:
+            raise InvalidRequest(f"Each {name} string must have 1 to {MAX_STOP_CHARS} characters.", param=name)
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name} must be true or false.", param=name)
+
+
+def _check_biases(name: str, biases: Any) -> None:
+    if not isinstance(biases, tuple) or len(biases) > MAX_BIASES:
+        raise InvalidRequest(f"{name} must map at most {MAX_BIASES} token ids to numbers.", param=name)
+    for token, value in biases:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0 or not number or abs(value) > MAX_BIAS:
+            message = f"{name} must map token ids to numbers from -{MAX_BIAS:g} to {MAX_BIAS:g}."
+            raise InvalidRequest(message, param=name)
+    if len({token for token, _ in biases}) < len(biases):
+        raise InvalidRequest(f"{name} names a token id twice.", param=name)
+
+
+_TOKENS = "tokens of the answer at most; without it 256, or what fits into the context"
+_TOP_P = "only the likeliest tokens that have this probability together; 1: all"
+_MIN_P = "only tokens at least this many times as likely as the likeliest; 0: all"
+_REPETITION = "of tokens of prompt and completion, as transformers computes it; 1: none"
+_COMPLETION = "of tokens of the completion, as OpenAI defines it; 0: none"
+_LOGPROBS = "how many of the likeliest tokens to report with each emitted one; 0: that one alone"
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """What one sequence asks for. Raises InvalidRequest naming the field.
+    """What one sequence asks for; filters in transformers' order after the temperature. Raises InvalidRequest naming
+    the field.
 
-    max_tokens   completion tokens at most; None: min(256, what fits into the context)
-    temperature  0 is greedy
-    top_p, top_k, min_p   in transformers' order after the temperature; top_k = 0 is off
-    seed         0 … 2**63-1; None: drawn at submission and reported in the Completion
+    seed         None: drawn at submission and reported in the Completion
     stop         up to 4 strings of up to 64 characters
     speculation  False: this sequence decodes one token per step, in the same batch
     ignore_eos   for benchmarks that need a fixed number of tokens; not offered over HTTP
-    repetition_penalty   of tokens of prompt and completion, as transformers computes it; 1 is off
-    presence_penalty, frequency_penalty   of completion tokens, as OpenAI defines them; 0 is off
     logit_bias   token id → what is added to its logit, up to 300; before the penalties
-    logprobs     None, or how many of the likeliest tokens to report with each emitted one (0: that one alone): the
-                 model's own log-probabilities, before bias, penalties and temperature
+    logprobs     the model's own log-probabilities, before bias, penalties and temperature
     """
 
-    max_tokens: int | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    speculation: bool = True
-    ignore_eos: bool = False
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()  # or a mapping, as `stop` may be one string
-    logprobs: int | None = None
+    max_tokens: int | None = _field(Number(int, None, 1, 2**31 - 1, _TOKENS, metavar="N"))
+    temperature: float = _field(Number(float, 0.0, 0, 100, "0 is greedy", metavar="T"))
+    top_p: float = _field(Number(float, 1.0, 0, 1, _TOP_P, open_low=True, metavar="P"))
+    top_k: int = _field(Number(int, 0, 0, 2**31 - 1, "only this many of the likeliest tokens; 0: all", metavar="K"))
+    min_p: float = _field(Number(float, 0.0, 0, 1, _MIN_P, metavar="P"))
+    seed: int | None = _field(Number(int, None, 0, MAX_SEED, "of the sampling; without it one is drawn", metavar="N"))
+    stop: tuple[str, ...] = field(default=(), metadata={"check": _check_stops})  # or one string
+    speculation: bool = field(default=True, metadata={"check": _check_flag})
+    ignore_eos: bool = field(default=False, metadata={"check": _check_flag})
+    repetition_penalty: float = _field(Number(float, 1.0, 0, 100, _REPETITION, open_low=True))
+    presence_penalty: float = _field(Number(float, 0.0, -2, 2, _COMPLETION))
+    frequency_penalty: float = _field(Number(float, 0.0, -2, 2, _COMPLETION))
+    logit_bias: tuple[tuple[int, float], ...] = field(default=(), metadata={"check": _check_biases})  # or a mapping
+    logprobs: int | None = _field(Number(int, None, 0, MAX_LOGPROBS, _LOGPROBS))
 
     def __post_init__(self) -> None:
         if isinstance(self.logit_bias, Mapping):
@@ -61,25 +123,8 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         elif isinstance(self.stop, list):
             object.__setattr__(self, "stop", tuple(self.stop))
-        _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1, optional=True)
-        _check_float("temperature", self.temperature, 0.0, 100.0)
-        _check_float("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _check_int("top_k", self.top_k, 0, 2**31 - 1)
-        _check_float("min_p", self.min_p, 0.0, 1.0)
-        _check_int("seed", self.seed, 0, MAX_SEED, optional=True)
-        if not isinstance(self.stop, tuple) or len(self.stop) > MAX_STOPS:
-            raise InvalidRequest(f"stop must be a string or a list of at most {MAX_STOPS} strings.", param="stop")
-        for text in self.stop:
-            if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_CHARS:
-                raise InvalidRequest(f"Each stop string must have 1 to {MAX_STOP_CHARS} characters.", param="stop")
-        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
-        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_biases(self.logit_bias)
-        _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
-        for name in ("speculation", "ignore_eos"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidRequest(f"{name} must be true or false.", param=name)
+        for each in fields(self):
+            each.metadata["check"](each.name, getattr(self, each.name))
 
     @property
     def penalised(self) -> bool:
@@ -88,30 +133,9 @@ class SamplingParams:
         return penalties != (1.0, 0.0, 0.0) or bool(self.logit_bias)
 
 
-def _check_biases(biases: Any) -> None:
-    if not isinstance(biases, tuple) or len(biases) > MAX_BIASES:
-        raise InvalidRequest(f"logit_bias must map at most {MAX_BIASES} token ids to numbers.", param="logit_bias")
-    for token, value in biases:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if isinstance(token, bool) or not isinstance(token, int) or token < 0 or not number or abs(value) > MAX_BIAS:
-            message = f"logit_bias must map token ids to numbers from -{MAX_BIAS:g} to {MAX_BIAS:g}."
-            raise InvalidRequest(message, param="logit_bias")
-    if len({token for token, _ in biases}) < len(biases):
-        raise InvalidRequest("logit_bias names a token id twice.", param="logit_bias")
-
-
-def _check_int(name: str, value: Any, low: int, high: int, *, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequest(f"{name} must be an integer from {low} to {high}.", param=name)
-
-
-def _check_float(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value > high or value < low or (open_low and value == low):
-        bracket = "(" if open_low else "["
-        raise InvalidRequest(f"{name} must be a number in {bracket}{low:g}, {high:g}].", param=name)
+def sampling_numbers() -> dict[str, Number]:
+    """The numbers in SamplingParams by name, in its order: their bounds, defaults and help."""
+    return {each.name: each.metadata["number"] for each in fields(SamplingParams) if "number" in each.metadata}
 
 
 class TokenLogprob(NamedTuple):
@@ -129,7 +153,7 @@ class StepOutput(NamedTuple):
     finished     the device met EOS or the length limit
     failed       the logits were not finite: the sequence must end with an error
     draft_ready  draft tokens at hand for this row's next step (0: a tree would be empty)
-    held_by      for each accepted draft token, the smallest of the runner's N whose tree holds it
+    held_by      for each accepted draft token, the smallest of the runner's N with a tree that holds it
     logprobs     one for each token, where the sequence asked for them
     """
 
@@ -198,8 +222,8 @@ class Completion:
             out["token_ids"] = list(self.token_ids)
         if self.logprobs:
             out["logprobs"] = [
-                {"id": token, "logprob": told.logprob, "top": [{"id": i, "logprob": value} for i, value in told.top]}
-                for token, told in zip(self.token_ids, self.logprobs, strict=True)
+                {"id": token, "logprob": one.logprob, "top": [{"id": i, "logprob": value} for i, value in one.top]}
+                for token, one in zip(self.token_ids, self.logprobs, strict=True)
             ]
         out["usage"] = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
         out["medusa"] = {
@@ -281,7 +305,7 @@ class EngineStatus:
 Output = TypeVar("Output")
 
 
-class Started(Protocol[Output]):
+class StartedPass(Protocol[Output]):
     """A pass that was started."""
 
     def outputs(self) -> list[Output]:
@@ -301,7 +325,7 @@ class Runner(Protocol):
     vocab_size: int
     eos_ids: frozenset[int]
     node_choices: tuple[int, ...]  # the N this runner can verify, ascending, beginning with 1 (plain decoding)
-    has_heads: bool  # they draft behind every step of more than one node
+    has_heads: bool  # they draft after every step of more than one node
     prefill_rows: int  # prompts of one prefill pass at most
     row_budget: int  # rows × nodes of one pass at most, while no step times are there
     expected: tuple[float, ...]  # tokens per step of each N, as calibrated
@@ -325,16 +349,16 @@ class Runner(Protocol):
         """Put a sequence into a free slot. `limit`: total tokens (prompt and completion) at most; `num_reused`: leading
         prompt ids whose KV rows are already there (< len(prompt_ids)). `params.seed` is set."""
 
-    def prefill(self, chunks: Seq[PrefillChunk]) -> Started[StepOutput | None]:
+    def prefill(self, chunks: Seq[PrefillChunk]) -> StartedPass[StepOutput | None]:
         """Advance prompts; where a prompt is complete, the output holds the first emitted token, else None."""
 
     def first_draft(self, prompts: int) -> int:
-        """N of the tree that a prefill pass of so many prompts drafts for their first decode step."""
+        """N of the tree that a prefill pass of this many prompts drafts for their first decode step."""
 
     def step_rows(self, rows: int) -> int:
-        """Rows of the step that is made for so many: that many, or more where steps are made for some numbers alone."""
+        """Rows of the step that runs for `rows`: as many, or more where steps exist for some numbers of rows only."""
 
-    def decode(self, slots: Seq[int], nodes: int) -> Started[StepOutput]:
+    def decode(self, slots: Seq[int], nodes: int) -> StartedPass[StepOutput]:
         """One step of these rows with a tree of `nodes` nodes (one of node_choices), in the order of `slots`."""
 
     def free(self, slot: int) -> None:
@@ -356,7 +380,7 @@ class TextCodec(Protocol):
 
     has_chat_template: bool
     special_ids: frozenset[int]  # tokens that are no text: EOS and its like
-    pieces: Mapping[int, bytes] | None  # of each id what `decode` puts one behind the other; None where it does more
+    token_texts: Mapping[int, bytes] | None  # by id; `decode` joins them. None where it does more than that
 
     def encode(self, text: str) -> list[int]:
         """Raw text to ids, with the model's own special tokens (BOS)."""

@@ -46,7 +46,7 @@ class FakeCodec:
     def __init__(self, *, has_chat_template: bool = True, strip_space: bool = False, pieces: bool = False) -> None:
         self.has_chat_template = has_chat_template
         self._strip_space = strip_space
-        self.pieces = {id: self._piece(id) for id in range(self.vocab_size)} if pieces else None
+        self.token_texts = {id: self._piece(id) for id in range(self.vocab_size)} if pieces else None
 
     def encode(self, text: str) -> list[int]:
         return [BOS, *text.encode()]

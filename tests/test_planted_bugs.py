@@ -19,7 +19,7 @@ from medusa_serve.engine.deliveries import Deliveries
 from medusa_serve.engine.metrics import Metrics
 from medusa_serve.engine.scheduler import Scheduler
 from medusa_serve.errors import InvalidRequest
-from medusa_serve.server import streaming
+from medusa_serve.server import events as answer_events
 from medusa_serve.server.config import ServerConfig
 from medusa_serve.server.guard import error_replies as failures
 from medusa_serve.server.guard import keys as auth
@@ -143,7 +143,7 @@ def an_unsupported_field_is_ignored(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_stream_has_no_end(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(streaming, "DONE", b"")
+    patch.setattr(answer_events, "DONE", b"")
 
 
 SERVER = (

@@ -1,12 +1,13 @@
-"""Replicas: the same app, each with a model of its own, behind one address. Ray Serve runs them (extra `ray`).
+"""Replicas: the same app, each with its own model, at one address. Ray Serve runs them (extra `ray`).
 
-client ─► HAProxy (or Ray's own proxy) ─► Door (no model) ─► one of the Replicas: create_app over its own LLM
+client ─► HAProxy (or Ray's own proxy) ─► Ingress (no model) ─► one of the Replicas: create_app over its own LLM
 
 Ray starts the replicas, chooses the least busy for each request, scales them, replaces dead ones and drains old ones in
-an update. What is asked and answered goes by HTTP from the Door to the replica's own port: of Ray it costs one call a
+an update. Requests and answers go by HTTP from the Ingress to the replica's own port: that costs one call of Ray a
 request, where each message through Ray costs as much as many events.
-The Door adds what only somebody outside a replica can: an answer whose replica dies gets its one terminal event, or is
-asked of another replica where nothing of it was sent yet. Limits (slots, max_queue) are those of each replica.
+The Ingress does what a replica cannot do for itself: when a replica dies, its open answers get their one terminal
+event, or are asked of another replica where nothing of them was sent yet. Each replica has its own limits (slots,
+max_queue).
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from ray.serve.config import AutoscalingConfig
 
 from ..config import EngineConfig
 from ..errors import InvalidConfig
-from ..server.config import ReplicasConfig, ServerConfig
-from .ingress import DOOR, REPLICA, Door
+from ..server.config import ServerConfig
+from .config import ReplicasConfig
+from .ingress import INGRESS, REPLICA, Ingress
 from .replica import Load, Replica
 
 DEFAULT_SLOTS = 64  # where the replica chooses them from its memory
@@ -55,18 +57,17 @@ def application(
         max_constructor_retry_count=1,
         **scaling,
     ).bind(engine, server, load)
-    door = deployment(
-        serve.ingress(None)(Door),
-        name=DOOR,
-        num_replicas=config.doors or max(config.replicas, config.max_replicas or 0),
+    ingress = deployment(
+        serve.ingress(None)(Ingress),
+        name=INGRESS,
+        num_replicas=config.ingresses or max(config.replicas, config.max_replicas or 0),
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=100_000,  # the replicas limit
         graceful_shutdown_timeout_s=config.drain_s,
         graceful_shutdown_wait_loop_s=0.5,
     )
-    made: serve.Application = door.bind(
-        replicas, replace(server, api_key=None, guest_keys=())
-    )  # the replicas ask for keys
+    # the replicas ask for keys, the ingress does not
+    made: serve.Application = ingress.bind(replicas, replace(server, api_key=None, guest_keys=()))
     return made
 
 

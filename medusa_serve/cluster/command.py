@@ -16,9 +16,10 @@ from typing import Any
 from .. import __version__
 from ..config import EngineConfig
 from ..errors import LoadError
-from ..server.config import ReplicasConfig, ServerConfig
+from ..server.config import ServerConfig
 from ..server.listen import bind, url_of
 from ..server.start_lines import curl_line, key_lines, model_line, print_lines
+from .config import ReplicasConfig
 
 NAME = "medusa"  # of the application, as `serve status` shows it
 RAY: dict[str, Any] = {
@@ -28,11 +29,11 @@ RAY: dict[str, Any] = {
     "object_store_memory": 256 * 2**20,  # messages are small; by default it takes a third of the memory
     "_node_ip_address": "127.0.0.1",  # nobody outside this machine reaches Ray's own ports
 }
-OURS = re.compile(r"medusa_serve\.errors\.\w+: (.+)")  # in what Ray tells of a replica that could not start
+OURS = re.compile(r"medusa_serve\.errors\.\w+: (.+)")  # in the error of a replica that could not start
 
 
 class Cluster:
-    """Ray Serve on this machine while it runs; see `cluster`."""
+    """Ray Serve on this machine while it runs; made by `cluster`."""
 
     def __init__(self, url: str, server: ServerConfig, num_gpus: int, num_cpus: int) -> None:
         self.url, self.server, self.num_gpus, self.num_cpus = url, server, num_gpus, num_cpus
@@ -57,15 +58,15 @@ class Cluster:
         try:
             serve.run(application(engine, self.server, config, load), name=NAME, route_prefix="/")
         except RuntimeError as error:
-            said = OURS.findall(str(error))
-            reason = said[-1] if said else "Ray's log in /tmp/ray/session_latest/logs/serve says why"
+            ours = OURS.findall(str(error))
+            reason = ours[-1] if ours else "Ray's log in /tmp/ray/session_latest/logs/serve says why"
             raise LoadError(f"The replicas could not be started: {reason.rstrip('.')}.") from None
 
-    def facts(self) -> dict[str, Any]:
-        """What one replica says of its model."""
+    def about_replica(self) -> dict[str, Any]:
+        """`Replica.about` of one of them."""
         from ray import serve
 
-        return serve.get_app_handle(NAME).facts.remote().result(timeout_s=60)
+        return serve.get_app_handle(NAME).about.remote().result(timeout_s=60)
 
 
 @contextmanager
@@ -105,7 +106,7 @@ def _ray() -> tuple[Any, Any]:
 def serve_replicas(
     engine: EngineConfig, server: ServerConfig, replicas: int, *, as_json: bool, key_is_ours: bool
 ) -> None:
-    """Start, tell, serve until Ctrl-C or SIGTERM, drain. Raises LoadError, InvalidConfig."""
+    """Start, print how to ask, serve until Ctrl-C or SIGTERM, drain. Raises LoadError, InvalidConfig."""
     with cluster(server) as running, _stop_signals() as stop:
         config = ReplicasConfig(replicas=replicas, **running.shares(replicas, engine))
         if not as_json:
@@ -119,14 +120,14 @@ def serve_replicas(
 
 
 def _print_ready(running: Cluster, replicas: int, as_json: bool) -> None:
-    told = running.facts()
+    about = running.about_replica()
     key = running.server.api_key
-    curl = curl_line(running.url, key, told["has_chat_template"])
+    curl = curl_line(running.url, key, about["has_chat_template"])
     if as_json:
         ours = {"url": running.url, "api_key": key, "curl": curl, "replicas": replicas}
-        return print_lines(json.dumps({**ours, **told["facts"], "notes": told["notes"]}))
-    each = f"{replicas} replicas, each with its own slots and queue: {model_line(told['facts'])}"
-    return print_lines(each, *(f"  {note}" for note in told["notes"]), "ready; try:", curl)
+        return print_lines(json.dumps({**ours, **about["model"], "notes": about["notes"]}))
+    each = f"{replicas} replicas, each with its own slots and queue: {model_line(about['model'])}"
+    return print_lines(each, *(f"  {note}" for note in about["notes"]), "ready; try:", curl)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Where clients come to: no model, but the way to a replica, and the last word where one dies."""
+"""What clients connect to: it has no model; it passes each request to a replica, and ends its answer if that dies."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ from starlette.types import Receive, Scope, Send
 
 from ..errors import GenerationFailed, MedusaServeError, QueueFull, Unavailable
 from ..server.config import ServerConfig
+from ..server.events import unless_gone
 from ..server.guard.body import BodyLimit
 from ..server.guard.error_replies import LastResort
-from ..server.streaming import unless_gone
-from .passes_in import Misdirected
-from .relay import Answer, Upstream
+from .permits import Misdirected
+from .relay import RelayedAnswer, Upstream
 
 log = logging.getLogger(__name__)
 
-REPLICA, DOOR = "Replica", "Door"  # as `serve status` names them
+REPLICA, INGRESS = "Replica", "Ingress"  # as `serve status` names them
 TRIES = 3  # replicas that are asked for one answer, while nothing of it was sent
 LOST = (RayError, RayServeException, aiohttp.ClientError, Misdirected)  # of a replica that cannot answer
 HEALTH_S = 10.0
 
 
-class Door:
-    """Passes requests on to replicas, answers /health for all of them, and has the last word where one dies."""
+class Ingress:
+    """Passes requests on to replicas, answers /health for all of them, and ends the answers of a replica that dies."""
 
     def __init__(self, replicas: Any, server: ServerConfig) -> None:
         self._replicas, self._config = replicas, server
-        self._places = replicas.options(stream=True)
+        self._permits = replicas.options(stream=True)
         self._app_name, self._node = serve.get_replica_context().app_name, get_node_ip_address()
         self._upstream: Upstream | None = None  # made in the loop that it belongs to
 
     def __serve_build_asgi_app__(self) -> Any:
         return LastResort(BodyLimit(self._request, self._config))
 
-    async def facts(self) -> dict[str, Any]:
-        """What one replica says of its model."""
-        told: dict[str, Any] = await self._replicas.facts.remote()
-        return told
+    async def about(self) -> dict[str, Any]:
+        """`Replica.about` of one of them."""
+        about: dict[str, Any] = await self._replicas.about.remote()
+        return about
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self._lifespan(receive, send)
-        body = (await receive()).get("body", b"")  # whole: BodyLimit has read it
+        body = (await receive()).get("body", b"")  # all of it: BodyLimit has read it
         if scope["path"] == "/health" and scope["method"] == "GET":
             return await self._health(scope, receive, send)
         with contextlib.suppress(OSError):  # newer ASGI servers: the client has left
@@ -61,7 +61,7 @@ class Door:
 
     async def _relayed(self, scope: Scope, body: bytes, send: Send) -> None:
         for attempt in range(1, TRIES + 1):
-            answer = Answer(send)
+            answer = RelayedAnswer(send)
             try:
                 async with await self._asked(scope, body) as response:
                     return await answer.pass_on(response)
@@ -77,31 +77,31 @@ class Door:
         is over. Raises LOST, BackPressureError."""
         if self._upstream is None:
             self._upstream = Upstream(self._config.total_s + self._config.first_token_s)
-        places = self._places.place.remote(self._node)
+        permits = self._permits.permit.remote(self._node)
         try:
-            address, place = await anext(places)
-            return await self._upstream.ask(address, place, scope, body)
+            address, permit = await anext(permits)
+            return await self._upstream.ask(address, permit, scope, body)
         except asyncio.CancelledError:
-            places.cancel()
+            permits.cancel()
             raise
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """A running replica's own word, and how many there are; 503 where none runs."""
+        """A running replica's own /health, and how many there are; 503 where none runs."""
         running, wanted, others = await asyncio.to_thread(self._counts)
         counts = {"running": running, "wanted": wanted, **others}
         if not running:
             message = "No replica is ready."
             return await _json({"status": "loading", "message": message, "replicas": counts}, 503)(scope, receive, send)
-        told: dict[str, Any] = {}
+        body: dict[str, Any] = {}
         try:
             async with asyncio.timeout(HEALTH_S), await self._asked(scope, b"") as response:
-                status, told = response.status, json.loads(await response.read())
+                status, body = response.status, json.loads(await response.read())
         except (*LOST, TimeoutError) as error:
-            status, told = 503, {"status": "stalled", "message": f"No replica answers ({type(error).__name__})."}
-        return await _json({**told, "replicas": counts}, status)(scope, receive, send)
+            status, body = 503, {"status": "stalled", "message": f"No replica answers ({type(error).__name__})."}
+        return await _json({**body, "replicas": counts}, status)(scope, receive, send)
 
     def _counts(self) -> tuple[int, int, dict[str, int]]:
-        """(running, wanted, those in other states by name)."""
+        """(running, wanted, the number in each other state by name)."""
         deployment = serve.status().applications[self._app_name].deployments[REPLICA]
         states = {getattr(state, "value", str(state)).lower(): n for state, n in deployment.replica_states.items() if n}
         running = states.pop("running", 0)

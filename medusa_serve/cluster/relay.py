@@ -1,4 +1,4 @@
-"""A request passed on over HTTP to a replica's port, and its answer back: whatever has come goes on in one piece."""
+"""A request passed on over HTTP to a replica's port, and its answer back: all that has come is passed on at once."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from starlette.types import Message, Scope, Send
 from yarl import URL
 
 from ..errors import MedusaServeError
+from ..server.events import DONE, event
 from ..server.guard.error_replies import reply_to
-from ..server.streaming import DONE, event
-from .passes_in import CLIENT, PLACE, Misdirected
+from .permits import CLIENT, PERMIT, Misdirected
 
 HOP = frozenset(  # of one connection, not of the message (RFC 9110, 7.6.1)
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
     b"upgrade".split()
 )
-NOT_ASKED = HOP | {b"host", b"content-length", b"expect", PLACE, CLIENT}  # written anew, or not at all
-NOT_ANSWERED = HOP | {b"date", b"server"}  # who faces the client writes its own
+NOT_ASKED = HOP | {b"host", b"content-length", b"expect", PERMIT, CLIENT}  # written anew, or not at all
+NOT_ANSWERED = HOP | {b"date", b"server"}  # the server that the client is connected to writes its own
 CONNECT_S = 5.0
 IDLE_S = 30.0  # that a connection is kept; the replicas keep it for longer
 PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a machine that is gone closes no connection
@@ -31,7 +31,7 @@ class Upstream:
     """Connections to the replicas, kept between requests. Belongs to one event loop."""
 
     def __init__(self, silence_s: float) -> None:
-        """silence_s: an answer that says nothing for so long is given up"""
+        """silence_s: an answer that is silent for so long is given up"""
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S, socket_factory=_probed),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=silence_s),
@@ -40,14 +40,14 @@ class Upstream:
             skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
         )
 
-    async def ask(self, address: str, place: str, scope: Scope, body: bytes) -> aiohttp.ClientResponse:
+    async def ask(self, address: str, permit: str, scope: Scope, body: bytes) -> aiohttp.ClientResponse:
         """The head of the answer from `address` (host:port), which has to be closed. Raises aiohttp.ClientError,
         Misdirected."""
         path, query = _path(scope), scope["query_string"].decode("latin-1")
         response = await self._session.request(
             scope["method"],
             URL.build(scheme="http", authority=address, path=path, query_string=query, encoded=True),
-            headers=_asked(scope, place),
+            headers=_asked(scope, permit),
             data=body or None,
             allow_redirects=False,
         )
@@ -77,8 +77,8 @@ def _path(scope: Scope) -> str:
     return path if path.startswith("/") else f"/{path}"
 
 
-def _asked(scope: Scope, place: str) -> list[tuple[str, str]]:
-    headers = [("Host", _host(scope)), (PLACE.decode(), place), (CLIENT.decode(), (scope.get("client") or ("",))[0])]
+def _asked(scope: Scope, permit: str) -> list[tuple[str, str]]:
+    headers = [("Host", _host(scope)), (PERMIT.decode(), permit), (CLIENT.decode(), (scope.get("client") or ("",))[0])]
     gone = NOT_ASKED | _named(scope["headers"])
     headers += [(name.decode("latin-1"), _text(value)) for name, value in scope["headers"] if name not in gone]
     return headers
@@ -91,17 +91,17 @@ def _host(scope: Scope) -> str:
 
 def _named(headers: Iterable[tuple[bytes, bytes]]) -> frozenset[bytes]:
     """Further headers of this connection alone, by its Connection header."""
-    told = b",".join(value for name, value in headers if name == b"connection")
-    return frozenset(name.strip().lower() for name in told.split(b","))
+    names = b",".join(value for name, value in headers if name == b"connection")
+    return frozenset(name.strip().lower() for name in names.split(b","))
 
 
 def _text(value: bytes) -> str:
     return value.decode("utf-8", "replace")  # as it is encoded again
 
 
-class Answer:
-    """What a client has got of one answer. Nothing is sent before the first of its events, or all of an answer that is
-    no stream, has come: until then another replica may answer. Of a stream only whole events are sent.
+class RelayedAnswer:
+    """What a client has got of one answer. Nothing is sent before the first event has come, or all of an answer that is
+    no stream: until then another replica may answer. Of a stream only complete events are sent.
 
     started: something was sent · ended: so was the terminal event
     """
@@ -138,7 +138,7 @@ class Answer:
         await self._send({"type": "http.response.body", "body": body, "more_body": not last})
 
     async def end(self, error: MedusaServeError) -> None:
-        """The terminal event of a stream that has none yet, or an answer of its own where none has begun."""
+        """The terminal event of a stream that has none yet, or an error reply where no answer has begun."""
         reply = reply_to(error)
         head = {"type": "http.response.start", "status": reply.status_code, "headers": reply.raw_headers}
         body = bytes(reply.body)

@@ -1,4 +1,4 @@
-"""One model and its app, as Ray Serve runs it: Ray gives places, the port of this process answers."""
+"""One model and its app, as Ray Serve runs it: Ray gives permits, the port of this process answers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ray.util import get_node_ip_address
 from ..config import EngineConfig
 from ..server.background_load import ServedLLM
 from ..server.config import ServerConfig
-from ..server.listen import CLOSE_S, Server, bind, url_of
-from .passes_in import Places, PlacesOnly
+from ..server.listen import CLOSE_S, WebServer, bind, url_of
+from .permits import Permits, PermitsOnly
 
 Load = Callable[[EngineConfig], ServedLLM]
 WARM_S = 180.0
 LOOPBACK = "127.0.0.1"
-KEEP_S = 3600.0  # between requests of a connection: the Door closes it first
+KEEP_S = 3600.0  # between requests of a connection: the Ingress closes it first
 MANY = 1 << 20
 START_S = 30.0
 
@@ -34,15 +34,15 @@ class Replica:
 
             load = LLM
         self._llm = load(engine)
-        self._llm.manager.wait_until_rested(WARM_S)  # who is asked has compiled and captured its passes
-        self._places, self._node = Places(), get_node_ip_address()
+        self._llm.manager.wait_until_rested(WARM_S)  # a replica that gets requests has compiled and captured its passes
+        self._permits, self._node = Permits(), get_node_ip_address()
         self._bound = replace(server, host=LOOPBACK, port=0, keep_alive_s=KEEP_S, max_connections=MANY)
         sock, started = bind(self._bound), threading.Event()
         self._inside = _address(sock)
         self._outside = self._inside if self._node == LOOPBACK else ""  # until another machine asks
-        gate, self._stop_s = partial(PlacesOnly, places=self._places), server.drain_s + 4 * CLOSE_S
-        self._server = Server(self._llm, server, lambda _: started.set(), gate=gate, connections=self._bound)
-        # a loop of its own: what Ray does in its own loops holds up no answer
+        gate, self._stop_s = partial(PermitsOnly, permits=self._permits), server.drain_s + 4 * CLOSE_S
+        self._server = WebServer(self._llm, server, lambda _: started.set(), gate=gate, connections=self._bound)
+        # its own thread and loop: what Ray does in its loops delays no answer
         self._thread = threading.Thread(target=self._server.run, args=([sock],), name="medusa-http", daemon=True)
         self._thread.start()
         started.wait(START_S)  # where it does not, check_health says so
@@ -54,18 +54,19 @@ class Replica:
         if not self._thread.is_alive():
             raise RuntimeError("The HTTP server is gone.")
 
-    def facts(self) -> dict[str, Any]:
+    def about(self) -> dict[str, Any]:
+        """The model as LLM.describe() says, its notes, and this process."""
         llm: Any = self._llm
         notes = list(getattr(llm, "notes", []))
         chats = llm.codec.has_chat_template
-        return {"facts": llm.describe(), "notes": notes, "has_chat_template": chats, "pid": os.getpid()}
+        return {"model": llm.describe(), "notes": notes, "has_chat_template": chats, "pid": os.getpid()}
 
-    async def place(self, node: str) -> AsyncIterator[tuple[str, str]]:
-        """Yield where to send one request from the machine `node`, and the name of its place, and end when its answer
-        is over: so long Ray counts it here."""
-        with self._places.given() as place:
-            yield self._address_for(node), place.name
-            await place.until_left()
+    async def permit(self, node: str) -> AsyncIterator[tuple[str, str]]:
+        """Yield where to send one request from the machine `node`, and the name of its permit, and end when its answer
+        is over: until then Ray counts the request here."""
+        with self._permits.given() as permit:
+            yield self._address_for(node), permit.name
+            await permit.until_over()
 
     def _address_for(self, node: str) -> str:
         """host:port. Other machines are listened to from the first request that comes from one."""

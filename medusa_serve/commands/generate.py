@@ -8,7 +8,7 @@ import sys
 from typing import IO, TYPE_CHECKING
 
 from ..errors import InvalidConfig, InvalidRequest
-from ..types import Completion, SamplingParams
+from ..types import Completion, Number, SamplingParams, sampling_numbers
 from .options import add_engine_options, engine_config, refuse
 
 if TYPE_CHECKING:
@@ -25,15 +25,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="the prompt, or - to read it from stdin")
     group = parser.add_argument_group("sampling")
-    group.add_argument("--max-tokens", type=int, metavar="N", help="of the answer (default: 256, or what fits)")
-    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (the default) is greedy")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="likeliest tokens of this mass (1: all)")
-    group.add_argument("--top-k", type=int, default=0, metavar="K", help="likeliest K tokens (0: all)")
-    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="at least P times the likeliest (0: all)")
-    group.add_argument("--seed", type=int, metavar="N", help="of the sampling (default: drawn, and reported)")
+    for name, number in _numbers().items():
+        default = "" if number.default is None else f" (default: {number.default:g})"
+        about = {"type": number.kind, "default": number.default, "metavar": number.metavar}
+        group.add_argument("--" + name.replace("_", "-"), help=number.help + default, **about)  # type: ignore[arg-type]
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given several times")
     group.add_argument("--system", metavar="TEXT", help="system message")
     group.add_argument("--raw", action="store_true", help="the prompt as it is, without the chat template")
+
+
+def _numbers() -> dict[str, Number]:
+    """The numbers of SamplingParams that are options here."""
+    return {name: number for name, number in sampling_numbers().items() if number.metavar is not None}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -41,15 +44,8 @@ def run(options: argparse.Namespace) -> int:
         if options.slots is None:
             options.slots = 1  # there is one prompt; more slots would only hold memory
         config = engine_config(options)
-        params = SamplingParams(
-            max_tokens=options.max_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            top_k=options.top_k,
-            min_p=options.min_p,
-            seed=options.seed,
-            stop=tuple(options.stop),
-        )
+        given = {name: getattr(options, name) for name in _numbers()}
+        params = SamplingParams(**given, stop=tuple(options.stop))
         text = _read_prompt(options)
     except (InvalidConfig, InvalidRequest) as error:
         refuse(options, error)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..config import EngineConfig
 from ..errors import InvalidConfig
-from ..server.config import ReplicasConfig, ServerConfig
+from ..server.config import ServerConfig
 from ..server.start_lines import curl_line, key_lines, model_line, print_lines
 from .options import add_engine_options, engine_config, refuse
 
@@ -64,6 +64,8 @@ def server_config(options: argparse.Namespace) -> tuple[ServerConfig, bool]:
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..cluster.config import ReplicasConfig
+
     try:
         engine = engine_config(options)
         server, key_is_ours = server_config(options)

@@ -22,7 +22,7 @@ class Detokenizer:
     """
 
     def __init__(self, codec: TextCodec, stop: Seq[str] = (), eos_ids: frozenset[int] = frozenset()) -> None:
-        self._decoded = _Windows(codec) if codec.pieces is None else _Bytes(codec.pieces)
+        self._decoded = _Windows(codec) if codec.token_texts is None else _Bytes(codec.token_texts)
         self._stop = tuple(stop)
         self._eos_ids = eos_ids
         self._held = ""  # finished text that may be the beginning of a stop string

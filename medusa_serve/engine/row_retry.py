@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ..errors import GenerationFailed, MedusaServeError, OutOfMemory
-from ..types import Started
+from ..types import StartedPass
 from .health import is_out_of_memory, is_sticky
 from .quiet_log import QuietLogger
 
@@ -33,7 +33,7 @@ class RowFailed:
 
 
 def start_rows(
-    call: Callable[[Seq[Row]], Started[Result]], alone: Callable[[Seq[Row]], Started[Result]], rows: Seq[Row]
+    call: Callable[[Seq[Row]], StartedPass[Result]], alone: Callable[[Seq[Row]], StartedPass[Result]], rows: Seq[Row]
 ) -> tuple[Callable[[], list[Result | RowFailed]], bool]:
     """Start a pass. Returns a function that gives one result per row, and whether `call(rows)` succeeded.
 

@@ -28,7 +28,7 @@ def from_bits(bits: int) -> float:
 
 
 class Started(Generic[Output]):
-    """A pass under way on the device; `outputs` waits for it. Implements types.Started."""
+    """A pass under way on the device; `outputs` waits for it. Implements types.StartedPass."""
 
     def __init__(self, facts: torch.Tensor, read: Callable[[list[list[int]]], list[Output]]) -> None:
         """facts (B, …): copied to the host behind the pass, before anything later can overwrite them."""

@@ -16,8 +16,7 @@ from typing import Any, Generic
 from ..errors import InvalidConfig, MedusaServeError
 from ..server.background_load import BackgroundLoad, Model
 from ..server.config import ServerConfig
-from ..server.listen import Server as WebServer
-from ..server.listen import bind, url_of
+from ..server.listen import WebServer, bind, url_of
 
 THREAD = "medusa-server"
 LOADERS = "medusa-load"

@@ -27,7 +27,7 @@ class ServedLLM(Protocol):
     def manager(self) -> BatchManager: ...
 
     def describe(self) -> dict[str, Any]:
-        """Plain facts for /health: model, heads, dtype, device, slots, max_context …"""
+        """What /health shows: model, heads, dtype, device, slots, max_context …"""
 
     def close(self) -> None: ...
 
@@ -83,8 +83,8 @@ class BackgroundLoad(Generic[Model]):
         try:
             llm = factory()
         except MedusaServeError as error:
-            failure = (type(error), error.message)  # whoever calls `get` tells it
-        except BaseException as error:  # SystemExit too: in a thread nobody else would hear of it
+            failure = (type(error), error.message)  # `get` raises it
+        except BaseException as error:  # SystemExit too: in a thread it would be lost
             log.exception("Loading the model failed.")
             failure = (LoadError, f"The model could not be loaded: {type(error).__name__}: {error}.")
         with self._lock:

@@ -18,7 +18,7 @@ class ServerConfig:
     max_connections one more is answered 503 · max_headers, max_header_bytes, max_body_bytes  of a request
     header_s, body_s   for a request's head and body to arrive · keep_alive_s  between requests of a connection
     queue_s         for a slot (503) · first_token_s, total_s  from arrival to the first token, to the end (504)
-    client_stall_s  a client that takes nothing for so long is cut off
+    client_stall_s  a client that takes nothing for this long is cut off
     heartbeat_s     of silence, then a comment in a stream
     merge_ms        a streamed event waits at most this long for a lagging socket before it is merged with later ones
     pace_ms         between two events of an answer at least, and more where many are open; what comes meanwhile is
@@ -86,35 +86,3 @@ class ServerConfig:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise InvalidConfig(f"{name} must be a number from {low:g} to {high:g}, not {value!r}.", param=name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReplicasConfig:
-    """Copies of the model behind one address, under Ray Serve.
-
-    replicas        how many; with max_replicas the least
-    max_replicas    None: no scaling; else as many as the requests in progress ask for, up to this
-    target_ongoing  requests in progress per replica that scaling aims at; None: its slots
-    gpus, cpus      of each replica; fractions share one
-    doors           processes that pass requests on; None: one a replica
-    drain_s         a replica that is to go may finish its answers so long
-    """
-
-    replicas: int = 1
-    max_replicas: int | None = None
-    target_ongoing: float | None = None
-    gpus: float = 0.0
-    cpus: float = 1.0
-    doors: int | None = None
-    drain_s: float = 120.0
-
-    def __post_init__(self) -> None:
-        check_int(self, "replicas", 1, 1024)
-        check_int(self, "max_replicas", self.replicas, 1024, optional=True)
-        check_int(self, "doors", 1, 1024, optional=True)
-        for name in ("gpus", "cpus", "target_ongoing", "drain_s"):
-            value = getattr(self, name)
-            if value is None and name == "target_ongoing":
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 86_400:
-                raise InvalidConfig(f"{name} must be a number from 0 to 86400, not {value!r}.", param=name)

@@ -17,10 +17,11 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from ..errors import InvalidConfig, MedusaServeError, ShuttingDown
-from .app import Desk, create_app
+from .app import create_app
 from .background_load import BackgroundLoad, ServedLLM, loaded
 from .config import ServerConfig
 from .guard.connection import Connection
+from .submit import Shared
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def url_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class Server(uvicorn.Server):
+class WebServer(uvicorn.Server):
     """uvicorn with our stop: each open request gets its terminal event, then the sockets close.
 
     `run(sockets=[sock])` is the one way to run it, in any thread; `should_exit`, set from any thread, stops it.
@@ -69,9 +70,9 @@ class Server(uvicorn.Server):
         self._source, self._drain_s, self._on_ready = source, config.drain_s, on_ready
         app, limits = create_app(source, config), connections or config
         self._loop: asyncio.AbstractEventLoop | None = None
-        desk: Desk = app.state.desk
-        self._switchboard, self._keys, self._hosts = desk.switchboard, desk.keys, desk.hosts
-        self._tokenizers, self._traffic = desk.tokenizers, desk.traffic
+        shared: Shared = app.state.shared
+        self._router, self._keys, self._hosts = shared.router, shared.keys, shared.hosts
+        self._tokenizers, self._traffic = shared.tokenizers, shared.traffic
         super().__init__(
             uvicorn.Config(
                 gate(app) if gate else app,
@@ -154,7 +155,7 @@ class Server(uvicorn.Server):
             manager = loaded(self._source).manager
         except MedusaServeError:
             return  # nothing is loaded, so nothing runs
-        running = self._switchboard.num_open
+        running = self._router.num_open
         if running:
             log.warning(
                 "stopping: %d open requests may finish within %.0f s; Ctrl-C again ends them", running, self._drain_s
@@ -169,7 +170,7 @@ class Server(uvicorn.Server):
         while draining.is_alive() and time.monotonic() < until and not self.force_exit:
             await asyncio.sleep(0.02)
         await asyncio.sleep(0)  # what the engine sent last is delivered first
-        self._switchboard.dismiss(ShuttingDown("The server shut down before this was finished."))
+        self._router.dismiss(ShuttingDown("The server shut down before this was finished."))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -198,4 +199,4 @@ def serve(
     sock      a socket from `bind`; bound here when absent, which raises InvalidConfig
     """
     with sock or bind(config) as listening:
-        Server(source, config, on_ready).run(sockets=[listening])
+        WebServer(source, config, on_ready).run(sockets=[listening])

@@ -1,4 +1,4 @@
-"""What every API does behind its own shapes: tokenise, submit, answer as events or in one piece."""
+"""What every API does with a request once its body is read: tokenise, submit, answer as events or as one object."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from fastapi.responses import JSONResponse
 
 from ..errors import ContextTooLong, EngineDead, MedusaServeError, Unavailable
 from ..types import SamplingParams
-from .api.limits import CHARS_PER_TOKEN
 from .background_load import ServedLLM
 from .config import ServerConfig
+from .events import AnswerFormat, EventStream, answer
 from .guard.hosts import Hosts
 from .guard.keys import Keys
 from .guard.traffic import Traffic
-from .streaming import EventStream, Switchboard, Tickets, Voice, answer
+from .router import DeltaRouter, OpenSequences
 
+CHARS_PER_TOKEN = 8  # more characters than this per token of context cannot fit: refused before the tokenizer sees them
 LEFT = 499  # nobody reads it: the client is gone
-SHORT = 1024  # characters that are tokenised at once: in a millisecond at most, and another thread is as long in coming
+SHORT = 1024  # characters that are tokenised on the loop: a millisecond at most, as long as a thread takes to start
 
 
 @dataclass(frozen=True)
-class Desk:
+class Shared:
     """What the requests of one app share. `llm` raises while there is none."""
 
     llm: Callable[[], ServedLLM]
@@ -35,56 +36,59 @@ class Desk:
     keys: Keys
     hosts: Hosts
     traffic: Traffic
-    switchboard: Switchboard
-    tokenizers: ThreadPoolExecutor  # two threads: tokenising may take long, the event loop must not, nor all the cores
+    router: DeltaRouter
+    tokenizers: ThreadPoolExecutor  # two threads: tokenising may take long; it must not hold the loop, or all cores
 
 
-class Order(NamedTuple):
-    """A prompt, what to sample for it (a sequence each), and what the request calls it."""
+class Prompt(NamedTuple):
+    """Raw text or messages, the params of each sequence to sample for it, and the name of the body's field."""
 
     source: str | list[dict[str, str]]
     params: tuple[SamplingParams, ...]
     field: str
 
 
-def ready(desk: Desk) -> ServedLLM:
-    """The model, or an error that HTTP calls 503: that loading failed is no fault of this request."""
+def ready(shared: Shared) -> ServedLLM:
+    """The model. Raises Unavailable (503): a model that could not be loaded is no fault of this request."""
     try:
-        return desk.llm()
+        return shared.llm()
     except Unavailable:
         raise
     except MedusaServeError as error:
         raise EngineDead(error.message) from None
 
 
-async def admit(desk: Desk, llm: ServedLLM, orders: Seq[Order], request: Request) -> Tickets:
-    """Tokenise, off the event loop if that may take long, and submit all, in order. Raises what either refuses; the
-    tickets must be closed."""
+async def submit(shared: Shared, llm: ServedLLM, prompts: Seq[Prompt], request: Request) -> OpenSequences:
+    """Tokenise, off the event loop if that may take long, and submit all, in order. Raises what the tokenizer or the
+    engine refuses; the sequences must be closed."""
     context, loop = llm.describe()["max_context"], asyncio.get_running_loop()
     encoded = []
-    for source, _, field in orders:
+    for source, _, field in prompts:
         num_chars = len(source) if isinstance(source, str) else sum(len(message["content"]) for message in source)
         if num_chars > CHARS_PER_TOKEN * context:
             raise ContextTooLong(f"{field} has {num_chars} characters, which cannot fit {context} tokens.", param=field)
         encode: Any = llm.codec.encode if isinstance(source, str) else llm.codec.encode_chat
         short = num_chars <= SHORT
-        encoded.append(encode(source) if short else await loop.run_in_executor(desk.tokenizers, encode, source))
-    tickets = Tickets()
+        encoded.append(encode(source) if short else await loop.run_in_executor(shared.tokenizers, encode, source))
+    sequences = OpenSequences()
     try:
-        for ids, order in zip(encoded, orders, strict=True):
-            for params in order.params:
-                desk.switchboard.submit(llm.manager, ids, params, key=request.state.tenant.name, tickets=tickets)
+        for ids, prompt in zip(encoded, prompts, strict=True):
+            for params in prompt.params:
+                key = request.state.tenant.name
+                shared.router.submit(llm.manager, ids, params, key=key, sequences=sequences)
     except BaseException:
-        tickets.close()
+        sequences.close()
         raise
-    return tickets
+    return sequences
 
 
-async def reply(desk: Desk, tickets: Tickets, voice: Voice, request: Request, *, stream: bool) -> Response:
-    """The answer of a request's sequences, as events or in one piece. Closes the tickets."""
+async def reply(
+    shared: Shared, sequences: OpenSequences, answer_format: AnswerFormat, request: Request, *, stream: bool
+) -> Response:
+    """The answer of a request's sequences, as events or as one object. Closes the sequences."""
     if stream:
-        merge_s, pace_s = desk.config.merge_ms / 1000, desk.config.pace_ms / 1000
-        board = desk.switchboard
-        return EventStream(tickets, voice, merge_s=merge_s, pace_s=pace_s, num_open=lambda: board.num_open)
-    done = await answer(tickets, request.receive)
-    return Response(status_code=LEFT) if done is None else JSONResponse(voice.whole(done))
+        merge_s, pace_s = shared.config.merge_ms / 1000, shared.config.pace_ms / 1000
+        router = shared.router
+        return EventStream(sequences, answer_format, merge_s=merge_s, pace_s=pace_s, num_open=lambda: router.num_open)
+    done = await answer(sequences, request.receive)
+    return Response(status_code=LEFT) if done is None else JSONResponse(answer_format.full_answer(done))

@@ -1,21 +1,19 @@
-"""How long a request may take, whatever the engine does: each gets its last word in time, and silence is broken."""
+"""How long a request may take, whatever the engine does: each ends in time, and a silent stream gets comments."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..engine.batch_manager import BatchManager
 from ..errors import EngineDead, EngineStalled, GenerationTimeout, MedusaServeError, QueueTimeout
 from .config import ServerConfig
 
-if TYPE_CHECKING:
-    from ..engine.batch_manager import BatchManager
-
 LOOK_S = 0.25  # the open requests are looked at this often
-COMMENT = b": waiting\n\n"  # by the SSE standard a line that begins with a colon says nothing
+COMMENT = b": waiting\n\n"  # by the SSE standard a line that begins with a colon is ignored
 
 
 class Watched(Protocol):
@@ -38,42 +36,42 @@ class Watch:
         self._config = config
         self._task: asyncio.Task[None] | None = None
 
-    def begin(self, tickets: Callable[[], Sequence[Watched]], manager: BatchManager) -> None:
-        """Look at `tickets()` until there are none; called whenever there is a new one. Within a running loop."""
+    def begin(self, sequences: Callable[[], Sequence[Watched]], manager: BatchManager) -> None:
+        """Look at `sequences()` until there are none; called whenever there is a new one. Within a running loop."""
         if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._run(tickets, manager), name="medusa-watch")
+            self._task = asyncio.get_running_loop().create_task(self._run(sequences, manager), name="medusa-watch")
 
-    async def _run(self, tickets: Callable[[], Sequence[Watched]], manager: BatchManager) -> None:
+    async def _run(self, sequences: Callable[[], Sequence[Watched]], manager: BatchManager) -> None:
         loop = asyncio.get_running_loop()
-        while still := tickets():
+        while still := sequences():
             self.look(still, manager, loop.time())
             await asyncio.sleep(LOOK_S)
 
-    def look(self, tickets: Iterable[Watched], manager: BatchManager, now: float) -> None:
+    def look(self, sequences: Iterable[Watched], manager: BatchManager, now: float) -> None:
         status = manager.status()
-        for ticket in tickets:
+        for sequence in sequences:
             if status.state == "stalled":
-                ticket.dismiss(EngineStalled("The engine hangs; its requests are ended."))
-            elif status.state == "failed":  # it has told its sequences, unless its thread is gone without a word
-                ticket.dismiss(EngineDead(status.message or "The engine is gone."))
-            elif (late := self._late(ticket, manager, now - ticket.began)) is not None:
-                ticket.dismiss(late)
+                sequence.dismiss(EngineStalled("The engine hangs; its requests are ended."))
+            elif status.state == "failed":  # it has ended its sequences, unless its thread died
+                sequence.dismiss(EngineDead(status.message or "The engine is gone."))
+            elif (late := self._late(sequence, manager, now - sequence.began)) is not None:
+                sequence.dismiss(late)
 
-    def _late(self, ticket: Watched, manager: BatchManager, age: float) -> MedusaServeError | None:
+    def _late(self, sequence: Watched, manager: BatchManager, age: float) -> MedusaServeError | None:
         config = self._config
         if age > config.total_s:
             return GenerationTimeout(f"The answer was not finished within {config.total_s:g} s.")
-        if ticket.answered:
+        if sequence.answered:
             return None
         if age > config.first_token_s:
             return GenerationTimeout(f"The first token did not come within {config.first_token_s:g} s.")
-        if age > config.queue_s and manager.is_waiting(ticket.id):
+        if age > config.queue_s and manager.is_waiting(sequence.id):
             return QueueTimeout(f"No slot came free within {config.queue_s:g} s.")
         return None
 
 
 class Heartbeat:
-    """ASGI middleware: a server-sent stream that says nothing for `seconds` gets a comment, as tunnels and proxies cut
+    """ASGI middleware: a server-sent stream that is silent for `seconds` gets a comment, as tunnels and proxies cut
     silent connections."""
 
     def __init__(self, app: ASGIApp, seconds: float) -> None:

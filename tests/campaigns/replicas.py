@@ -26,9 +26,10 @@ from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
 from medusa_serve.bench.command import end_options, numbers, run_bench, write
+from medusa_serve.cluster.config import ReplicasConfig
 from medusa_serve.config import DEFAULT_MODEL, EngineConfig, check_int
 from medusa_serve.errors import InvalidConfig
-from medusa_serve.server.config import ReplicasConfig, ServerConfig
+from medusa_serve.server.config import ServerConfig
 from medusa_serve.types import SamplingParams
 
 from . import http_load
@@ -132,14 +133,14 @@ def _under_ray(engine: EngineConfig, config: ReplicasBenchConfig, add: Callable[
             warmed = run(http_load.closed_loop, target, max(config.clients), start, None, config.seconds)
             start += len(warmed)
             loads[count] = []
-            add({"engine": running.facts()["facts"]})
+            add({"engine": running.about_replica()["model"]})
             for clients in config.clients:
                 line.show(f"{count} replicas, clients: {clients}")
                 samples = run(http_load.closed_loop, target, clients, start, None, config.seconds)
                 start += len(samples)
                 loads[count].append({"replicas": count, "clients": clients} | summary(samples))
                 add({"loads": [row for rows in loads.values() for row in rows]})
-        add({"engine": running.facts()["facts"]} | ({"ratios": ratios(loads)} if loads else {}))
+        add({"engine": running.about_replica()["model"]} | ({"ratios": ratios(loads)} if loads else {}))
 
         def update() -> None:  # another chunk of prefill: a replica with another config is another replica
             changed = replace(engine, prefill_chunk=engine.prefill_chunk // 2)
@@ -225,7 +226,7 @@ class Trouble:
 
 def kill_one(running: Cluster) -> None:
     """SIGKILL to the process of one replica on this machine."""
-    os.kill(running.facts()["pid"], signal.SIGKILL)
+    os.kill(running.about_replica()["pid"], signal.SIGKILL)
 
 
 def read_health(url: str) -> Row:

@@ -14,7 +14,7 @@ from medusa_serve.server.config import ServerConfig
 @contextmanager
 def served(llm: Any, key: str | None = None, begin: Callable[[], None] = lambda: None) -> Iterator[str]:
     """Its address while it serves. key: the owner's · begin: called once in the server's event loop"""
-    from medusa_serve.server.listen import Server, bind
+    from medusa_serve.server.listen import WebServer, bind
 
     config = ServerConfig(port=0, api_key=key)
     ready: list[str] = []
@@ -24,7 +24,7 @@ def served(llm: Any, key: str | None = None, begin: Callable[[], None] = lambda:
         begin()
 
     with bind(config) as sock:
-        server = Server(llm, config, listening)
+        server = WebServer(llm, config, listening)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="bench-server")
         thread.start()
         try:

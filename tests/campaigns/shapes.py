@@ -82,7 +82,7 @@ class ByteCodec:
     """A text codec for models without a tokenizer: an id is a byte of the prompt, and a letter of the answer."""
 
     has_chat_template = False
-    pieces = None
+    token_texts = None
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

@@ -21,9 +21,10 @@ from typing import Any
 import pytest
 
 from medusa_serve.cluster.command import Cluster, cluster
+from medusa_serve.cluster.config import ReplicasConfig
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import InvalidConfig, LoadError
-from medusa_serve.server.config import ReplicasConfig, ServerConfig
+from medusa_serve.server.config import ServerConfig
 from tests.tiny import save_tiny_folder
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,7 @@ def test_without_ray_one_sentence_says_what_to_install(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("replicas", 0), ("max_replicas", 1), ("doors", 0), ("gpus", -1), ("drain_s", "long")]
+    ("option", "value"), [("replicas", 0), ("max_replicas", 1), ("ingresses", 0), ("gpus", -1), ("drain_s", "long")]
 )
 def test_nonsense_is_refused_by_name(option: str, value: Any) -> None:
     with pytest.raises(InvalidConfig) as refused:

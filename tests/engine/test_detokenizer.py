@@ -47,10 +47,11 @@ def reference(codec, ids, stop):
     bytes that are no text become is certain where the codec tells them, else when something follows."""
     for used in range(1, len(ids) + 1):
         kept = [i for i in ids[:used] if i != EOS]
-        if codec.pieces is None:
+        if codec.token_texts is None:
             certain = codec.decode(kept).rstrip("\ufffd")
         else:
-            certain = codecs.getincrementaldecoder("utf-8")("replace").decode(b"".join(map(codec.pieces.get, kept)))
+            text = b"".join(map(codec.token_texts.get, kept))
+            certain = codecs.getincrementaldecoder("utf-8")("replace").decode(text)
         found = [at for at in (certain.find(s) for s in stop) if at >= 0]
         if found:
             return certain[: min(found)], used, True

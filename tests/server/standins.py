@@ -16,7 +16,7 @@ import pytest
 from medusa_serve.errors import InvalidRequest
 from medusa_serve.server.app import create_app
 from medusa_serve.server.config import ServerConfig
-from medusa_serve.server.listen import Server, bind, url_of
+from medusa_serve.server.listen import WebServer, bind, url_of
 from medusa_serve.types import Completion, Delta, EngineStatus, SamplingParams, TokenLogprob
 
 httpx = pytest.importorskip("httpx", reason="the server's tests need httpx: pip install -e '.[test]'")
@@ -29,7 +29,7 @@ class WordCodec:
 
     has_chat_template = True
     special_ids = frozenset({0})
-    pieces = None
+    token_texts = None
 
     def encode(self, text: str) -> list[int]:
         return [ord(c) for c in text]
@@ -147,7 +147,7 @@ def ask(source: Any, *requests: dict[str, Any], config: ServerConfig | None = No
         app = create_app(source, config or ServerConfig())
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             out = [await client.request(**({"method": "POST", "url": "/generate"} | r)) for r in requests]
-        assert app.state.desk.switchboard.num_open == 0
+        assert app.state.shared.router.num_open == 0
         return out
 
     return asyncio.run(go())
@@ -176,11 +176,11 @@ def events(text: str) -> list[Any]:
     return [json.loads(block.removeprefix("data: ")) for block in blocks]
 
 
-_RUNNING: dict[str, Server] = {}  # by URL
+_RUNNING: dict[str, WebServer] = {}  # by URL
 
 
-def running(url: str) -> Server:
-    """The Server behind a URL that `serving` gave."""
+def running(url: str) -> WebServer:
+    """The WebServer of a URL that `serving` gave."""
     return _RUNNING[url]
 
 
@@ -189,7 +189,7 @@ def serving(source: Any, config: ServerConfig | None = None) -> Iterator[str]:
     """A real server on a free port of this machine; yields its URL."""
     config = config or ServerConfig(port=0)
     with bind(config) as sock:
-        server, failures, url = Server(source, config), [], url_of(sock)
+        server, failures, url = WebServer(source, config), [], url_of(sock)
 
         def work() -> None:
             try:

@@ -17,7 +17,7 @@ import pytest
 from medusa_serve.errors import InvalidConfig
 from medusa_serve.server.config import ServerConfig
 from medusa_serve.server.listen import bind
-from medusa_serve.server.streaming import Ticket
+from medusa_serve.server.router import OpenSequence
 from medusa_serve.types import Delta, SamplingParams
 
 from ..fakes import FakeRunner
@@ -317,15 +317,15 @@ def test_f15_a_log_handler_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_delta_that_cannot_be_told_ends_its_own_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever goes wrong between engine and socket, nobody waits for ever."""
     with served() as (llm, url, baseline):
-        put, bad = Ticket.put, set()
+        put, bad = OpenSequence.put, set()
 
-        def broken(self: Ticket, delta: Delta) -> None:
+        def broken(self: OpenSequence, delta: Delta) -> None:
             bad.add(self.id) if not bad else None
             if self.id in bad and delta.is_last:
                 raise TypeError("a bug")
             put(self, delta)
 
-        monkeypatch.setattr(Ticket, "put", broken)
+        monkeypatch.setattr(OpenSequence, "put", broken)
         answers = together(url, PROMPTS)
         monkeypatch.undo()
         whole = [answer for n, answer in enumerate(answers) if answer.text == solo(llm, PROMPTS[n])]

@@ -62,8 +62,8 @@ def test_a_chunked_body_over_the_limit_is_refused_while_it_is_sent() -> None:
 SCRIPT = """
     import sys, time
     from medusa_serve.server.config import ServerConfig
-    from medusa_serve.server.loading import BackgroundLoad
-    from medusa_serve.server.serve import serve
+    from medusa_serve.server.background_load import BackgroundLoad
+    from medusa_serve.server.listen import serve
     from tests.fakes import FakeRunner
     from tests.server.test_engine import FakeLLM
 

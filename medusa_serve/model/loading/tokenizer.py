@@ -29,7 +29,7 @@ class Codec:
         self._rust = tokenizer.backend_tokenizer if _decodes_in_rust(tokenizer) else None
         self.has_chat_template = bool(tokenizer.chat_template) and self._template_works()
         self.special_ids = frozenset(tokenizer.all_special_ids)
-        self.pieces: Mapping[int, bytes] | None = None if self._rust is None else byte_pieces(self._rust)
+        self.token_texts: Mapping[int, bytes] | None = None if self._rust is None else byte_pieces(self._rust)
         self._before = self._ids("a", special=False, param="prompt")[-1:]  # a first token may lose its leading space
         self._texts: dict[int, str] = {}  # of single tokens: asked for again and again, on the event loop
 

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...errors import MedusaServeError
-from ..submit import Desk
+from ..submit import Shared
 from .schemas import documented
 
 _COUNTERS = {  # name → key of Metrics.snapshot, help
@@ -38,12 +38,12 @@ _GAUGES = {
 class EngineCollector(Collector):
     """Metric families of a batch manager's Metrics. None while the model loads."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
 
     def collect(self) -> Iterator[Metric]:
         try:
-            manager = self._desk.llm().manager
+            manager = self._shared.llm().manager
         except MedusaServeError:
             yield GaugeMetricFamily("medusa_serve_up", "Whether the engine takes requests.", 0)
             return
@@ -88,14 +88,14 @@ class CountAnswers:
         await self.app(scope, receive, watched)
 
 
-def add_metrics(app: FastAPI, desk: Desk) -> Counter:
+def add_metrics(app: FastAPI, shared: Shared) -> Counter:
     """The route, over a registry of this app's own; → what CountAnswers counts in."""
     registry = CollectorRegistry()
-    registry.register(EngineCollector(desk))
+    registry.register(EngineCollector(shared))
     answers = Counter("medusa_serve_http_answers", "HTTP answers.", ["path", "status"], registry=registry)
-    said: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
-    @app.get("/metrics", response_class=Response, responses=documented(401, 405) | said)
+    @app.get("/metrics", response_class=Response, responses=documented(401, 405) | text)
     async def metrics(request: Request) -> Response:
         """For Prometheus, in the format that the Accept header asks for."""
         encode, kind = choose_encoder(request.headers.get("accept", ""))

@@ -17,7 +17,7 @@ from ...types import Completion, Delta, TextCodec, TokenLogprob
 from ..background_load import ServedLLM
 from ..guard.body import json_only
 from ..guard.error_replies import NotFound
-from ..submit import Desk, Order, admit, ready, reply
+from ..submit import Prompt, Shared, ready, reply, submit
 from .openai_schemas import (
     ChatCompletion,
     ChatRequest,
@@ -30,28 +30,28 @@ from .openai_schemas import (
 from .schemas import GENERATION, documented
 
 EVENTS = (
-    "Each is a chunk as OpenAI's, at most one a step and choice; `medusa` tells tokens and accepted draft tokens of its"
+    "Each is a chunk as OpenAI's, at most one a step and choice; `medusa` has tokens and accepted draft tokens of its"
     " steps, the last one of a choice also its seed, totals and timings."
 )
-ALIASES = frozenset({"default", "dummy", "tgi"})  # huggingface_hub's client says dummy, and said tgi
+ALIASES = frozenset({"default", "dummy", "tgi"})  # huggingface_hub's client sends dummy, and sent tgi
 
 
 class NoSuchModel(NotFound):
     code = "model_not_found"
 
 
-def add_openai(app: FastAPI, desk: Desk) -> None:
+def add_openai(app: FastAPI, shared: Shared) -> None:
     loaded_at = int(time.time())
 
     @app.get("/v1/models", response_model=ModelList, responses=documented(401, 405, 503))
     async def models() -> Any:
         """The one model that is served."""
-        return {"object": "list", "data": [model_of(ready(desk), loaded_at)]}
+        return {"object": "list", "data": [model_of(ready(shared), loaded_at)]}
 
     @app.get("/v1/models/{model:path}", response_model=Model, responses=documented(401, 404, 405, 503))
     async def model(model: str) -> Any:
         """The model of that name."""
-        llm = ready(desk)
+        llm = ready(shared)
         check_model(model, llm)
         return model_of(llm, loaded_at)
 
@@ -63,9 +63,9 @@ def add_openai(app: FastAPI, desk: Desk) -> None:
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Complete prompts as they are, without a chat template."""
-        llm, params = ready(desk), body.params()
-        orders = [Order(prompt, params, "prompt") for prompt in body.prompts()]
-        return await _answer(desk, llm, body, orders, TextVoice(llm, body), request)
+        llm, params = ready(shared), body.params()
+        prompts = [Prompt(text, params, "prompt") for text in body.prompts()]
+        return await _answer(shared, llm, body, prompts, TextFormat(llm, body), request)
 
     @app.post(
         "/v1/chat/completions",
@@ -75,17 +75,22 @@ def add_openai(app: FastAPI, desk: Desk) -> None:
     )
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        llm, params = ready(desk), body.params()
-        orders = [Order(body.chat(), params, "messages")]
-        return await _answer(desk, llm, body, orders, ChatVoice(llm, body), request)
+        llm, params = ready(shared), body.params()
+        prompts = [Prompt(body.chat(), params, "messages")]
+        return await _answer(shared, llm, body, prompts, ChatFormat(llm, body), request)
 
 
 async def _answer(
-    desk: Desk, llm: ServedLLM, body: OpenAIRequest, orders: Seq[Order], voice: Voice, request: Request
+    shared: Shared,
+    llm: ServedLLM,
+    body: OpenAIRequest,
+    prompts: Seq[Prompt],
+    answer_format: OpenAIFormat,
+    request: Request,
 ) -> Response:
     check_model(body.model, llm)
-    tickets = await admit(desk, llm, orders, request)
-    return await reply(desk, tickets, voice, request, stream=bool(body.stream))
+    sequences = await submit(shared, llm, prompts, request)
+    return await reply(shared, sequences, answer_format, request, stream=bool(body.stream))
 
 
 def check_model(name: str | None, llm: ServedLLM) -> None:
@@ -105,124 +110,126 @@ def model_of(llm: ServedLLM, created: int) -> dict[str, Any]:
     }
 
 
-class Voice:
+class OpenAIFormat:
     """What both kinds of answers share. Choice index: n choices of the first prompt, then of the next."""
 
     prefix: str
-    whole_object: str
-    part_object: str
+    answer_object: str
+    event_object: str
 
     def __init__(self, llm: ServedLLM, body: OpenAIRequest) -> None:
         self._codec, self._n, self._usage = llm.codec, body.n or 1, body.include_usage
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": llm.model_name}
         self._done: dict[int, Completion] = {}
 
-    def begin(self, num_choices: int) -> list[dict[str, Any]]:
+    def first_events(self, num_choices: int) -> list[dict[str, Any]]:
         return []
 
-    def say(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+    def events(self, index: int, delta: Delta) -> list[dict[str, Any]]:
         if not (delta.text or delta.tokens or delta.completion):
             return []
-        reason, facts = None, {"tokens": list(delta.tokens), "accepted": list(delta.accepted)}
+        reason, medusa = None, {"tokens": list(delta.tokens), "accepted": list(delta.accepted)}
         if delta.completion is not None:
             self._done[index] = delta.completion
-            reason, facts = delta.completion.finish_reason, facts | facts_of(delta.completion)
-        choice = {"index": index, **self._piece(index, delta), "finish_reason": reason}
-        return [self._part([choice]) | {"medusa": facts}]
+            reason, medusa = delta.completion.finish_reason, medusa | totals_of(delta.completion)
+        choice = {"index": index, **self._delta_fields(index, delta), "finish_reason": reason}
+        return [self._part([choice]) | {"medusa": medusa}]
 
-    def end(self) -> list[dict[str, Any]]:
+    def last_events(self) -> list[dict[str, Any]]:
         done = [self._done[index] for index in sorted(self._done)]
         return [self._part([]) | {"usage": usage_of(done, self._n)}] if self._usage else []
 
-    def whole(self, done: Seq[Completion]) -> dict[str, Any]:
+    def full_answer(self, done: Seq[Completion]) -> dict[str, Any]:
         choices = [
-            {"index": index, **self._all(one), "finish_reason": one.finish_reason, "medusa": facts_of(one)}
+            {"index": index, **self._answer_fields(one), "finish_reason": one.finish_reason, "medusa": totals_of(one)}
             for index, one in enumerate(done)
         ]
-        return {**self._head, "object": self.whole_object, "choices": choices, "usage": usage_of(done, self._n)}
+        return {**self._head, "object": self.answer_object, "choices": choices, "usage": usage_of(done, self._n)}
 
     def _part(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head, "object": self.part_object, "choices": choices} | ({"usage": None} if self._usage else {})
+        return {**self._head, "object": self.event_object, "choices": choices} | (
+            {"usage": None} if self._usage else {}
+        )
 
-    def _piece(self, index: int, delta: Delta) -> dict[str, Any]:
+    def _delta_fields(self, index: int, delta: Delta) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _all(self, done: Completion) -> dict[str, Any]:
+    def _answer_fields(self, done: Completion) -> dict[str, Any]:
         raise NotImplementedError
 
 
-class ChatVoice(Voice):
-    prefix, whole_object, part_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+class ChatFormat(OpenAIFormat):
+    prefix, answer_object, event_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def begin(self, num_choices: int) -> list[dict[str, Any]]:
+    def first_events(self, num_choices: int) -> list[dict[str, Any]]:
         first = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         return [self._part([{"index": index, **first}]) for index in range(num_choices)]
 
-    def _piece(self, index: int, delta: Delta) -> dict[str, Any]:
-        told = self._logprobs(delta.token_ids, delta.logprobs)
-        return {"delta": {"content": delta.text} if delta.text else {}, "logprobs": told}
+    def _delta_fields(self, index: int, delta: Delta) -> dict[str, Any]:
+        logprobs = self._logprobs(delta.token_ids, delta.logprobs)
+        return {"delta": {"content": delta.text} if delta.text else {}, "logprobs": logprobs}
 
-    def _all(self, done: Completion) -> dict[str, Any]:
+    def _answer_fields(self, done: Completion) -> dict[str, Any]:
         message = {"role": "assistant", "content": done.text, "refusal": None}
         return {"message": message, "logprobs": self._logprobs(done.token_ids, done.logprobs)}
 
-    def _logprobs(self, ids: Seq[int], told: Seq[TokenLogprob]) -> dict[str, Any] | None:
-        if not told:
+    def _logprobs(self, ids: Seq[int], logprobs: Seq[TokenLogprob]) -> dict[str, Any] | None:
+        if not logprobs:
             return None
         content = [
             _named(self._codec, token, one.logprob)
             | {"top_logprobs": [_named(self._codec, other, value) for other, value in one.top]}
-            for token, one in zip(ids, told, strict=True)
+            for token, one in zip(ids, logprobs, strict=True)
         ]
         return {"content": content, "refusal": None}
 
 
 def _named(codec: TextCodec, token: int, logprob: float) -> dict[str, Any]:
     text = codec.token_text(token)
-    data = None if "\ufffd" in text else list(text.encode())  # a part of a character has no text of its own
+    data = None if "\ufffd" in text else list(text.encode())  # a part of a character is no text
     return {"token": text, "logprob": logprob, "bytes": data}
 
 
-class TextVoice(Voice):
-    prefix, whole_object, part_object = "cmpl", "text_completion", "text_completion"
+class TextFormat(OpenAIFormat):
+    prefix, answer_object, event_object = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, llm: ServedLLM, body: CompletionRequest) -> None:
         super().__init__(llm, body)
         self._top = body.logprobs or 0
         self._offsets: dict[int, int] = {}
 
-    def _piece(self, index: int, delta: Delta) -> dict[str, Any]:
-        told = self._logprobs(delta.token_ids, delta.logprobs, self._offsets.get(index, 0))
-        if told is not None:
-            self._offsets[index] = told["text_offset"][-1] + len(told["tokens"][-1])
-        return {"text": delta.text, "logprobs": told}
+    def _delta_fields(self, index: int, delta: Delta) -> dict[str, Any]:
+        logprobs = self._logprobs(delta.token_ids, delta.logprobs, self._offsets.get(index, 0))
+        if logprobs is not None:
+            self._offsets[index] = logprobs["text_offset"][-1] + len(logprobs["tokens"][-1])
+        return {"text": delta.text, "logprobs": logprobs}
 
-    def _all(self, done: Completion) -> dict[str, Any]:
+    def _answer_fields(self, done: Completion) -> dict[str, Any]:
         return {"text": done.text, "logprobs": self._logprobs(done.token_ids, done.logprobs, 0)}
 
-    def _logprobs(self, ids: Seq[int], told: Seq[TokenLogprob], offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, ids: Seq[int], logprobs: Seq[TokenLogprob], offset: int) -> dict[str, Any] | None:
         """As OpenAI's first API had it: lists side by side. offset: where the first token's text begins."""
-        if not told:
+        if not logprobs:
             return None
         tokens, offsets = [self._codec.token_text(token) for token in ids], []
         for text in tokens:
             offsets.append(offset)
             offset += len(text)
         tops: list[dict[str, float]] = []
-        for chosen, one in zip(ids, told, strict=True):
+        for chosen, one in zip(ids, logprobs, strict=True):
             tops.append({self._codec.token_text(chosen): one.logprob})
             for token, value in one.top:  # best first; parts of characters all read U+FFFD
                 tops[-1].setdefault(self._codec.token_text(token), value)
         return {
             "tokens": tokens,
-            "token_logprobs": [one.logprob for one in told],
+            "token_logprobs": [one.logprob for one in logprobs],
             "top_logprobs": tops if self._top else None,
             "text_offset": offsets,
         }
 
 
-def facts_of(done: Completion) -> dict[str, Any]:
-    """What only this server tells of a choice."""
+def totals_of(done: Completion) -> dict[str, Any]:
+    """What only this server says of a choice."""
     full = done.to_dict()
     return {"seed": done.seed, "total": full["medusa"], "timings": full["timings"]}
 

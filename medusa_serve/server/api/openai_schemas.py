@@ -1,5 +1,5 @@
 """The bodies of /v1/completions and /v1/chat/completions. Fields that the API does not know are ignored, as its clients
-send many; those that would change the answer are refused by name."""
+send many; fields that would change the answer are refused by name."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from ...errors import InvalidRequest, Unsupported
-from ...types import MAX_LOGPROBS, MAX_SEED, SamplingParams
+from ...types import MAX_SEED, SamplingParams
 from .refused_fields import MESSAGE_NEUTRAL, NEUTRAL, refuse, shown
-from .schemas import MAX_MESSAGES, Sampled, Speculation, Text, Timings, Whole, shown_as
+from .schemas import MAX_MESSAGES, Sampled, Speculation, Text, Timings, Whole, number_of, shown_as
 
 MAX_CHOICES = 4  # of one prompt
 MAX_PROMPTS = 8
@@ -73,7 +73,7 @@ class OpenAIRequest(Sampled):
     model_config = ConfigDict(extra="ignore")
 
     model: Text | None = Field(None, description="As /v1/models names it; absent: the one model that is served.")
-    temperature: float | None = shown_as(1.0, minimum=0, maximum=100)
+    temperature: float | None = number_of("temperature", default=1.0)
     n: Whole | None = shown_as(1, minimum=1, maximum=MAX_CHOICES)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -124,7 +124,7 @@ class CompletionRequest(OpenAIRequest):
             }
         ),
     ]
-    logprobs: Whole | None = shown_as(None, minimum=0, maximum=MAX_LOGPROBS)
+    logprobs: Whole | None = number_of("logprobs")
 
     @model_validator(mode="after")
     def _some(self) -> CompletionRequest:
@@ -154,9 +154,9 @@ class ChatRequest(OpenAIRequest):
     model_config = ConfigDict(json_schema_extra=_chat_shown)
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Whole | None = shown_as(None, minimum=1, maximum=2**31 - 1)
+    max_completion_tokens: Whole | None = number_of("max_tokens")
     logprobs: bool | None = False
-    top_logprobs: Whole | None = shown_as(None, minimum=0, maximum=MAX_LOGPROBS)
+    top_logprobs: Whole | None = number_of("logprobs")
 
     @model_validator(mode="after")
     def _whole(self) -> ChatRequest:
@@ -177,7 +177,7 @@ class ChatRequest(OpenAIRequest):
 # ---- answers -----------------------------------------------------------------------------------------------------
 
 
-class Usage(BaseModel):
+class OpenAIUsage(BaseModel):
     """accepted and rejected: draft tokens. Rejected ones are no part of completion_tokens."""
 
     prompt_tokens: int
@@ -192,7 +192,7 @@ class PredictionTokens(BaseModel):
 
 
 class ChoiceFacts(BaseModel):
-    """Under `medusa`: the seed that gives this text again, and what /generate tells of its steps."""
+    """Under `medusa`: the seed that gives this text again, and what /generate says of its steps."""
 
     seed: int
     total: Speculation
@@ -234,7 +234,7 @@ class ChatCompletion(BaseModel):
     created: int
     model: str
     choices: list[ChatChoice]
-    usage: Usage
+    usage: OpenAIUsage
 
 
 class TextLogprobs(BaseModel):
@@ -258,7 +258,7 @@ class TextCompletion(BaseModel):
     created: int
     model: str
     choices: list[TextChoice]
-    usage: Usage
+    usage: OpenAIUsage
 
 
 class Model(BaseModel):

@@ -1,7 +1,7 @@
 """The bodies of /generate and /health, for validation and for an honest OpenAPI page.
 
-Types are checked here, strictly; the bounds of the sampling parameters are SamplingParams' own check, and only repeated
-for the reader of the OpenAPI page.
+Types are checked here, strictly. The bounds of the sampling parameters are read from SamplingParams, which checks them;
+here they are only shown on the OpenAPI page.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from ...errors import InvalidRequest
-from ...types import MAX_BIAS, MAX_BIASES, MAX_LOGPROBS, MAX_SEED, MAX_STOP_CHARS, MAX_STOPS, SamplingParams
+from ...types import MAX_BIAS, MAX_BIASES, MAX_SEED, MAX_STOP_CHARS, MAX_STOPS, SamplingParams, sampling_numbers
 
 MAX_MESSAGES = 128
 TOKEN_ID = re.compile("(0|[1-9][0-9]{0,8})")
@@ -48,15 +48,27 @@ MOST_SEED = 9_223_372_036_854_776_000
 Seed = Annotated[int, BeforeValidator(_whole), AfterValidator(_seed)]
 
 
-def shown_as(default: Any, /, **bounds: Any) -> Any:
-    """A field whose bounds the OpenAPI page shows and SamplingParams enforces."""
+def shown_as(default: Any, /, *, description: str | None = None, **bounds: Any) -> Any:
+    """A field whose bounds are on the OpenAPI page, and are checked elsewhere."""
 
     def add(schema: dict[str, Any]) -> None:
         for branch in schema.get("anyOf", [schema]):
             if branch.get("type") != "null":
                 branch.update(bounds)
 
-    return Field(default, json_schema_extra=add)
+    return Field(default, description=description, json_schema_extra=add)
+
+
+def number_of(name: str, /, **changes: Any) -> Any:
+    """SamplingParams' number `name` as a field: its default, its help, and the bounds that SamplingParams checks.
+    changes: another default or bound, where this API has one"""
+    number = sampling_numbers()[name]
+    low = "exclusiveMinimum" if number.open_low else "minimum"
+    return shown_as(
+        changes.pop("default", number.default),
+        description=number.help,
+        **{low: number.low, "maximum": number.high} | changes,
+    )
 
 
 _STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
@@ -110,16 +122,16 @@ def params_of(fields: Mapping[str, Any], names: Mapping[str, str]) -> SamplingPa
 class Sampled(Strict):
     """The sampling parameters, as our own form and the OpenAI API have them. null means absent."""
 
-    max_tokens: Whole | None = shown_as(None, minimum=1, maximum=2**31 - 1)
-    temperature: float | None = shown_as(0.0, minimum=0, maximum=100)
-    top_p: float | None = shown_as(1.0, exclusiveMinimum=0, maximum=1)
-    top_k: Whole | None = shown_as(0, minimum=0, maximum=2**31 - 1)
-    min_p: float | None = shown_as(0.0, minimum=0, maximum=1)
-    seed: Seed | None = shown_as(None, minimum=0, maximum=MOST_SEED)
+    max_tokens: Whole | None = number_of("max_tokens")
+    temperature: float | None = number_of("temperature")
+    top_p: float | None = number_of("top_p")
+    top_k: Whole | None = number_of("top_k")
+    min_p: float | None = number_of("min_p")
+    seed: Seed | None = number_of("seed", maximum=MOST_SEED)
     stop: Text | list[Text] | None = Field(None, json_schema_extra=stop_shown)
-    repetition_penalty: float | None = shown_as(1.0, exclusiveMinimum=0, maximum=100)
-    presence_penalty: float | None = shown_as(0.0, minimum=-2, maximum=2)
-    frequency_penalty: float | None = shown_as(0.0, minimum=-2, maximum=2)
+    repetition_penalty: float | None = number_of("repetition_penalty")
+    presence_penalty: float | None = number_of("presence_penalty")
+    frequency_penalty: float | None = number_of("frequency_penalty")
     logit_bias: dict[str, Any] | None = Field(None, json_schema_extra=_biases_shown)
     speculation: bool | None = True
 
@@ -144,7 +156,7 @@ class GenerateRequest(Sampled):
 
     prompt: Text | None = shown_as(None, minLength=1)
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    logprobs: Whole | None = shown_as(None, minimum=0, maximum=MAX_LOGPROBS)
+    logprobs: Whole | None = number_of("logprobs")
     stream: bool | None = False
     return_token_ids: bool | None = False
 
@@ -208,7 +220,7 @@ HealthState = Literal["ok", "loading", "stalled", "restarting", "draining", "fai
 
 
 class Health(BaseModel):
-    """200: status is ok, with facts about the model. 503: any other status, with a message."""
+    """200: status is ok, with LLM.describe(). 503: any other status, with a message."""
 
     model_config = ConfigDict(extra="allow")
 

@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 
 from ...engine.detokenizer import Detokenizer
 from ...errors import InvalidRequest
-from ...types import MAX_LOGPROBS, Completion, Delta, SamplingParams, TextCodec, TokenLogprob
+from ...types import Completion, Delta, SamplingParams, TextCodec, TokenLogprob
 from ..guard.body import json_only
-from ..submit import Desk, Order, admit, ready, reply
+from ..submit import Prompt, Shared, ready, reply, submit
 from .refused_fields import refuse, shown
 from .schemas import (
     GENERATION,
@@ -25,6 +25,7 @@ from .schemas import (
     Text,
     Whole,
     documented,
+    number_of,
     params_of,
     shown_as,
     stops_shown,
@@ -49,18 +50,18 @@ EVENTS = (
 class TgiParameters(Strict):
     model_config = ConfigDict(json_schema_extra=lambda schema: shown(schema, TGI_NEUTRAL))
 
-    max_new_tokens: Whole | None = shown_as(None, minimum=1, maximum=2**31 - 1)
+    max_new_tokens: Whole | None = number_of("max_tokens")
     do_sample: bool | None = False
-    temperature: float | None = shown_as(None, minimum=0, maximum=100)
-    top_p: float | None = shown_as(None, exclusiveMinimum=0, maximum=1)
-    top_k: Whole | None = shown_as(None, minimum=0, maximum=2**31 - 1)
-    seed: Seed | None = shown_as(None, minimum=0, maximum=MOST_SEED)
+    temperature: float | None = number_of("temperature", default=None)
+    top_p: float | None = number_of("top_p", default=None)
+    top_k: Whole | None = number_of("top_k", default=None)
+    seed: Seed | None = number_of("seed", maximum=MOST_SEED)
     stop: list[Text] | None = Field(default=None, json_schema_extra=stops_shown)
-    repetition_penalty: float | None = shown_as(None, exclusiveMinimum=0, maximum=100)
-    frequency_penalty: float | None = shown_as(None, minimum=-2, maximum=2)
+    repetition_penalty: float | None = number_of("repetition_penalty", default=None)
+    frequency_penalty: float | None = number_of("frequency_penalty", default=None)
     return_full_text: bool | None = False
     details: bool | None = True
-    top_n_tokens: Whole | None = shown_as(None, minimum=0, maximum=MAX_LOGPROBS)
+    top_n_tokens: Whole | None = number_of("logprobs")
 
     @model_validator(mode="before")
     @classmethod
@@ -139,7 +140,7 @@ class TgiResponse(BaseModel):
     details: TgiDetails | None = None
 
 
-def add_tgi(app: FastAPI, desk: Desk) -> None:
+def add_tgi(app: FastAPI, shared: Shared) -> None:
     options: dict[str, Any] = {
         "dependencies": [Depends(json_only)],
         "responses": documented(*GENERATION, events=EVENTS),
@@ -148,43 +149,45 @@ def add_tgi(app: FastAPI, desk: Desk) -> None:
     @app.post("/", response_model=list[TgiResponse], **options)
     async def compatible(body: TgiRequest, request: Request) -> Response:
         """Complete `inputs`, in a list of one, or with `stream` as events."""
-        return await answer_tgi(desk, body, request, stream=bool(body.stream), listed=True)
+        return await answer_tgi(shared, body, request, stream=bool(body.stream), listed=True)
 
     @app.post("/generate_stream", response_class=Response, **options)
     async def generate_stream(body: TgiRequest, request: Request) -> Response:
         """Complete `inputs` as events, one a token."""
-        return await answer_tgi(desk, body, request, stream=True)
+        return await answer_tgi(shared, body, request, stream=True)
 
 
-async def answer_tgi(desk: Desk, body: TgiRequest, request: Request, *, stream: bool, listed: bool = False) -> Response:
-    llm, parameters = ready(desk), body.parameters or TgiParameters()
-    order = Order(body.inputs, (parameters.sampling_params(),), "inputs")
-    tickets = await admit(desk, llm, [order], request)
-    return await reply(desk, tickets, TgiVoice(llm.codec, body.inputs, parameters, listed), request, stream=stream)
+async def answer_tgi(
+    shared: Shared, body: TgiRequest, request: Request, *, stream: bool, listed: bool = False
+) -> Response:
+    llm, parameters = ready(shared), body.parameters or TgiParameters()
+    prompt = Prompt(body.inputs, (parameters.sampling_params(),), "inputs")
+    sequences = await submit(shared, llm, [prompt], request)
+    return await reply(shared, sequences, TgiFormat(llm.codec, body.inputs, parameters, listed), request, stream=stream)
 
 
-class TgiVoice:
+class TgiFormat:
     """One event a token, of one sequence; the texts of the tokens join to the generated text."""
 
     def __init__(self, codec: TextCodec, inputs: str, parameters: TgiParameters, listed: bool) -> None:
         self._codec, self._parameters, self._listed = codec, parameters, listed
         self._before = inputs if parameters.return_full_text else ""
-        self._pieces = Pieces(codec, parameters.stop or ())
+        self._texts = TokenTexts(codec, parameters.stop or ())
         self._index = 0
 
-    def begin(self, num_choices: int) -> list[dict[str, Any]]:
+    def first_events(self, num_choices: int) -> list[dict[str, Any]]:
         return []
 
-    def say(self, index: int, delta: Delta) -> list[dict[str, Any]]:
-        texts = self._pieces.feed(delta.token_ids, delta.completion)
+    def events(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        texts = self._texts.feed(delta.token_ids, delta.completion)
         out = []
-        for token, text, told in zip(delta.token_ids, texts, delta.logprobs, strict=True):
+        for token, text, one in zip(delta.token_ids, texts, delta.logprobs, strict=True):
             self._index += 1
-            said = {"index": self._index, "token": self._token(token, text, told.logprob)}
+            answer = {"index": self._index, "token": self._token(token, text, one.logprob)}
             if self._parameters.top_n_tokens:
-                said["top_tokens"] = self._top(told)
-            out.append({**said, "generated_text": None, "details": None})
-        if out:  # a step's tokens share an event's worth of facts: they stand in its first
+                answer["top_tokens"] = self._top(one)
+            out.append({**answer, "generated_text": None, "details": None})
+        if out:  # these are of the step, not of one token: its first event has them
             out[0]["medusa"] = {"tokens": list(delta.tokens), "accepted": list(delta.accepted)}
         if out and delta.completion is not None:
             done = delta.completion
@@ -193,35 +196,35 @@ class TgiVoice:
             out[-1] |= {"generated_text": self._before + done.text, "details": details}
         return out
 
-    def end(self) -> list[dict[str, Any]]:
+    def last_events(self) -> list[dict[str, Any]]:
         return []
 
-    def whole(self, done: Seq[Completion]) -> Any:
-        said: dict[str, Any] = {"generated_text": self._before + done[0].text}
+    def full_answer(self, done: Seq[Completion]) -> Any:
+        answer: dict[str, Any] = {"generated_text": self._before + done[0].text}
         if self._parameters.details is not False:
-            texts = self._pieces.feed(done[0].token_ids, done[0])
+            texts = self._texts.feed(done[0].token_ids, done[0])
             triples = zip(done[0].token_ids, texts, done[0].logprobs, strict=True)
-            said["details"] = self._details(done[0])
-            said["details"]["tokens"] = [self._token(token, text, told.logprob) for token, text, told in triples]
+            answer["details"] = self._details(done[0])
+            answer["details"]["tokens"] = [self._token(token, text, one.logprob) for token, text, one in triples]
             if self._parameters.top_n_tokens:
-                said["details"]["top_tokens"] = [self._top(told) for told in done[0].logprobs]
-        return [said] if self._listed else said
+                answer["details"]["top_tokens"] = [self._top(one) for one in done[0].logprobs]
+        return [answer] if self._listed else answer
 
     def _details(self, done: Completion) -> dict[str, Any]:
         reason = "length"
         if done.finish_reason == "stop":
             reason = "eos_token" if done.token_ids[-1] in self._codec.special_ids else "stop_sequence"
-        facts = {"finish_reason": reason, "generated_tokens": done.completion_tokens, "seed": done.seed}
-        return facts | {"prefill": [], "tokens": [], "medusa": done.to_dict()["medusa"]}
+        details = {"finish_reason": reason, "generated_tokens": done.completion_tokens, "seed": done.seed}
+        return details | {"prefill": [], "tokens": [], "medusa": done.to_dict()["medusa"]}
 
     def _token(self, token: int, text: str, logprob: float) -> dict[str, Any]:
         return {"id": token, "text": text, "logprob": logprob, "special": token in self._codec.special_ids}
 
-    def _top(self, told: TokenLogprob) -> list[dict[str, Any]]:
-        return [self._token(token, self._codec.token_text(token), value) for token, value in told.top]
+    def _top(self, one: TokenLogprob) -> list[dict[str, Any]]:
+        return [self._token(token, self._codec.token_text(token), value) for token, value in one.top]
 
 
-class Pieces:
+class TokenTexts:
     """A sequence's text, token by token: what each made certain. The last one's is all the rest."""
 
     def __init__(self, codec: TextCodec, stop: Seq[str]) -> None:
@@ -230,8 +233,8 @@ class Pieces:
 
     def feed(self, ids: Seq[int], completion: Completion | None) -> list[str]:
         texts = []
-        for place, token in enumerate(ids, 1):
-            if completion is not None and place == len(ids):
+        for number, token in enumerate(ids, 1):
+            if completion is not None and number == len(ids):
                 texts.append(completion.text[self._length :])
             else:
                 texts.append(self._detokenizer.feed([token])[0])

@@ -13,7 +13,7 @@ from .error_replies import BodyTooLarge, BodyTooSlow, TooManyHeaders, Unsupporte
 
 
 class BodyLimit:
-    """ASGI middleware: 431 for too many headers; reads the whole body before the app runs, 413 as soon as it is too
+    """ASGI middleware: 431 for too many headers; reads all of the body before the app runs, 413 as soon as it is too
     large, 408 when it takes too long.
 
     It counts what arrives, so chunked bodies and lying lengths are bounded too.

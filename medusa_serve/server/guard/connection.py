@@ -25,7 +25,7 @@ async def crowded(scope: Scope, receive: Receive, send: Send) -> None:
 
 class Connection(H11Protocol):
     """uvicorn's own, closed when a request's head takes longer than header_s, or when its client has taken nothing
-    for client_stall_s. The app learns of both as of any client that leaves."""
+    for client_stall_s. To the app both are a client that leaves."""
 
     def __init__(self, *args: Any, limits: ServerConfig, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -44,7 +44,7 @@ class Connection(H11Protocol):
         self._await_head()
 
     def _await_head(self) -> None:
-        """Between requests uvicorn's keep-alive timer runs; once data has come, ours does until the head is whole."""
+        """Between requests uvicorn's keep-alive timer runs; once data has come, ours runs until the head is there."""
         answering = self.cycle is not None and not self.cycle.response_complete
         if answering or self.transport.is_closing():
             _stop(self._head_timer)

@@ -77,7 +77,7 @@ class TooManyKeys(RateLimited):
 
 
 def reply_to(error: MedusaServeError, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """The response of an error of ours. Clients that retry 5xx on their own are told where that cannot help."""
+    """The response of an error of ours. X-Should-Retry stops clients that retry 5xx where that cannot help."""
     out = dict(headers or {})
     if error.retry_after is not None:
         out["Retry-After"] = str(error.retry_after)
@@ -109,7 +109,7 @@ def install(app: FastAPI) -> None:
 
 def explain(errors: Seq[Any]) -> MedusaServeError:
     """The first thing wrong with a body, in one sentence of ours: pydantic's own report holds the input."""
-    # of the branches of a union the one that got further tells more
+    # of the branches of a union the one that got further says more
     error = next((e for e in errors if e["type"] == "string_unicode"), errors[0])
     kind, loc, ctx = error["type"], error["loc"][1:], error.get("ctx", {})
     loc = loc[1:] if loc and loc[0] in FORMS else loc
@@ -150,7 +150,7 @@ def _path(loc: Seq[Any]) -> str | None:
 
 
 class LastResort:
-    """ASGI middleware: whatever nobody expected becomes a 500 in our shape, and a line in the log."""
+    """ASGI middleware: an unexpected error becomes a 500 in our shape, and a line in the log."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

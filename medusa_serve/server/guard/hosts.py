@@ -62,8 +62,8 @@ class HostGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            told = [value for name, value in scope["headers"] if name.lower() == b"host"]
-            name = name_of(told[0]) if len(told) == 1 else None
+            given = [value for name, value in scope["headers"] if name.lower() == b"host"]
+            name = name_of(given[0]) if len(given) == 1 else None
             if name is None or name not in self.hosts:
                 refusal = InvalidHost("The Host header names another server; start this one with --allow-host NAME.")
                 return await reply_to(refusal)(scope, receive, send)

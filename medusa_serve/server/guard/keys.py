@@ -85,7 +85,7 @@ class Keys:
 
     def _add(self, key: str, *, guest: bool) -> None:
         digest = hashlib.sha256(key.encode()).digest()
-        self._tenants = self._tenants | {digest: Tenant(digest.hex()[:16], guest)}  # whole: readers take no lock
+        self._tenants = self._tenants | {digest: Tenant(digest.hex()[:16], guest)}  # replaced: readers take no lock
 
 
 def _checked(key: str) -> str:
@@ -154,8 +154,8 @@ def secured(schema: dict[str, Any], keys: Keys) -> dict[str, Any]:
     paths: Mapping[str, Any] = schema["paths"]
     guarded = {
         path: {
-            method: told | ({} if (method.upper(), path) in OPEN else {"security": [{name: []} for name in SCHEMES]})
-            for method, told in methods.items()
+            method: about | ({} if (method.upper(), path) in OPEN else {"security": [{name: []} for name in SCHEMES]})
+            for method, about in methods.items()
         }
         for path, methods in paths.items()
     }

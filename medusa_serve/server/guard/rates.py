@@ -38,8 +38,8 @@ class Window:
         if self._sums[name] < self._limit:
             return 0
         left = self._sums[name]
-        for at, whose, amount in self._events:
-            left -= amount if whose == name else 0
+        for at, owner, amount in self._events:
+            left -= amount if owner == name else 0
             if left < self._limit:
                 return max(1, math.ceil(at + self._seconds - now))
         return math.ceil(self._seconds)
@@ -58,7 +58,7 @@ class Window:
 class GuestLimits:
     """ASGI middleware: 429 for a guest's key that asks for too much. The owner, and all without keys, may do so.
 
-    Needs scope["state"]["tenant"]; `spent` is told of output tokens by tenant.
+    Needs scope["state"]["tenant"]; `spent` counts output tokens by tenant.
     """
 
     def __init__(self, app: ASGIApp, config: ServerConfig, spent: Window) -> None:

@@ -1,4 +1,4 @@
-"""What came and went by names that are not this machine's own: a tunnel's plan counts both."""
+"""Requests and bytes under names that are not this machine's own: a tunnel's plan counts both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Traffic:
 
 
 class CountTraffic:
-    """ASGI middleware, behind the one that looks at the Host header."""
+    """ASGI middleware; runs after the one that checks the Host header."""
 
     def __init__(self, app: ASGIApp, traffic: Traffic) -> None:
         self.app, self.traffic = app, traffic

@@ -142,12 +142,13 @@ def test_codec(folder: Path) -> None:
 def test_pieces_join_to_the_text(folder: Path) -> None:
     """The tiny tokenizer is byte-level: what its ids are is known, whatever is beside them."""
     codec = load(folder).codec
-    assert codec.pieces is not None
-    everything = [*range(max(codec.pieces) + 1), *codec.encode("the cat é🎉 <|im_end|>"), max(codec.pieces) + 7]
+    assert codec.token_texts is not None
+    last = max(codec.token_texts)
+    everything = [*range(last + 1), *codec.encode("the cat é🎉 <|im_end|>"), last + 7]
     rest = [everything[at] for at in torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))]
     for ids in (everything, rest):
-        assert b"".join(codec.pieces[id] for id in ids).decode(errors="replace") == codec.decode(ids)
-    assert {codec.pieces[id] for id in codec.special_ids} == {b""}
+        assert b"".join(codec.token_texts[id] for id in ids).decode(errors="replace") == codec.decode(ids)
+    assert {codec.token_texts[id] for id in codec.special_ids} == {b""}
 
 
 def test_pieces_are_of_bytes_alone(folder: Path) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from medusa_serve.errors import ShuttingDown
-from medusa_serve.server.api.generate import OwnVoice
+from medusa_serve.server.api.generate import GenerateFormat
 from medusa_serve.server.app import create_app
 from medusa_serve.server.config import ServerConfig
-from medusa_serve.server.streaming import EventStream, Switchboard, Tickets
+from medusa_serve.server.events import EventStream
+from medusa_serve.server.router import DeltaRouter, OpenSequences
 from medusa_serve.types import Delta, SamplingParams
 
 from .standins import HandLLM, HandManager, completion, events, open_post, serving, unchunk, wait_for
@@ -39,13 +40,13 @@ def stream_by_hand(
         await send(message)
 
     async def go() -> None:
-        manager, board = HandManager(None), Switchboard()
-        tickets = Tickets()
-        board.submit(manager, [1], SamplingParams(), key="", tickets=tickets)
-        voice = OwnVoice(token_ids=False)
-        stream = EventStream(tickets, voice, merge_s=merge_s, pace_s=pace_s, num_open=lambda: num_open)
+        manager, router = HandManager(None), DeltaRouter()
+        sequences = OpenSequences()
+        router.submit(manager, [1], SamplingParams(), key="", sequences=sequences)
+        answer_format = GenerateFormat(token_ids=False)
+        stream = EventStream(sequences, answer_format, merge_s=merge_s, pace_s=pace_s, num_open=lambda: num_open)
         await asyncio.gather(stream({}, never, collect), play(manager))
-        assert board.num_open == 0
+        assert router.num_open == 0
 
     asyncio.run(go())
     return bodies
@@ -155,59 +156,59 @@ def test_after_a_lag_a_delta_is_held_no_longer_than_merge_ms() -> None:
 
 
 def test_held_back_text_still_tells_its_tokens() -> None:
-    voice = OwnVoice(token_ids=False)
-    assert voice.say(0, Delta("", (3,), (2,))) == [{"text": "", "tokens": [3], "accepted": [2]}]
-    assert voice.say(0, Delta("")) == []
-    assert voice.say(0, Delta("", error=ShuttingDown("Stopping."))) == []
-    assert voice.say(0, Delta("a", (1,), (0,), error=ShuttingDown("Stopping.")))[0]["text"] == "a"
+    answer_format = GenerateFormat(token_ids=False)
+    assert answer_format.events(0, Delta("", (3,), (2,))) == [{"text": "", "tokens": [3], "accepted": [2]}]
+    assert answer_format.events(0, Delta("")) == []
+    assert answer_format.events(0, Delta("", error=ShuttingDown("Stopping."))) == []
+    assert answer_format.events(0, Delta("a", (1,), (0,), error=ShuttingDown("Stopping.")))[0]["text"] == "a"
 
 
 def test_steps_of_one_call_reach_their_own_requests() -> None:
     async def go() -> None:
-        manager, board = HandManager(None), Switchboard()
-        first, second = Tickets(), Tickets()
-        one, two = (board.submit(manager, [1], SamplingParams(), key="", tickets=own) for own in (first, second))
+        manager, router = HandManager(None), DeltaRouter()
+        first, second = OpenSequences(), OpenSequences()
+        one, two = (router.submit(manager, [1], SamplingParams(), key="", sequences=own) for own in (first, second))
         assert manager.sinks["seq-0"] is manager.sinks["seq-1"]
-        board.sink([("seq-1", step(1)), ("seq-0", step(0)), ("unknown", step(5))])
+        router.sink([("seq-1", step(1)), ("seq-0", step(0)), ("unknown", step(5))])
         assert [(await own.take())[0][1].text for own in (first, second)] == ["0;", "1;"]
-        board.sink([("seq-0", last("", 3))])
+        router.sink([("seq-0", last("", 3))])
         await first.take()
         one.close()
         two.close()
         two.close()
         assert manager.cancelled == ["seq-1"]
-        board.sink([("seq-1", step(2))])  # too late: dropped
+        router.sink([("seq-1", step(2))])  # too late: dropped
         await asyncio.sleep(0)
-        assert board.num_open == 0
+        assert router.num_open == 0
 
     asyncio.run(go())
 
 
 def test_a_dismissed_sequence_has_had_its_last_word() -> None:
     async def go() -> None:
-        manager, board = HandManager(None), Switchboard()
-        tickets = Tickets()
-        board.submit(manager, [1], SamplingParams(), key="", tickets=tickets)
+        manager, router = HandManager(None), DeltaRouter()
+        sequences = OpenSequences()
+        router.submit(manager, [1], SamplingParams(), key="", sequences=sequences)
         manager.push("seq-0", step(0))  # under way to the loop
-        board.dismiss(ShuttingDown("Stopping."))
+        router.dismiss(ShuttingDown("Stopping."))
         await asyncio.sleep(0.01)
-        [(_, delta)] = await tickets.take()
+        [(_, delta)] = await sequences.take()
         assert delta.error is not None
-        board.dismiss(ShuttingDown("Stopping."))
-        tickets.close()
+        router.dismiss(ShuttingDown("Stopping."))
+        sequences.close()
         assert manager.cancelled == ["seq-0"]
 
     asyncio.run(go())
 
 
 def test_a_sink_without_a_loop_is_silent() -> None:
-    board, manager = Switchboard(), HandManager(None)
+    router, manager = DeltaRouter(), HandManager(None)
 
     async def go() -> None:
-        board.submit(manager, [1], SamplingParams(), key="", tickets=Tickets())
+        router.submit(manager, [1], SamplingParams(), key="", sequences=OpenSequences())
 
     asyncio.run(go())
-    board.sink([("seq-0", step(0))])
+    router.sink([("seq-0", step(0))])
 
 
 # ---- real sockets --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from medusa_serve.errors import InvalidConfig
-from medusa_serve.server.api.limits import limits_of
+from medusa_serve.server.api.info import limits_of
 from medusa_serve.server.config import ServerConfig
 from medusa_serve.server.guard.access_log import tame
 from medusa_serve.types import Delta, EngineStatus
@@ -322,15 +322,15 @@ def test_no_cors() -> None:
 
 
 def test_a_watch_ends_with_the_last_request() -> None:
-    from medusa_serve.server.streaming import Switchboard, Tickets
+    from medusa_serve.server.router import DeltaRouter, OpenSequences
     from medusa_serve.server.timeouts import Watch
     from medusa_serve.types import SamplingParams
 
     async def go() -> list[str]:
-        board = Switchboard(Watch(ServerConfig()))
-        ticket = board.submit(HandManager(None), [1], SamplingParams(), key="", tickets=Tickets())
+        router = DeltaRouter(Watch(ServerConfig()))
+        sequence = router.submit(HandManager(None), [1], SamplingParams(), key="", sequences=OpenSequences())
         during = [task.get_name() for task in asyncio.all_tasks()]
-        ticket.close()
+        sequence.close()
         await asyncio.sleep(0.3)
         assert not [task for task in asyncio.all_tasks() if task.get_name() == "medusa-watch"]
         return during

@@ -8,9 +8,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from medusa_serve.server.background_load import BackgroundLoad
 from medusa_serve.server.config import ServerConfig
 
-from ..fakes import FakeRunner
-from .standins import HandLLM, ask, wait_for
-from .test_engine import fake_llm, rest
+from ...fakes import FakeRunner
+from ..standins import HandLLM, ask, wait_for
+from ..test_engine import fake_llm, rest
 
 METRICS = {"method": "GET", "url": "/metrics"}
 
