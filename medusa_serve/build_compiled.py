@@ -11,9 +11,9 @@ from .config import EngineConfig
 
 
 def main() -> None:
-    from .llm import _drafter
     from .model.build import hidden_inputs
     from .model.compiled import build_draft, build_pass
+    from .model.drafting.choose import choose_drafter
     from .model.forward.tree_forward import PlugInError, TreeForward
     from .model.loading.load import load_model
     from .model.shapes import plan_shapes
@@ -21,7 +21,7 @@ def main() -> None:
     order = json.load(sys.stdin)
     config = EngineConfig(**order["config"])
     loaded = load_model(config, progress=False)
-    drafter, *_ = _drafter(config, loaded)
+    drafter, *_ = choose_drafter(config, loaded)
     plan_shapes(config, drafter, loaded.device)  # sizes the drafter
     indexes = hidden_inputs(drafter)
     try:

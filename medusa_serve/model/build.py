@@ -26,9 +26,10 @@ from .gpu.background import SOON, Fusing, fuses
 from .gpu.capture import give_back
 from .loading.default_model import cache_folder
 from .loading.gpu_memory import LEAST_CONTEXT, SLACK
+from .loading.slots import plan_context, plan_slots
 from .runner import ModelRunner
 from .selftest import check, references
-from .shapes import expected_tokens, plan_context, plan_shapes, plan_slots
+from .shapes import expected_tokens, plan_shapes
 from .tables import SlotTables
 from .timing import time_steps, worth_timing
 from .weights.int4 import Int4Linear, int4_kind_of

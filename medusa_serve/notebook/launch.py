@@ -67,7 +67,7 @@ def _server(asked: Asked, *, needs_key: bool) -> Server:
 
 def _require_model(model: str, old: Server) -> None:
     """Raises LoadError where there is no such model, so that a server does not end for a name with a typo."""
-    from ..model.loading.load import hf_config_of
+    from ..model.loading.source import hf_config_of
 
     if model in (DEFAULT_MODEL, old.asked.engine.model) or not old.is_alive:
         return

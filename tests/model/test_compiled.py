@@ -11,10 +11,10 @@ import torch
 from medusa_serve import LLM, SamplingParams
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import InvalidConfig
-from medusa_serve.llm import _drafter
 from medusa_serve.model import compiled
 from medusa_serve.model.build import SLACK
 from medusa_serve.model.compiled import _greedy, compile_passes, compiler
+from medusa_serve.model.drafting.choose import choose_drafter
 from medusa_serve.model.drafting.heads import SequentialHeads
 from medusa_serve.model.drafting.tree import Tree
 from medusa_serve.model.forward.attention import chain_view, tree_view
@@ -43,7 +43,7 @@ def config(tmp_path_factory) -> EngineConfig:
 
 def made(config: EngineConfig) -> tuple[TreeForward, Any, dict[int, Shape]]:
     loaded = load_model(config, progress=False)
-    drafter, *_ = _drafter(config, loaded)
+    drafter, *_ = choose_drafter(config, loaded)
     shapes = plan_shapes(config, drafter, loaded.device)
     return TreeForward(loaded.model, 3, COLUMNS, loaded.max_positions), drafter, shapes
 

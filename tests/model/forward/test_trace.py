@@ -17,7 +17,7 @@ from medusa_serve.model.forward.trace import FusedLayers, fuse_layers
 from medusa_serve.model.forward.tree_forward import PlugInError, TreeForward, decoder_layers
 from medusa_serve.model.parts import at_once
 from medusa_serve.model.selftest import check, references
-from medusa_serve.model.weights.nf4 import quantize_nf4
+from tests.campaigns.shapes import quantize_nf4
 from tests.tiny import tiny_model
 
 LAYERS, COLUMNS = 3, 160
