@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from .errors import InvalidConfig
 
@@ -11,6 +11,15 @@ DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 QUANTIZE = ("auto", "none", "int8", "int4", "nf4")
 DEFAULT_MODEL = "smollm2-135m"
 MAX_NODES = 64
+AS_ASKED = "as asked"  # the reason of a choice that the user made
+Value = TypeVar("Value")
+
+
+class Choice(NamedTuple, Generic[Value]):
+    """What was chosen by the options and the machine, and why; the options stay what the user said."""
+
+    value: Value
+    why: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,14 +9,16 @@ import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .config import EngineConfig
 from .engine.batch_manager import BatchManager
 from .errors import InvalidConfig, InvalidRequest, QueueFull
-from .presets import FAMILIES, PRESETS, shipped_heads
 from .types import Completion, Delta, SamplingParams, Sink
+
+if TYPE_CHECKING:
+    from .model.build import Built
+    from .model.drafting.choose import ChosenDrafter
 
 Messages = Sequence[dict[str, str]]
 Prompt = str | Messages
@@ -43,10 +45,11 @@ class LLM:
     ) -> None:
         """load: makes the LoadedModel from the config, where it is not to be had by name (random weights)"""
         self.config = _config(model, options)
-        loaded, built, self.heads_name, heads_notes = _elsewhere(lambda: _loaded(self.config, load))
+        loaded, heads, built = _elsewhere(lambda: _loaded(self.config, load))
         self.model_name, self.codec = loaded.name, loaded.codec
         self.device, self.dtype = str(loaded.device), loaded.numbers
-        self._notes = (loaded.notes, heads_notes, built.notes)
+        self.heads_name = heads.name
+        self._notes = (loaded.notes, heads.notes, built.notes)
         self.tree_error = built.tree_error
         self.manager = BatchManager(built.runner, self.codec, self.config, model_name=self.model_name)
         self._close = weakref.finalize(self, self.manager.close)  # a pass under way would abort a process that ends
@@ -167,30 +170,25 @@ class LLM:
         self.close()
 
 
-def _loaded(config: EngineConfig, load: Callable[[EngineConfig], Any] | None = None) -> tuple[Any, Any, str, list[str]]:
-    """(loaded, built, the heads' name, notes on them)"""
-    from .model.loading.load import load_model, memory_as_load_error
+def _loaded(config: EngineConfig, load: Callable[[EngineConfig], Any] | None) -> tuple[Any, ChosenDrafter, Built]:
+    from .model.build import build_that_fits
+    from .model.drafting.choose import choose_drafter
+    from .model.loading.load import load_model
+    from .model.loading.source import memory_as_load_error
 
     loaded = (load or load_model)(config)
     with memory_as_load_error(config.model):
-        return _built(config, loaded)
-
-
-def _built(config: EngineConfig, loaded: Any) -> tuple[Any, Any, str, list[str]]:
-    from .model.build import build_that_fits
-
-    drafter, heads, notes = _drafter(config, loaded)
-    dtype = "auto" if loaded.weights else str(loaded.dtype).removeprefix("torch.")
-    built = build_that_fits(
-        loaded.model,
-        replace(config, dtype=dtype, quantize=loaded.weights or "none"),
-        eos_ids=sorted(loaded.eos_ids),
-        max_positions=loaded.max_positions,
-        drafter=drafter,
-        what=f"{loaded.name} in {loaded.numbers}, heads {heads}",
-        later=True,
-    )
-    return loaded, built, heads, notes
+        chosen = choose_drafter(config, loaded)
+        built = build_that_fits(
+            loaded.model,
+            config,
+            eos_ids=sorted(loaded.eos_ids),
+            max_positions=loaded.max_positions,
+            drafter=chosen.drafter,
+            what=f"{loaded.name} in {loaded.numbers}, heads {chosen.name}",
+            later=True,
+        )
+    return loaded, chosen, built
 
 
 def _forecast(runner: Any) -> tuple[int, float, float] | None:
@@ -273,46 +271,3 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
         raise InvalidRequest("A prompt is a string or a list of messages; give one, or a list of them.", param="prompt")
     return list(prompts)  # type: ignore[arg-type]
-
-
-def _drafter(config: EngineConfig, loaded: Any) -> tuple[Any, str, list[str]]:
-    """The heads in use: (drafter, name, notes). Raises LoadError."""
-    if config.heads == "none" or config.tree == "off":
-        return None, "none", [f"no heads ({'as asked' if config.heads == 'none' else 'the tree is off'})"]
-    from .model.drafting.drafters import drafter_of
-    from .model.drafting.files import load_heads, own_heads
-    from .model.loading.hub import heads_at, heads_of
-
-    path: Path | None
-    whose, preset = config.heads, PRESETS.get(config.model)
-    if config.heads == "auto" and preset is not None and preset.heads is not None:
-        path, whose = heads_of(preset), preset.heads
-    elif config.heads in ("auto", *FAMILIES):
-        path, whose = shipped_heads(config.model, config.heads), "the package"
-        path, whose = (path, whose) if path else (own_heads(loaded.source), "the model's own folder")
-    else:
-        path = heads_at(config.heads)
-    if path is None:
-        return None, "none", ["no heads (none ship for this model)"]
-    from .model.drafting.draft_formats import as_served
-    from .model.loading.default_model import cache_folder
-
-    model = loaded.model
-    hidden, vocab = model.config.get_text_config().hidden_size, model.get_input_embeddings().num_embeddings
-    heads, info = load_heads(
-        path,
-        hidden_size=hidden,
-        vocab_size=vocab,
-        dtype=model.dtype,
-        device=model.device,
-        base_model=model,
-        base_name=loaded.source or config.model,
-    )
-    notes = [*info.warnings, *as_served(heads, info, model, cache_folder(), config.draft_vocab)]
-    return drafter_of(heads, info, config.tree), info.family, [f"{info.family} heads from {_end_of(whose)}", *notes]
-
-
-def _end_of(path: str) -> str:
-    """Of a long path what its reader, who gave it, knows it by."""
-    parts = Path(path).parts
-    return path if len(parts) < 4 else f"…/{parts[-2]}/{parts[-1]}"

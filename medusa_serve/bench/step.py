@@ -152,11 +152,11 @@ def _plan(engine: EngineConfig, config: StepConfig, nodes: int, drafter: Any) ->
 
 
 def _loaded(engine: EngineConfig) -> Subject:
-    from ..llm import _drafter
+    from ..model.drafting.choose import choose_drafter
     from ..model.loading.load import load_model
 
     loaded = load_model(engine)
-    drafter, name, _ = _drafter(engine, loaded)
+    drafter, name, _ = choose_drafter(engine, loaded)
     return Subject(loaded, drafter or fixed_drafter(), name)
 
 

@@ -9,6 +9,8 @@ Whatever needs one of them is given the chosen object. Nobody else asks which ma
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +19,6 @@ from torch import Tensor
 from .cpu.workers import give_up_workers as give_up_workers
 from .drafting.pool import Children
 from .drafting.tree import HeadNodes
-from .forward.attention import has_numba
 from .forward.view import View
 from .gpu import attention as triton_attention
 from .gpu.graphs import StepGraphs as StepGraphs
@@ -25,6 +26,7 @@ from .sampling.filters import Sampling
 from .shapes import Shape
 from .tables import Closed, Opened, SlotTables
 from .torch_kernels import TorchKernels
+from .weights.int4 import FewBitKernels
 
 
 class NodePool(Protocol):
@@ -123,11 +125,19 @@ class Kernels(Protocol):
     def new_pool(self, rows: int, size: int, device: torch.device) -> NodePool:
         """An empty pool of B rows that will hold `size` nodes each."""
 
+    def rms_norm(self, x: Tensor) -> Tensor:
+        """As heads.rms_norm, without gradients."""
+
     def search_at_once(self, heads: Any, tau: Tensor, num_ranks: int) -> WholeSearch | None:
         """The tree search over these heads as one call, where there is one. tau (D)"""
 
     def warm_up(self) -> None:
         """Begin to compile, in a thread, what the first step will need."""
+
+
+@lru_cache
+def _has_numba() -> bool:
+    return find_spec("numba") is not None
 
 
 def choose(device: torch.device) -> Kernels:
@@ -136,8 +146,19 @@ def choose(device: torch.device) -> Kernels:
         from .gpu.kernels import GpuKernels
 
         return GpuKernels()
-    if device.type == "cpu" and has_numba():
+    if device.type == "cpu" and _has_numba():
         from .cpu.kernels import CpuKernels
 
         return CpuKernels()
     return TorchKernels()
+
+
+def few_bit_kernels() -> FewBitKernels:
+    """This machine's own, for weights of few bits on a CPU: Numba's where it is installed."""
+    if not _has_numba():
+        return FewBitKernels()
+    from .cpu.few_bits import few_bit_parts
+    from .cpu.int_products import NativeInt4Linear
+    from .cpu.warm_up import kernels_ahead
+
+    return FewBitKernels(few_bit_parts, NativeInt4Linear, kernels_ahead)

@@ -1,4 +1,4 @@
-"""What is chosen before serving: slots and context from memory, shapes of a step. Each choice comes with its reason."""
+"""The shapes of a step: the sizes of trees, what the heads and the lookup fill of each, and what to expect of it."""
 
 from __future__ import annotations
 
@@ -22,47 +22,7 @@ class Shape(NamedTuple):
     max_depth: int
 
 
-CPU_SLOTS, GPU_SLOTS = 8, 64
-CPU_CONTEXT, GPU_CONTEXT = 2048, 4096
 AUTO_NODES = {"cpu": (2, 4, 8, 16), "cuda": (4, 8, 16, 32, 64)}
-GPU_SHARE = 0.8  # of the free memory; the rest is for graphs, activations and logits,
-LEAST_REST = 768 * 2**20  # which take this much of a small GPU too
-
-
-def for_slots(free: int) -> int:
-    """Bytes for keys and values, of those that are free once weights and heads are loaded."""
-    return max(0, min(int(free * GPU_SHARE), free - LEAST_REST))
-
-
-def plan_context(config: EngineConfig, max_positions: int | None, device: torch.device) -> tuple[int, str]:
-    """Tokens of one sequence, with the reason. Raises LoadError when more is asked for than the model has."""
-    limit = max_positions or 2**22
-    if config.max_context is not None:
-        if config.max_context > limit:
-            raise LoadError(f"max_context {config.max_context} is more than the model's own {limit} positions.")
-        return config.max_context, "as asked"
-    default = GPU_CONTEXT if device.type == "cuda" else CPU_CONTEXT
-    return min(limit, default), "the model's" if limit <= default else f"the default on a {_kind(device)}"
-
-
-def plan_slots(config: EngineConfig, bytes_per_column: int, columns: int, device: torch.device) -> tuple[int, str]:
-    """Sequences that decode together, with the reason. Every slot costs `columns` × `bytes_per_column`. Raises
-    LoadError."""
-    if device.type != "cuda":
-        return (config.slots, "as asked") if config.slots else (CPU_SLOTS, "the default on a CPU")
-    free, _ = torch.cuda.mem_get_info(device)
-    fits = for_slots(free) // (columns * bytes_per_column)
-    if config.slots and config.slots > fits:
-        needed = config.slots * columns * bytes_per_column / 2**30
-        raise LoadError(
-            f"{config.slots} slots of {columns} tokens need {needed:.1f} GiB, but only {fits} fit; "
-            f"ask for fewer slots or a shorter context."
-        )
-    if fits < 1:
-        raise LoadError(f"not one slot of {columns} tokens fits into the GPU's free memory; ask for a shorter context.")
-    if config.slots:
-        return config.slots, "as asked"
-    return min(GPU_SLOTS, fits), "what fits into memory" if fits < GPU_SLOTS else "the default on a GPU"
 
 
 def plan_shapes(config: EngineConfig, drafter: Drafter | None, device: torch.device) -> dict[int, Shape]:
@@ -113,8 +73,8 @@ def heads_fill(shape: Shape, max_nodes: int) -> int:
 
 
 def held_by(shapes: dict[int, Shape], nodes: int) -> tuple[int, ...]:
-    """For each node of a tree of N, the smallest N whose tree holds it: the heads' nodes stand best first, the chain's
-    behind them in their own order."""
+    """For each node of a tree of N, the smallest N with a tree that holds it: the heads' nodes come first, the
+    best one first, then the chain's in its own order."""
     heads = nodes - 1 - shapes[nodes].num_lookup
     sizes = [(n, n - 1 - shape.num_lookup, shape.num_lookup) for n, shape in sorted(shapes.items()) if n <= nodes]
     found = [next(n for n, first, _ in sizes if node <= first) for node in range(heads + 1)]
@@ -131,7 +91,3 @@ def expected_tokens(choices: Sequence[int], drafter: Any) -> tuple[float, ...]:
     paths = most_probable(ranks, max(choices))
     shares = [math.prod(ranks[depth][rank] for depth, rank in enumerate(path)) for path in paths]
     return tuple(1.0 + sum(shares[: n - 1]) for n in choices)
-
-
-def _kind(device: torch.device) -> str:
-    return "GPU" if device.type == "cuda" else "CPU"

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .drafting.heads import rms_norm
 from .drafting.lookup import lookup
 from .drafting.pool import Children, Pool, top_children
 from .drafting.tree import HeadNodes, assemble
@@ -108,6 +109,9 @@ class TorchKernels:
 
     def new_pool(self, rows: int, size: int, device: torch.device) -> Pool:
         return Pool(rows, size, device)
+
+    def rms_norm(self, x: Tensor) -> Tensor:
+        return rms_norm(x)
 
     def search_at_once(self, heads: Any, tau: Tensor, num_ranks: int) -> None:
         return None

@@ -70,7 +70,7 @@ def _server(asked: LaunchOptions, *, needs_key: bool) -> Server:
 
 def _require_model(model: str, old: Server) -> None:
     """Raises LoadError where there is no such model: a typo does not end a server."""
-    from ..model.loading.load import hf_config_of
+    from ..model.loading.source import hf_config_of
 
     if model in (DEFAULT_MODEL, old.asked.engine.model) or not old.is_alive:
         return

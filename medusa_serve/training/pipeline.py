@@ -17,7 +17,8 @@ import torch
 
 from ..config import EngineConfig
 from ..errors import InvalidConfig, LoadError
-from ..model.loading.load import LoadedModel, device_of, load_model, load_to_answer
+from ..model.loading.choose import choose_device
+from ..model.loading.load import LoadedModel, load_model, load_to_answer
 from .distill import DistillConfig, Generate, Made, distill, engine_generate
 from .finish import Measured
 from .prompts import Prompt, read_prompts, split
@@ -115,7 +116,7 @@ def train_from_prompts(
     if unknown:
         raise InvalidConfig(f"Unknown option {sorted(unknown)[0]!r}.", param=sorted(unknown)[0])
     source = model if isinstance(model, EngineConfig) else EngineConfig(model=model)
-    share = DISTILL_SHARE[device_of(source).type]
+    share = DISTILL_SHARE[choose_device(source.device).value.type]
     config = TrainConfig(family=family, out=str(out), minutes=minutes * (1 - share), **options)  # type: ignore[arg-type]
     check_output(config)  # before anything is loaded
     training, _ = split(read_prompts(prompts))

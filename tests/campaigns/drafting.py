@@ -52,14 +52,14 @@ def bench_drafting(engine: EngineConfig, config: DraftingConfig) -> dict[str, An
     """The three times by size of tree. Raises LoadError: no heads, or a tree or vocabulary that they cannot have."""
     from medusa_serve.bench.facts import machine
     from medusa_serve.bench.questions import read_prompts
-    from medusa_serve.llm import _drafter
     from medusa_serve.model.build import build_runner
+    from medusa_serve.model.drafting.choose import choose_drafter
     from medusa_serve.model.loading.load import load_model
     from medusa_serve.training.distill import encode
 
     heads_path(engine)  # raises before a model is loaded
     loaded = load_model(engine)
-    drafter, name, _ = _drafter(replace(engine, draft_vocab=config.draft_vocab), loaded)
+    drafter, name, _ = choose_drafter(replace(engine, draft_vocab=config.draft_vocab), loaded)
     prompts = [encode(loaded.codec, text) for text in read_prompts().questions[:3]]
     rows = []
     for nodes in config.nodes:

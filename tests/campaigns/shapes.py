@@ -37,32 +37,34 @@ def random_model(shape: str, engine: EngineConfig) -> Any:
     LoadError."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from medusa_serve.model.loading.load import LoadedModel, _choose_device, _choose_numbers, _shrink
+    from medusa_serve.model.kernels import few_bit_kernels
+    from medusa_serve.model.loading.choose import choose_device, choose_numbers
+    from medusa_serve.model.loading.load import LoadedModel, give_weights
     from medusa_serve.model.process_lock import TURN
-    from medusa_serve.model.weights.nf4 import quantize_nf4
 
-    notes: list[str] = []
     none: Any = None
     config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    device = _choose_device(engine.device, notes)
-    dtype, weights = _choose_numbers(engine, device, config, notes)
+    device, _ = choose_device(engine.device)
+    numbers = choose_numbers(engine, device, config)
     with TURN, _seeded(device):  # see capture.py
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
-    if weights == "nf4":
+        model = AutoModelForCausalLM.from_config(config, dtype=numbers.dtype).eval().requires_grad_(False)
+    notes = list(numbers.notes)
+    if numbers.weights == "nf4":
         quantize_nf4(model)
     if engine.device == "split":
         notes.append(_spread(model))
+    weights, more = give_weights(model, numbers.weights, engine.quantize, few_bit_kernels())
     return LoadedModel(
         model=model,
         tokenizer=none,
         codec=none,
         name=f"random {shape}",
         device=device,
-        dtype=dtype,
+        dtype=numbers.dtype,
         eos_ids=frozenset(),
         max_positions=config.max_position_embeddings,
-        weights=_shrink(model, engine, weights, notes),
-        notes=notes,
+        weights=weights,
+        notes=[*notes, *more],
     )
 
 
@@ -102,6 +104,27 @@ def random_llm(engine: EngineConfig, shape: str) -> LLM:
         return replace(random_model(shape, config), codec=ByteCodec())
 
     return LLM(replace(engine, heads="none", lookup=False), load=load)
+
+
+def quantize_nf4(model: Any) -> None:
+    """The linear layers of a model on a GPU, in place, one by one."""
+    import bitsandbytes as bnb
+    import torch
+
+    from medusa_serve.model.forward.hidden_tap import decoder_layers
+
+    for parent in decoder_layers(model).modules():
+        for name, child in list(parent.named_children()):
+            if type(child) is not torch.nn.Linear:
+                continue
+            size, dtype = (child.in_features, child.out_features), child.weight.dtype
+            kind: dict[str, Any] = {"compress_statistics": False, "quant_type": "nf4"}
+            with torch.device("meta"):
+                made = bnb.nn.Linear4bit(*size, bias=child.bias is not None, compute_dtype=dtype, **kind)
+            weight: Any = bnb.nn.Params4bit(child.weight.data, requires_grad=False, blocksize=64, **kind)
+            made.weight = weight.to(child.weight.device)
+            made.bias = child.bias
+            setattr(parent, name, made)
 
 
 def random_drafter(model: Any) -> Any:

@@ -21,8 +21,8 @@ import pytest
 
 import medusa_serve
 from medusa_serve.errors import InvalidConfig, InvalidRequest, LoadError, ShuttingDown
+from medusa_serve.model.loading import choose
 from medusa_serve.model.loading import gpu_facts as gpu
-from medusa_serve.model.loading import load as loader
 from medusa_serve.notebook import background, env
 from medusa_serve.notebook.background import running
 from tests.fake_hub import GATED, fake_hub, stand_in
@@ -348,8 +348,8 @@ def test_a_gpu_without_code_for_it(folder: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for device in ("auto", "cuda", "cuda:0"):
         with pytest.raises(LoadError, match="no code for the GPU here"):
-            loader._choose_device(device, [])
-    assert loader._choose_device("cpu", []).type == "cpu"
+            choose.choose_device(device)
+    assert choose.choose_device("cpu").value.type == "cpu"
     with pytest.raises(LoadError, match="in Kaggle: GPU T4 x2"):
         launch(folder)
     assert threads() == []

@@ -1,4 +1,4 @@
-"""int4.plain_few_bit_parts in one pass over the weights. torch needs ten: the longest part of a start."""
+"""int4.few_bit_parts in one pass over the weights: torch goes over them ten times, a start's longest work."""
 
 from __future__ import annotations
 
@@ -9,9 +9,19 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from ..weights.int4 import GROUP
+from ..weights.int4 import GROUP, OFF_GRID, Parts, part_of, two_parts
 
 EXACT: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}  # no fast math: the numbers are torch's
+
+
+def few_bit_parts(weight: Tensor) -> Parts | None:
+    """As int4.few_bit_parts."""
+    near = OFF_GRID * float(weight.abs().max())
+    if (four := four_bit_steps(weight, near)) is not None:
+        steps, scale, low = four
+        return [part_of(steps, scale, low + 8 * scale)]
+    eight = eight_bit_steps(weight, near)
+    return None if eight is None else two_parts(*eight[:2])
 
 
 def four_bit_steps(weight: Tensor, near: float) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -27,6 +27,10 @@ class NativeInt4Linear(Int4Linear):
 
     note = ", own products"
 
+    @staticmethod
+    def int8() -> type[Int8Linear]:
+        return NativeInt8Linear
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.packed.shape[1] * UNIT, self.scales.shape[2] * GROUP

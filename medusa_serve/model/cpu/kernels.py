@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -113,11 +114,22 @@ class CpuKernels:
     def new_pool(self, rows: int, size: int, device: torch.device) -> Pool:
         return self._torch.new_pool(rows, size, device)
 
+    def rms_norm(self, x: Tensor) -> Tensor:
+        if not _has_kernel(x):
+            return self._torch.rms_norm(x)
+        return layer_ops.rms_norm(x, _ones(x.shape[-1]), 1e-6)  # torch has nine operations for it
+
     def search_at_once(self, heads: Any, tau: Tensor, num_ranks: int) -> NativeDraft | None:
         return NativeDraft(heads, tau, num_ranks, (STEP_COST, NEVER)) if NativeDraft.fits(heads) else None
 
     def warm_up(self) -> None:
         kernels_ahead()
+
+
+@lru_cache
+def _ones(size: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(size, dtype=torch.bfloat16)
 
 
 def _has_kernel(slab: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from ...errors import LoadError
 from ..weights.int4 import Int4Linear, int4_kind_of
-from ..weights.int8 import Int8Linear, quantize_linears
+from ..weights.int8 import quantize_linears
 from ..weights.machine_cache import machine_key, measured_once
 from ..weights.number_format import best_format, format_times
 from .heads import Heads, HeadsInfo
@@ -52,15 +52,6 @@ def limit_vocabulary(heads: Heads, base_output: Any, wanted: int | None, *, orde
     return [f"drafts from {output.vocab_size} tokens, {have} without draft_vocab"]
 
 
-def int8_kind(int4: type[Int4Linear]) -> type[Int8Linear]:
-    """Whose int8 products go with whose int4 ones."""
-    if int4 is Int4Linear:
-        return Int8Linear
-    from ..cpu.int_products import NativeInt8Linear
-
-    return NativeInt8Linear
-
-
 def make_fast(heads: Heads, cache: Path, int4: type[Int4Linear] = Int4Linear) -> list[str]:
     """Let heads on a CPU draft in what multiplies fastest there, by a measurement of their output layer that is kept in
     the `cache` folder, or in int8 as the base does. → notes. Text is never drawn from drafts: it stays the base's.
@@ -93,5 +84,5 @@ def make_fast(heads: Heads, cache: Path, int4: type[Int4Linear] = Int4Linear) ->
     if best == "int8":
         output.to_int8()
     if best in ("int4", "int8"):
-        quantize_linears(heads, int8_kind(int4))
+        quantize_linears(heads, int4.int8())
     return [f"heads draft in {best} because this CPU multiplies it fastest"]

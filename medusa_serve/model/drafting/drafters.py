@@ -59,6 +59,8 @@ class _ContextDrafter(Generic[State]):
     def using(self, kernels: Kernels) -> _ContextDrafter[State]:
         """The same drafter with the operations of a machine. Its heads must stay as they are."""
         made = copy.copy(self)
+        if hasattr(self.heads, "use_norm"):
+            self.heads.use_norm(kernels.rms_norm)
         made._kernels, made._at_once = kernels, self._search_at_once(kernels)
         return made
 

@@ -13,8 +13,8 @@ E embedding size, M hidden inputs, V vocabulary, V' draft vocabulary (V without 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import LoadError
-from ..forward.attention import has_numba
 from .output_layer import OutputLayer
 
 Family = Literal["medusa", "sequential", "hydra"]
+Norm = Callable[[Tensor], Tensor]  # x (…, H) / rms(x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +122,7 @@ class GatedBlock(nn.Module):
 
     def __init__(self, width_in: int, inner: int, width_out: int) -> None:
         super().__init__()
+        self.rms_norm: Norm = rms_norm
         self.norm = nn.Parameter(torch.ones(width_in))
         self.w_in = nn.Linear(width_in, 2 * inner, bias=False)
         self.w_out = nn.Linear(inner, width_out, bias=False)
@@ -131,28 +132,14 @@ class GatedBlock(nn.Module):
     def forward(self, parts: list[Tensor], constant: Tensor) -> Tensor:
         """parts: tensors [R, w] with Σ w = width_in, each normalised on its own, for the larger would drown the other;
         constant [R, 2 I] → [R, width_out]."""
-        x = torch.cat([rms_norm(part) for part in parts], dim=-1) * self.norm
+        x = torch.cat([self.rms_norm(part) for part in parts], dim=-1) * self.norm
         a, b = (self.w_in(x) + constant).chunk(2, dim=-1)
         return self.w_out(F.silu(a) * b)
 
 
 def rms_norm(x: Tensor) -> Tensor:
     """x / rms(x) over the last dimension; torch computes it in fp32 for half types."""
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and _may_use_kernels(x):
-        from ..cpu.layer_ops import rms_norm as native_rms_norm
-
-        return native_rms_norm(x, _ones(x.shape[-1]), 1e-6)  # torch has nine operations for it
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
-
-
-def _may_use_kernels(x: Tensor) -> bool:
-    return has_numba() and not x.requires_grad and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-@lru_cache
-def _ones(size: int) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.ones(size, dtype=torch.bfloat16)
 
 
 def check_embedding(embedding: Any, size: int) -> Any:
@@ -212,6 +199,7 @@ class SequentialHeads(nn.Module):
         self.mix = nn.Linear(hidden_inputs * hidden_size, hidden_size) if hidden_inputs > 1 else None
         self.start_proj = nn.Linear(hidden_size, sum(self._splits))
         self.cell = nn.ModuleList(GatedBlock(w, inner, width) for w in (width + embed_size, *[width] * (layers - 1)))
+        self.rms_norm: Norm = rms_norm
         self.readout = GatedBlock(width, readout, width)
         self.to_hidden = None if width == hidden_size else nn.Linear(width, hidden_size, bias=False)
         self.norm = nn.Parameter(torch.ones(hidden_size))
@@ -228,6 +216,11 @@ class SequentialHeads(nn.Module):
         self.output.attach(base_output)
         self._embedding = (check_embedding(base_embedding, self.embed_size),)
 
+    def use_norm(self, norm: Norm) -> None:
+        """Norms go through a machine's kernel from now on."""
+        for module in (self, *self.cell, self.readout):
+            module.rms_norm = norm
+
     def match_scale(self, hidden: Tensor) -> None:
         """Before training: gain of the norm = rms of the base's hidden states [R, H]; logits as sharp as the base's."""
         nn.init.constant_(self.norm, float(hidden.float().square().mean().sqrt()))
@@ -237,7 +230,7 @@ class SequentialHeads(nn.Module):
         return self.advance(self._begin(hidden), token)
 
     def _begin(self, hidden: Tensor) -> Tensor:
-        parts = rms_norm(hidden.to(self.norm.dtype).unflatten(-1, (-1, self.hidden_size))).flatten(-2)
+        parts = self.rms_norm(hidden.to(self.norm.dtype).unflatten(-1, (-1, self.hidden_size))).flatten(-2)
         return self.start_proj(parts if self.mix is None else self.mix(parts))
 
     def advance(self, state: Tensor, token: Tensor) -> Tensor:
@@ -258,7 +251,7 @@ class SequentialHeads(nn.Module):
 
     def _read(self, s: Tensor, constant: Tensor) -> Tensor:
         x = s + self.readout([s], constant)
-        return rms_norm(x if self.to_hidden is None else self.to_hidden(x)) * self.norm
+        return self.rms_norm(x if self.to_hidden is None else self.to_hidden(x)) * self.norm
 
     def project(self, features: Tensor) -> Tensor:
         """[R, H] → [R, V']."""

@@ -9,9 +9,6 @@ so keys and values are read once.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from importlib.util import find_spec
-
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -38,11 +35,6 @@ def attend(
     if query.device.type == "cpu":
         return _by_row(query, keys, values, view, scaling, window)
     return _by_batch(query, keys, values, view, scaling, window)
-
-
-@lru_cache
-def has_numba() -> bool:
-    return find_spec("numba") is not None
 
 
 def _by_row(query, keys, values, view, scaling, window):

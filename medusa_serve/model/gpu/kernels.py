@@ -106,6 +106,9 @@ class GpuKernels:
     def new_pool(self, rows: int, size: int, device: torch.device) -> search.FusedPool:
         return search.FusedPool(rows, size, device)
 
+    def rms_norm(self, x: Tensor) -> Tensor:
+        return self._torch.rms_norm(x)
+
     def search_at_once(self, heads: Any, tau: Tensor, num_ranks: int) -> None:
         return None
 

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 
 from ...config import EngineConfig
-from ...errors import LoadError
 from ...presets import FAMILIES, PRESETS, shipped_heads
 from ..drafting.tensors import find_files
 from ..forward.hidden_tap import decoder_layers
-from ..shapes import GPU_CONTEXT, GPU_SLOTS, LEAST_REST, for_slots
+from .slots import GPU_CONTEXT, GPU_SLOTS, LEAST_REST, for_slots
 
-SLACK = 64  # columns behind a full slot, for the largest tree
+SLACK = 64  # columns after the end of a full slot, for the largest tree
 CONTEXT = 450 * 2**20  # bytes that CUDA and its libraries take of every process
 NF4_BYTES = 0.5 + 4 / 64  # of a weight: four bits, and a float32 for each 64 of them
 WANTED_SLOTS = 4  # fewer than these for want of memory: `auto` quantises
@@ -169,14 +168,9 @@ def plan_memory(sizes: Sizes, memory: int, itemsize: int, config: EngineConfig) 
     return plan if plan.slots else _advised(plan, at, quantize, slots, wanted, heads)
 
 
-def plan_of(config: EngineConfig, memory: str) -> MemoryPlan:
-    """For a GPU of this memory ("15GiB"), in half precision unless the config asks for another dtype. Raises
-    LoadError."""
-    from .load import hf_config_of
-
-    size = parse_memory(memory)
-    itemsize = 2 if config.dtype == "auto" else getattr(torch, config.dtype).itemsize
-    return plan_memory(sizes_of(hf_config_of(config.model)), size, itemsize, config)
+def itemsize_of(dtype: str) -> int:
+    """Bytes of a number of this EngineConfig.dtype on a GPU."""
+    return 2 if dtype == "auto" else int(getattr(torch, dtype).itemsize)
 
 
 def _advised(plan: MemoryPlan, at: Any, quantize: str, slots: int | None, context: int, heads: HeadSizes) -> MemoryPlan:
@@ -225,17 +219,3 @@ def head_sizes(config: EngineConfig) -> HeadSizes:
 
 def _of_files(path: Path) -> HeadSizes:
     return HeadSizes(known=sum(file.stat().st_size for file in find_files(path.expanduser())) // 2)
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of "15GiB", "16GB" or "15" (GiB). Raises LoadError."""
-    units = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6, "g": 2**30, "": 2**30}
-    number = text.strip().lower().rstrip("abgim")
-    unit = text.strip().lower()[len(number) :]
-    try:
-        value = float(number) * units[unit]
-    except (ValueError, KeyError):
-        raise LoadError(f"{text!r} is no size of memory; write it as 15GiB.") from None
-    if not 2**20 <= value <= 2**50:
-        raise LoadError(f"{text!r} is no size of memory; write it as 15GiB.")
-    return int(value)

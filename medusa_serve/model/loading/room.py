@@ -12,8 +12,8 @@ from ...config import EngineConfig
 from ...errors import LoadError
 from ..forward.split import layer_devices
 from ..forward.tree_forward import PlugInError, kv_shapes
-from ..shapes import plan_context, plan_slots
 from .gpu_memory import LEAST_CONTEXT, SLACK
+from .slots import plan_context, plan_slots
 
 ASKED = "as asked"
 PLAIN_SLOTS, PLAIN_WHY = 8, "the default for plain decoding"

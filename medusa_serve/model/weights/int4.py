@@ -1,31 +1,32 @@
 """Weights that are few-bit numbers already, as a dequantised GGUF's are: products read the small numbers again.
 
-A group of 32 weights of a row that lies on 16 equal steps (Q4_1) is a scale, a zero and 4-bit steps; one of -127 … 127
-steps (Q8_0) is two such parts, the high and the low four bits. Nothing is rounded but scale and zero, to bfloat16: on
-the default model the text differs from float32's as rarely as bfloat16's does.
+A group of 32 weights of a row on 16 equal steps (Q4_1) is a scale, a zero and 4-bit steps. A group on the steps
+-127 … 127 (Q8_0) is two such parts, the high and the low four bits. Only scale and zero are rounded, to bfloat16: the
+default model's text then differs from float32's as rarely as bfloat16's does.
 
-Products go through torch's own `_weight_int4pack_mm_for_cpu` (bfloat16 in and out, float32 sums), or through
-native_products.py's where this machine makes them faster (they round inputs far below the largest of their group, see
-native_whole.py). Each row's result is bitwise the same whatever the others are.
+Products go through torch's own `_weight_int4pack_mm_for_cpu` (bfloat16 in and out, float32 sums), or through a subclass
+of this machine's own where that is faster. Each row's result is bitwise the same, whatever the other rows are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..forward.attention import has_numba
-from .int8 import MAX_ROWS
+from .int8 import MAX_ROWS, Int8Linear
 
 GROUP = 32  # weights of a row that share a scale
 BLOCK = 64  # output rows of a block in the kernel's own order
 ROW_MULTIPLE = 16  # the kernel packs that many output rows together
-OFF_GRID = 1e-5  # of a tensor's largest weight: how far float32 may put a weight beside its step
+OFF_GRID = 1e-5  # of a tensor's largest weight: how far from its step float32 may put a weight
 PEEK_ROWS = 64  # of a file's tensor that are looked at before anything is loaded
 ROWS_AT_ONCE = 1024  # of a weight that is looked at: an output layer's temporaries would be gigabytes
+
+Parts = list[tuple[Tensor, Tensor]]
 
 
 class Int4Linear(nn.Module):
@@ -35,7 +36,7 @@ class Int4Linear(nn.Module):
     packed: Tensor
     scales: Tensor
     bias: Tensor | None
-    note = ""  # what tells its step times from the other kind's
+    note = ""  # a mark of this class in the names of step times
 
     def __init__(self, packed: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -43,11 +44,16 @@ class Int4Linear(nn.Module):
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
         self.out_features, self.in_features = self.shape
-        self._parts: list[tuple[Tensor, Tensor]] | None = None  # views, each of which costs as much as a kernel's call
+        self._parts: Parts | None = None  # views, each of which costs as much as a kernel's call
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.packed.shape[1], self.scales.shape[1] * GROUP
+
+    @staticmethod
+    def int8() -> type[Int8Linear]:
+        """The layers of int8 weights that go with these."""
+        return Int8Linear
 
     @staticmethod
     def arranged(steps: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,14 +61,14 @@ class Int4Linear(nn.Module):
         return torch._convert_weight_to_int4pack_for_cpu(steps.int(), 2), scales.transpose(0, 1)
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> Self | None:
-        """None where the layer's weights are no such numbers."""
+    def of(cls, linear: nn.Linear, find: Callable[[Tensor], Parts | None] | None = None) -> Self | None:
+        """None where the layer's weights are no such numbers. find: few_bit_parts, or what gives the same faster"""
         shape, dtype = linear.weight.shape, linear.weight.dtype
         if type(linear) is not nn.Linear or dtype != torch.float32 or shape[1] % GROUP or shape[0] % ROW_MULTIPLE:
             return None
-        blocks: list[list[tuple[Tensor, Tensor]]] = []
+        blocks: list[Parts] = []
         for rows in linear.weight.detach().split(ROWS_AT_ONCE):
-            parts = few_bit_parts(rows)
+            parts = (find or few_bit_parts)(rows)
             if parts is None or len(parts) != len((blocks or [parts])[0]):
                 return None
             blocks.append(parts)
@@ -81,7 +87,7 @@ class Int4Linear(nn.Module):
         groups = weight.float().unflatten(1, (-1, GROUP))
         low = groups.amin(dim=2)
         scale = (groups.amax(dim=2) - low) / 15
-        return cls._made([_part(_steps(groups - low[..., None], scale).flatten(1), scale, low + 8 * scale)])
+        return cls._made([part_of(_steps(groups - low[..., None], scale).flatten(1), scale, low + 8 * scale)])
 
     @classmethod
     def random(cls, out_features: int, in_features: int) -> Self:
@@ -91,7 +97,7 @@ class Int4Linear(nn.Module):
 
     @staticmethod
     def can_merge(layers: list[Any]) -> bool:
-        """Whether these may become one: in the kernel's order whole blocks of rows lie one behind the other."""
+        """Whether these may become one: in the kernel's order whole blocks of rows follow each other."""
         inputs = {(layer.in_features, layer.packed.shape[0]) for layer in layers}
         return len(inputs) == 1 and all(layer.bias is None and layer.out_features % BLOCK == 0 for layer in layers)
 
@@ -136,55 +142,54 @@ class Int4Linear(nn.Module):
 
 
 def int4_kind_of(model: Any) -> type[Int4Linear]:
-    """Whose products its layers are, torch's where it has none."""
+    """The class of its int4 layers; torch's where it has none."""
     return next((type(module) for module in model.modules() if isinstance(module, Int4Linear)), Int4Linear)
 
 
-def few_bit_parts(weight: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+class FewBitKernels(NamedTuple):
+    """What a CPU has of its own for such weights; by default only torch's ways.
+
+    find     few_bit_parts, or what gives the same faster
+    linear   layers that may be faster than Int4Linear
+    warm_up  begins to compile, in a thread, what the first step of such layers needs
+    """
+
+    find: Callable[[Tensor], Parts | None] | None = None
+    linear: type[Int4Linear] | None = None
+    warm_up: Callable[[], object] = bool
+
+
+def few_bit_parts(weight: Tensor) -> Parts | None:
     """weight (out, in) float32 → of each part steps (out, in) uint8 from 0 to 15, and scales (out, in / 32, 2)
     bfloat16; None where the weights lie on no such steps."""
-    if not has_numba():
-        return plain_few_bit_parts(weight)
-    from ..cpu.few_bits import eight_bit_steps, four_bit_steps
-
-    near = OFF_GRID * float(weight.abs().max())
-    if (four := four_bit_steps(weight, near)) is not None:
-        steps, scale, low = four
-        return [_part(steps, scale, low + 8 * scale)]
-    eight = eight_bit_steps(weight, near)
-    return None if eight is None else _two_parts(*eight[:2])
-
-
-def plain_few_bit_parts(weight: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-    """The same by torch's operations."""
     groups = weight.unflatten(1, (-1, GROUP))
     near = OFF_GRID * float(weight.abs().max())
     low, high = groups.amin(dim=2), groups.amax(dim=2)
     scale = (high - low) / 15
     steps = _steps(groups - low[..., None], scale)
-    if _beside(steps * scale[..., None] + low[..., None], groups) <= near:
-        return [_part(steps.flatten(1), scale, low + 8 * scale)]
+    if _distance(steps * scale[..., None] + low[..., None], groups) <= near:
+        return [part_of(steps.flatten(1), scale, low + 8 * scale)]
     scale = torch.maximum(high, -low) / 127
     steps = _steps(groups, scale)
-    if _beside(steps * scale[..., None], groups) <= near:
-        return _two_parts((steps + 128).flatten(1).to(torch.uint8), scale)
+    if _distance(steps * scale[..., None], groups) <= near:
+        return two_parts((steps + 128).flatten(1).to(torch.uint8), scale)
     return None
 
 
-def _two_parts(steps: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
+def two_parts(steps: Tensor, scale: Tensor) -> Parts:
     """16 × high + low bits - 128: the kernel takes 8 from each part's steps."""
-    return [_part(steps >> 4, 16 * scale, torch.zeros_like(scale)), _part(steps & 15, scale, 8 * scale)]
+    return [part_of(steps >> 4, 16 * scale, torch.zeros_like(scale)), part_of(steps & 15, scale, 8 * scale)]
 
 
 def _steps(values: Tensor, scale: Tensor) -> Tensor:
     return (values / scale.clamp(min=1e-30)[..., None]).round_()
 
 
-def _beside(made: Tensor, wanted: Tensor) -> float:
+def _distance(made: Tensor, wanted: Tensor) -> float:
     return float((made - wanted).abs().max())
 
 
-def _part(steps: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+def part_of(steps: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     return steps.to(torch.uint8), torch.stack([scale, zero], dim=-1).bfloat16()
 
 
@@ -207,9 +212,11 @@ def stored_in_few_bits(folder: Path) -> bool:
 
 
 @torch.no_grad()
-def use_few_bits(model: Any, kind: type[Int4Linear] = Int4Linear) -> float:
+def use_few_bits(
+    model: Any, kind: type[Int4Linear] = Int4Linear, find: Callable[[Tensor], Parts | None] | None = None
+) -> float:
     """Every linear layer on such steps becomes one of this kind, every other weight bfloat16; → the share of the linear
-    layers' weights that did."""
+    layers' weights that did. find: as Int4Linear.of's"""
     done = every = 0
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a thousand short operations: beside a busy neighbour two threads wait ten times as long
@@ -218,7 +225,7 @@ def use_few_bits(model: Any, kind: type[Int4Linear] = Int4Linear) -> float:
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear):
                     every += child.weight.numel()
-                    small = kind.of(child)
+                    small = kind.of(child, find)
                     if small is not None:
                         setattr(parent, name, small)
                         done += child.weight.numel()

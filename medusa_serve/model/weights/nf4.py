@@ -11,13 +11,10 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from torch import nn
 
 from ...errors import LoadError
-from ..forward.hidden_tap import decoder_layers
 
 LEAST = (0, 50)
-BLOCK = 64  # weights of one scale
 
 
 def require_nf4(device: torch.device) -> None:
@@ -35,31 +32,13 @@ def require_nf4(device: torch.device) -> None:
 
 
 def loading_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """For from_pretrained: each weight is quantised as it is read, and the whole is never in half precision."""
+    """For from_pretrained: each weight is quantised as it is read, so the full half-precision model never exists."""
     from transformers import BitsAndBytesConfig
 
     chosen = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=False
     )
     return {"quantization_config": chosen, "device_map": {"": device}}
-
-
-def quantize_nf4(model: Any) -> None:
-    """The linear layers of a model on a GPU, in place, one by one."""
-    import bitsandbytes as bnb
-
-    for parent in decoder_layers(model).modules():
-        for name, child in list(parent.named_children()):
-            if type(child) is not nn.Linear:
-                continue
-            size, dtype = (child.in_features, child.out_features), child.weight.dtype
-            kind: dict[str, Any] = {"compress_statistics": False, "quant_type": "nf4"}
-            with torch.device("meta"):
-                made = bnb.nn.Linear4bit(*size, bias=child.bias is not None, compute_dtype=dtype, **kind)
-            weight: Any = bnb.nn.Params4bit(child.weight.data, requires_grad=False, blocksize=BLOCK, **kind)
-            made.weight = weight.to(child.weight.device)
-            made.bias = child.bias
-            setattr(parent, name, made)
 
 
 def scales_of(parameter: Any) -> list[torch.Tensor]:

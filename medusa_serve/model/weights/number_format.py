@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..forward.attention import has_numba
+from ...config import Choice
 from .int4 import GROUP, ROW_MULTIPLE, Int4Linear
 from .int8 import WIDTH, int8_product, quantized
 from .machine_cache import machine_key, measured_once
@@ -36,31 +36,34 @@ LOSS = 1.25  # of float32's time with WIDE rows: what bfloat16 may take
 SLOWER = "bfloat16 / float32, many rows"
 
 
-def choose_format(config: Any, formats: tuple[str, ...], cache: Path) -> tuple[str, str]:
-    """(one of `formats`, why). formats: those that may be chosen, the most exact one first · config: transformers'"""
+def choose_format(
+    config: Any, formats: tuple[str, ...], cache: Path, own: type[Int4Linear] | None = None
+) -> Choice[str]:
+    """One of `formats`, which are given with the most exact one first. config: transformers' · own: as int4_kind's"""
     text = config.get_text_config()
     hidden = getattr(text, "hidden_size", None)
     layers = getattr(text, "num_hidden_layers", None)
     if not isinstance(hidden, int) or not isinstance(layers, int):
-        return formats[0], "the config does not say how large the model is"
+        return Choice(formats[0], "the config does not say how large the model is")
     inner = getattr(text, "intermediate_size", None)
     inner = inner if isinstance(inner, int) else 4 * hidden
     weights = layers * (4 * hidden * hidden + 3 * hidden * inner) + hidden * text.vocab_size
     if weights <= SMALL:
-        return formats[0], "the text is then exact token for token, and the model is small"
+        return Choice(formats[0], "the text is then exact token for token, and the model is small")
     formats = tuple(name for name in formats if _fits(name, inner, hidden) and _fits(name, hidden, inner))
     key = f"format {hidden} x {inner}: {machine_key('cpu')}"
 
     def measure() -> dict[str, float]:
         weights = [torch.randn(inner, hidden) for _ in range(max(1, NUMBERS // (hidden * inner)))]
-        return choice_times(weights, int4_kind(cache) if "int4" in formats else Int4Linear)
+        return choice_times(weights, int4_kind(cache, own) if "int4" in formats else Int4Linear)
 
     times, unkept = measured_once(cache, key, {*formats, SLOWER}, measure)
-    told = ", ".join(f"{name} {times[name]:.1f} ms" for name in formats)
+    found = ", ".join(f"{name} {times[name]:.1f} ms" for name in formats)
     if "bfloat16" in formats and times[SLOWER] > LOSS:
         formats = tuple(name for name in formats if name != "bfloat16")
-        told += f"; bfloat16 takes {times[SLOWER]:.1f}x as long as float32 with many rows"
-    return best_format(times, formats), f"of its products here ({told})" + (f"; {unkept}" if unkept else "")
+        found += f"; bfloat16 takes {times[SLOWER]:.1f}x as long as float32 with many rows"
+    why = f"of its products here ({found})" + (f"; {unkept}" if unkept else "")
+    return Choice(best_format(times, formats), why)
 
 
 def best_format(times: dict[str, float], formats: tuple[str, ...]) -> str:
@@ -98,20 +101,19 @@ def _timed(passes: dict[str, Callable[[Tensor], None]], x: Tensor) -> dict[str, 
     return {name: round(statistics.median(each[1:]), 3) for name, each in times.items()}
 
 
-def int4_kind(cache: Path) -> type[Int4Linear]:
-    """Whose products of int4 weights are the faster ones on this machine, torch's or our own (they need Numba)."""
-    if not has_numba():
+def int4_kind(cache: Path, own: type[Int4Linear] | None) -> type[Int4Linear]:
+    """The layers with the faster products of int4 weights on this machine: torch's, or its `own` where it has some."""
+    if own is None:
         return Int4Linear
-    from ..cpu.int_products import NativeInt4Linear
-
-    key, kinds = f"int4 products: {machine_key('cpu')}", {"torch": Int4Linear, "own": NativeInt4Linear}
+    key = f"int4 products: {machine_key('cpu')}"
+    kinds: dict[str, type[Int4Linear]] = {"torch": Int4Linear, "own": own}
 
     def measure() -> dict[str, float]:
         weights = [torch.empty(*INT4_SHAPE)] * (NUMBERS * 4 // math.prod(INT4_SHAPE))
         return _timed({name: _int4(kind, weights) for name, kind in kinds.items()}, torch.randn(ROWS, INT4_SHAPE[1]))
 
     times, _ = measured_once(cache, key, set(kinds), measure)
-    return NativeInt4Linear if times["own"] < times["torch"] else Int4Linear
+    return own if times["own"] < times["torch"] else Int4Linear
 
 
 def _fits(name: str, rows: int, columns: int) -> bool:

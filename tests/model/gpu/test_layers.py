@@ -17,7 +17,7 @@ from medusa_serve.model.forward.tree_forward import PlugInError, TreeForward
 from medusa_serve.model.forward.view import tree_view
 from medusa_serve.model.gpu.layers import FusedLayers, fuse_layers
 from medusa_serve.model.selftest import check, references
-from medusa_serve.model.weights.nf4 import quantize_nf4
+from tests.campaigns.shapes import quantize_nf4
 from tests.tiny import at_once, tiny_model
 
 LAYERS, COLUMNS = 3, 160

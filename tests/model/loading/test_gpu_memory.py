@@ -13,16 +13,19 @@ import torch
 from transformers import LlamaConfig
 
 from medusa_serve import cli, presets
+from medusa_serve.commands.plan import parse_memory, plan_of
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import InvalidConfig, LoadError
 from medusa_serve.llm import LLM
 from medusa_serve.model import build
+from medusa_serve.model.loading import choose
 from medusa_serve.model.loading import gpu_memory as memory
-from medusa_serve.model.loading import load as loader
-from medusa_serve.model.loading.gpu_memory import HeadSizes, MemoryPlan, parse_memory, plan_memory, plan_of, sizes_of
+from medusa_serve.model.loading.gpu_memory import HeadSizes, MemoryPlan, plan_memory, sizes_of
 from medusa_serve.model.loading.room import Room
-from medusa_serve.model.shapes import LEAST_REST, plan_slots
+from medusa_serve.model.loading.slots import LEAST_REST, plan_slots
+from medusa_serve.model.loading.source import hf_config_of
 from medusa_serve.model.weights import nf4
+from tests.campaigns.shapes import quantize_nf4
 from tests.tiny import save_tiny_folder, tiny_model
 
 GiB = 2**30
@@ -61,7 +64,7 @@ def plan(name: str, size: str = "15GiB", **options: Any) -> MemoryPlan:
 
 def test_the_numbers_of_a_7b_model(vicuna: str) -> None:
     """6,738,415,616 weights, as published; 5 heads of 4096² + 4096 + 32000 · 4096 numbers."""
-    sizes = sizes_of(loader.hf_config_of(vicuna))
+    sizes = sizes_of(hf_config_of(vicuna))
     assert sizes.linear + sizes.other == 6_738_415_616
     assert sizes.column == 2 * 32 * 4096
     assert plan(vicuna).heads == 2 * 5 * (4096**2 + 4096 + 32000 * 4096)
@@ -118,7 +121,7 @@ def test_half_precision_where_there_is_room_and_nothing_where_there_is_none(vicu
 
 
 def test_tied_heads_are_small(vicuna: str) -> None:
-    sizes = sizes_of(loader.hf_config_of(vicuna))
+    sizes = sizes_of(hf_config_of(vicuna))
     tied, own = HeadSizes(3, tied=True).numbers(sizes), HeadSizes(3).numbers(sizes)
     assert (tied, own - tied) == (3 * (4096**2 + 4096), 3 * 32000 * 4096)
 
@@ -153,12 +156,12 @@ def test_sizes_are_read() -> None:
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(vicuna: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (13 * GiB, 15 * GiB))
     config = EngineConfig(model=vicuna, quantize="none")
-    chosen = (config, torch.device("cuda"), loader.hf_config_of(vicuna), torch.float16, [])
+    chosen = (config, torch.device("cuda"), hf_config_of(vicuna), torch.float16)
     with pytest.raises(LoadError, match=r"does not fit: not one slot of 2048 tokens; it would with --quantize nf4 "):
-        loader._quantized_to_fit(*chosen)
-    monkeypatch.setattr(loader, "require_nf4", lambda device: None)
-    notes: list[str] = []
-    assert loader._quantized_to_fit(EngineConfig(model=vicuna), *chosen[1:4], notes) == "nf4"
+        choose.quantized_to_fit(*chosen)
+    monkeypatch.setattr(choose, "require_nf4", lambda device: None)
+    weights, notes = choose.quantized_to_fit(EngineConfig(model=vicuna), *chosen[1:])
+    assert weights == "nf4"
     assert notes[0] == "quantize nf4 because in half precision no slot of 2048 tokens would fit"
 
 
@@ -239,7 +242,7 @@ def test_nf4_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_int8_on_a_gpu_is_refused_in_one_sentence() -> None:
     config = EngineConfig(quantize="int8")
     with pytest.raises(LoadError, match=r"^int8 weights are for a CPU; on a GPU quantize is auto, none or nf4\.$"):
-        loader._choose_numbers(config, torch.device("cuda"), None, [])
+        choose.choose_numbers(config, torch.device("cuda"), None)
 
 
 def test_only_the_decoder_layers_become_nf4() -> None:
@@ -249,7 +252,7 @@ def test_only_the_decoder_layers_become_nf4() -> None:
     ids = torch.arange(10)[None]
     before = model(ids).logits
     numbers = sum(weight.numel() for weight in model.parameters())
-    nf4.quantize_nf4(model)
+    quantize_nf4(model)
     kinds = {type(module) for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)}
     assert kinds == {bnb.nn.Linear4bit}
     assert type(model.lm_head) is torch.nn.Linear

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import InvalidRequest, LoadError
+from medusa_serve.model.loading import choose, source
 from medusa_serve.model.loading import load as loader
 from medusa_serve.model.loading.load import load_model
 from medusa_serve.model.loading.tokenizer import Codec, byte_pieces
@@ -86,26 +87,25 @@ def test_dtype_on_a_gpu(native: bool, want: torch.dtype, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
-    notes: list[str] = []
-    assert loader._choose_numbers(EngineConfig(), torch.device("cuda", 0), None, notes) == (want, "")
-    assert len(notes) == 1
+    found = choose.choose_numbers(EngineConfig(), torch.device("cuda", 0), None)
+    assert (found.dtype, found.weights, len(found.notes)) == (want, "", 1)
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert loader._choose_device("auto", []) == torch.device("cpu")
+    assert choose.choose_device("auto") == (torch.device("cpu"), "no CUDA device is there")
     with monkeypatch.context() as here:
-        here.setattr(loader, "ensure_default_model", None)  # before a model is fetched
+        here.setattr(source, "ensure_default_model", None)  # before a model is fetched
         for function in (load_model, loader.load_to_answer):
             with pytest.raises(LoadError, match="no CUDA device here"):
                 function(EngineConfig(device="cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(loader, "why_unusable", lambda device: None)
-    assert loader._choose_device("auto", []) == torch.device("cuda", 0)
-    assert loader._choose_device("cuda:1", []) == torch.device("cuda", 1)
+    monkeypatch.setattr(choose, "why_unusable", lambda device: None)
+    assert choose.choose_device("auto") == (torch.device("cuda", 0), "one is there")
+    assert choose.choose_device("cuda:1") == (torch.device("cuda", 1), "as asked")
     with pytest.raises(LoadError, match="no device cuda:2"):
-        loader._choose_device("cuda:2", [])
+        choose.choose_device("cuda:2")
 
 
 def test_ids_are_decoded_as_the_tokenizer_says(folder: Path) -> None:

@@ -7,14 +7,15 @@ from torch import nn
 
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import LoadError
+from medusa_serve.model.cpu import few_bits
 from medusa_serve.model.cpu.int_products import NativeInt4Linear
 from medusa_serve.model.drafting.heads import SequentialHeads
+from medusa_serve.model.loading import choose as choices
 from medusa_serve.model.loading import load as loader
 from medusa_serve.model.weights.int4 import (
     Int4Linear,
     few_bit_parts,
     int4_kind_of,
-    plain_few_bit_parts,
     stored_in_few_bits,
 )
 from tests.tiny import save_tiny_folder, tiny_tokenizer
@@ -59,7 +60,8 @@ def test_a_layer_gives_what_its_weights_give(rows, columns, make, count, bias):
         assert error < 2**-6 * exact.weight.abs().max()
 
 
-def test_steps_and_scales_are_the_ones_it_was_made_of():
+@pytest.mark.parametrize("few_bit_parts", [few_bit_parts, few_bits.few_bit_parts])
+def test_steps_and_scales_are_the_ones_it_was_made_of(few_bit_parts):
     weight = torch.tensor([[float(n % 16) for n in range(32)]]) * 0.5 - 1.0
     ((steps, scales),) = few_bit_parts(weight)
     assert steps.tolist() == [[n % 16 for n in range(32)]]
@@ -75,12 +77,12 @@ def test_one_pass_finds_the_steps_that_torchs_operations_find(make):
     torch.manual_seed(0)
     weight = make(70, 96)
     weight[3, 32:64] = 0.0  # a group without a scale
-    for one, other in zip(few_bit_parts(weight), plain_few_bit_parts(weight), strict=True):
+    for one, other in zip(few_bits.few_bit_parts(weight), few_bit_parts(weight), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     for wrong in (1e-3, torch.nan, torch.inf):
         weight[17, 40] += wrong
+        assert few_bits.few_bit_parts(weight) is None
         assert few_bit_parts(weight) is None
-        assert plain_few_bit_parts(weight) is None
         weight = make(70, 96)
 
 
@@ -127,7 +129,7 @@ def load(path, **options):
 
 @pytest.mark.parametrize("kind", [Int4Linear, NativeInt4Linear])
 def test_a_model_of_such_weights_keeps_its_text(folder, kind, monkeypatch):
-    monkeypatch.setattr(loader, "int4_kind", lambda cache: kind)
+    monkeypatch.setattr(loader, "int4_kind", lambda cache, own: kind)
     assert stored_in_few_bits(folder)
     exact, found = load(folder, dtype="float32"), load(folder, quantize="int4")
     assert (found.numbers, found.dtype, found.weights) == ("int4", torch.bfloat16, "int4")
@@ -176,11 +178,11 @@ def test_int4_never_rounds(tmp_path, monkeypatch, folder):
         load(other, quantize="int4")
     asked = []
 
-    def choose(config, formats, cache):
+    def choose(config, formats, cache, own):
         asked.append(formats)
         return formats[-2], "of a test"
 
-    monkeypatch.setattr(loader, "choose_format", choose)
+    monkeypatch.setattr(choices, "choose_format", choose)
     assert load(other).numbers == "bfloat16"
     assert load(folder).numbers == "int4"
     assert load(folder, quantize="none").numbers == "float32"

@@ -8,6 +8,7 @@ import torch
 from medusa_serve.config import EngineConfig
 from medusa_serve.errors import InvalidConfig, LoadError
 from medusa_serve.model.cpu.int_products import NativeInt4Linear
+from medusa_serve.model.loading import choose
 from medusa_serve.model.loading import load as loader
 from medusa_serve.model.weights import machine_cache as measured
 from medusa_serve.model.weights import number_format as formats
@@ -119,7 +120,7 @@ def test_int8_is_named(tmp_path, monkeypatch):
     small = load(folder, quantize="int8")
     assert (small.numbers, small.dtype, small.weights) == ("int8", torch.bfloat16, "int8")
     assert "a changed model" in small.notes[-1] or any("a changed model" in note for note in small.notes)
-    monkeypatch.setattr(loader, "choose_format", lambda config, allowed, cache: (allowed[-1], "of a test"))
+    monkeypatch.setattr(choose, "choose_format", lambda config, allowed, cache, own: (allowed[-1], "of a test"))
     assert load(folder).numbers == "int8"
     assert load(folder, quantize="none").numbers == "bfloat16"
     assert load(folder, dtype="float32").numbers == "float32"
@@ -129,7 +130,7 @@ def test_a_model_of_other_layers_is_refused_or_left(tmp_path, monkeypatch):
     folder = save_tiny_folder(tmp_path / "tiny", "gpt2")  # its layers are Conv1D
     with pytest.raises(LoadError, match="cannot have int8 weights: only"):
         load(folder, quantize="int8")
-    monkeypatch.setattr(loader, "choose_format", lambda config, allowed, cache: (allowed[-1], "of a test"))
+    monkeypatch.setattr(choose, "choose_format", lambda config, allowed, cache, own: (allowed[-1], "of a test"))
     found = load(folder)
     assert found.numbers == "bfloat16"
     assert any(note.startswith("no int8 weights because") for note in found.notes)
@@ -153,7 +154,6 @@ def test_whose_int4_products_are_faster_is_measured_once(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "_timed", times)
     for own, kind in ((1.0, NativeInt4Linear), (3.0, Int4Linear)):
         cache = tmp_path / str(own)
-        assert [int4_kind(cache), int4_kind(cache)] == [kind, kind]
+        assert [int4_kind(cache, NativeInt4Linear), int4_kind(cache, NativeInt4Linear)] == [kind, kind]
     assert asked == [{"torch", "own"}] * 2
-    monkeypatch.setattr(formats, "has_numba", lambda: False)
-    assert int4_kind(tmp_path / "1.0") is Int4Linear
+    assert int4_kind(tmp_path / "1.0", None) is Int4Linear
