@@ -126,3 +126,7 @@ def reason_of(error: BaseException) -> str:
     """The text of an error of another package, in one line that fits into a sentence."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")
+
+
+class CaptureFailed(RuntimeError):
+    """Something else in this process kept the pass from being captured; the device is well."""

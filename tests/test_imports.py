@@ -67,6 +67,81 @@ def test_only_model_training_and_bench_import_torch() -> None:
             assert not {name.split(".")[0] for name in names} & {"torch", "transformers", "safetensors"}, path
 
 
+# ---- the rooms of model/ --------------------------------------------------------------------------------------------
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def imports_of(path: Path) -> set[str]:
+    """All modules that a file imports, of this package and others: inside functions and for type checking, too."""
+    package = module_of(path) if path.stem == "__init__" else module_of(path).rpartition(".")[0]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else module for name in names}
+    return found
+
+
+IMPORTS = {name: imports_of(path) for name, path in MODULES.items()}
+MACHINES = ("medusa_serve.model.cpu", "medusa_serve.model.gpu")
+MAY_LOOK = {"medusa_serve.model.kernels", "medusa_serve.model.build"}
+
+
+def is_in(module: str, room: str) -> bool:
+    return module == room or module.startswith(f"{room}.")
+
+
+@pytest.mark.parametrize(
+    ("library", "room"), [("numba", MACHINES[0]), ("llvmlite", MACHINES[0]), ("triton", MACHINES[1])]
+)
+def test_a_library_of_one_machine_stays_in_its_room(library: str, room: str) -> None:
+    users = {name for name, imported in IMPORTS.items() if any(is_in(module, library) for module in imported)}
+    assert users
+    assert {name for name in users if not is_in(name, room)} == set()
+
+
+def test_cuda_graphs_are_in_gpu_alone() -> None:
+    users = {
+        name for name, path in MODULES.items() if "CUDAGraph" in path.read_text() or "cuda.graph" in path.read_text()
+    }
+    assert users
+    assert {name for name in users if not is_in(name, MACHINES[1])} == set()
+
+
+def test_nobody_but_kernels_and_build_looks_into_a_machine() -> None:
+    """And neither machine into the other."""
+    for name, imported in IMPORTS.items():
+        for room in MACHINES:
+            if not is_in(name, room) and name not in MAY_LOOK:
+                assert not {module for module in imported if is_in(module, room)}, name
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    left = {
+        name: {module for module in imported if module in MODULES and module != name}
+        for name, imported in IMPORTS.items()
+    }
+    while True:
+        ends = {name for name, imported in left.items() if not imported}
+        if not ends:
+            break
+        left = {name: imported - ends for name, imported in left.items() if name not in ends}
+    # what is left is in a circle, or leads to one
+    inside = {name for name in left if any(name in imported for imported in left.values())}
+    assert inside == set()
+
+
 def loaded_after(code: str) -> tuple[set[str], float]:
     """(modules, seconds) of a fresh interpreter that runs `code`."""
     program = f"import time; t = time.perf_counter()\n{code}\nt = time.perf_counter() - t\n"

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..model.between import between
+from ..model.timing import interpolated
 
 KEEP = 1.03  # another N must promise this much more
 RECHOOSE = 8  # steps between choices while the rows are about the same
@@ -192,7 +192,7 @@ def _columns(step_ms: Mapping[tuple[int, int], float], choices: Seq[int], slots:
     columns: list[list[float]] = []
     for nodes in choices:
         known = sorted((rows, ms) for (rows, n), ms in step_ms.items() if n == nodes)
-        found = [between(known, rows) for rows in range(1, slots + 1)]
+        found = [interpolated(known, rows) for rows in range(1, slots + 1)]
         if len(known) == 1 and columns:
             found = [known[0][1] * ms / columns[-1][0] for ms in columns[-1]]
         columns.append(found)

@@ -23,8 +23,8 @@ from .gpu.graphs import StepGraphs
 from .kernels import Kernels, choose
 from .loading.default_model import cache_folder
 from .loading.gpu_memory import SLACK
+from .loading.process_lock import give_back
 from .loading.room import Room, plan_room
-from .process_lock import give_back
 from .runner import ModelRunner
 from .selftest import check, make_exact, references
 from .shapes import Shape, expected_tokens, plan_shapes

@@ -12,17 +12,18 @@ from dataclasses import replace
 import torch
 
 from ..config import MAX_NODES
+from ..errors import CaptureFailed
 from ..types import PrefillChunk, SamplingParams, StepOutput
 from .forward.prefill_blocks import BLOCK, Run, pack, rows_for
+from .forward.transfer import Started, to_device
 from .forward.view import chain_view
 from .kernels import StepGraphs, give_up_workers
-from .process_lock import TURN, CaptureFailed, give_back
+from .loading.process_lock import TURN, give_back
 from .sampling.logprobs import NUM_TOLD, read_logprobs
 from .shapes import held_by
 from .step import Step
 from .tables import FACTS, Admission, Needs
 from .timing import Times, Timing
-from .transfer import Started, to_device
 
 log = logging.getLogger(__name__)
 ROW_BUDGET = {"cpu": 16, "cuda": 256}  # rows × nodes of one pass, until step times are measured

@@ -13,10 +13,10 @@ import torch
 
 from ..types import MAX_BIASES, SamplingParams
 from .drafting.tree import HeadNodes
+from .forward.transfer import to_device
 from .sampling.accept import Limits, Walk
 from .sampling.filters import Sampling
 from .sampling.penalties import Penalties
-from .transfer import to_device
 
 FACTS = 5  # of a row of a pass, before its tokens and their nodes: as of step.Step
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from bisect import bisect_right
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-
-from .process_lock import CaptureFailed
+from ..errors import CaptureFailed
 from .weights.machine_cache import machine_key, recall, remember
-from .weights.number_format import SMALL
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
+SMALL = 30_000_000  # weights up to which a model is fast enough to stay exact
 TRIES = 5  # captures that something else breaks, until times are done without
 ROWS = {"cpu": (1, 4, 8), "cuda": (1, 8, 64, 256)}  # between and past them, times lie on lines
 REPEATS = 3  # of a cell
@@ -142,3 +144,13 @@ class StepTimer:
         """No step takes longer than one of as many rows and more nodes, unless something came between."""
         rows, nodes = cell
         return min(ms for (b, n), ms in self._ms.items() if b == rows and n >= nodes)
+
+
+def interpolated(known: list[tuple[int, float]], rows: int) -> float:
+    """Milliseconds of `rows` rows, on the line between the two measured neighbours; past the last one, through it and
+    the one before. known: (rows, ms), ascending, at least one."""
+    at = bisect_right(known, (rows, float("inf")))
+    if at == 0 or len(known) == 1:
+        return known[0][1]
+    (a, first), (b, second) = known[at - 1 : at + 1] if at < len(known) else known[-2:]
+    return max(1e-6, first + (second - first) * (rows - a) / (b - a))

@@ -48,7 +48,7 @@ class QuantConfig:
 def bench_quant(engine: EngineConfig, config: QuantConfig) -> Row:
     """Both kinds in turn. Raises LoadError."""
     from medusa_serve.bench.facts import command, facts
-    from medusa_serve.model.process_lock import give_back
+    from medusa_serve.model.loading.process_lock import give_back
 
     step = RandomStepConfig(
         rows=(1,),

@@ -40,7 +40,7 @@ def random_model(shape: str, engine: EngineConfig) -> Any:
     from medusa_serve.model.kernels import few_bit_kernels
     from medusa_serve.model.loading.choose import choose_device, choose_numbers
     from medusa_serve.model.loading.load import LoadedModel, give_weights
-    from medusa_serve.model.process_lock import TURN
+    from medusa_serve.model.loading.process_lock import TURN
 
     none: Any = None
     config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None, pad_token_id=None)

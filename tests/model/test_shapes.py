@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from medusa_serve.errors import CaptureFailed
 from medusa_serve.model.drafting.tree import most_probable
-from medusa_serve.model.process_lock import CaptureFailed
 from medusa_serve.model.shapes import Shape, expected_tokens, held_by
 from medusa_serve.model.timing import TRIES, time_steps, try_largest, worth_timing
 from tests.oracles import DEFAULT_RANKS

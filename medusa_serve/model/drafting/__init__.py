@@ -1,0 +1,7 @@
+"""Whatever drafts, and the trees that drafts fill. Only drafts change by anything in here, never the text.
+
+drafters  trees per context from heads   draft  the protocol of a drafter     pool    the search's candidates
+lookup    n-grams of the sequence        tree   the shape of a draft          choose  which heads draft for a model
+heads · output_layer  the modules        files · layouts · tensors  heads in files, in every published layout
+draft_formats  smaller heads where memory is slow
+"""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..drafting.tree import Draft
-from ..transfer import to_device
+from .transfer import to_device
 
 
 @dataclass

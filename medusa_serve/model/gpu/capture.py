@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ..process_lock import TURN, CaptureFailed
+from ...errors import CaptureFailed
+from ..loading.process_lock import TURN
 
 
 def capture(body: Callable[[], Any], device: torch.device, pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:

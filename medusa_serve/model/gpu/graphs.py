@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
-from ..between import between
+from ...errors import CaptureFailed
 from ..forward.prefill_blocks import MIN_BLOCKS, Packed, flat_size, pack, rows_for, views
-from ..process_lock import CaptureFailed, give_back, settle
+from ..loading.process_lock import give_back, settle
 from ..shapes import Shape
 from ..tables import PLAIN, Needs
+from ..timing import interpolated
 from .capture import capture
 
 log = logging.getLogger(__name__)
@@ -169,7 +170,7 @@ class StepGraphs:
         if not larger or not step_ms:
             return key
         known = sorted((count, ms) for (count, n), ms in step_ms.items() if n == key[2].num_nodes)
-        more = max(0.0, between(known, min(larger)) - between(known, rows))
+        more = max(0.0, interpolated(known, min(larger)) - interpolated(known, rows))
         self._owed[key] = self._owed.get(key, 0.0) + more
         return key if self._owed[key] > self._capture_ms else (min(larger), *rest)
 

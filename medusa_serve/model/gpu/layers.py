@@ -21,7 +21,7 @@ from ..forward.hidden_tap import decoder_layers
 from ..forward.passes import HfPass
 from ..forward.trace import EXAMPLE, Operator, TracedLayer, layer_calls, layer_kind, merge_weights
 from ..forward.tree_forward import PlugInError, TreeForward
-from ..process_lock import give_back
+from ..loading.process_lock import give_back
 from ..weights.nf4 import scales_of
 
 GIVEN_BACK = 1 << 24  # bytes of a layer's merged weights from which the separate ones' memory is given back at once

@@ -14,13 +14,13 @@ from ...errors import LoadError
 from ...presets import PRESETS
 from ..forward.split import split_plan
 from ..kernels import few_bit_kernels
-from ..process_lock import TURN
 from ..weights.int4 import FewBitKernels, Int4Linear, stored_in_few_bits, use_few_bits
 from ..weights.int8 import COVERS, linear_share, quantize_linears
 from ..weights.nf4 import loading_options
 from ..weights.number_format import int4_kind
 from .choose import Numbers, choose_device, choose_numbers
 from .default_model import cache_folder
+from .process_lock import TURN
 from .source import as_load_error, checked_config, quiet, source_of
 from .tokenizer import Codec
 

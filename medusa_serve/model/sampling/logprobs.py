@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from ...types import LEAST_LOGPROB, MAX_LOGPROBS, TokenLogprob
-from ..transfer import bits_of, from_bits
+from ..forward.transfer import bits_of, from_bits
 
 NUM_TOLD = 1 + 2 * MAX_LOGPROBS  # numbers of each emitted token
 

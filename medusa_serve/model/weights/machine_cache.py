@@ -10,8 +10,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 FILE = "measured.json"
 KERNELS = 3  # of our own for a CPU: one more whenever they become faster or slower
 
@@ -56,6 +54,8 @@ def _read(cache: Path) -> dict[str, Any]:
 @lru_cache
 def machine_key(device: str) -> str:
     """Times hold for one processor, its threads, one torch and one state of our own kernels."""
+    import torch  # not at the top: engine/ imports timing.py, and no torch
+
     if device.startswith("cuda"):
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     return f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, kernels {KERNELS}"
@@ -64,6 +64,8 @@ def machine_key(device: str) -> str:
 def cpu_name() -> str:
     """As the kernel names it (platform.processor() is empty on most Linux machines), with the instructions that torch
     takes: processors of very different speed call themselves AMD EPYC."""
+    import torch
+
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # no Linux

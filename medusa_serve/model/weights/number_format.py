@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...config import Choice
+from ..timing import SMALL
 from .int4 import GROUP, ROW_MULTIPLE, Int4Linear
 from .int8 import WIDTH, int8_product, quantized
 from .machine_cache import machine_key, measured_once
 
-SMALL = 30_000_000  # weights up to which a model is fast enough to stay exact
 ROWS = 4  # of a product: a small tree
 WIDE = 256  # of a prompt's or a training's
 NUMBERS = 1 << 24  # of the weights that are read: more than a cache holds

@@ -8,7 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from medusa_serve.model.gpu.capture import CaptureFailed, capture, give_back, settle
+from medusa_serve.errors import CaptureFailed
+from medusa_serve.model.gpu.capture import capture
+from medusa_serve.model.loading.process_lock import give_back, settle
 
 pytestmark = pytest.mark.gpu
 MIB = 2**20

@@ -7,10 +7,10 @@ pytest tests/model/test_graphs.py
 import pytest
 import torch
 
+from medusa_serve.errors import CaptureFailed
 from medusa_serve.model.forward.prefill_blocks import FEW, Run, pack
 from medusa_serve.model.gpu import graphs
 from medusa_serve.model.gpu.graphs import FIRST_GRAPHS, PREFILL_BLOCKS, TRIES, StepGraphs
-from medusa_serve.model.process_lock import CaptureFailed
 from medusa_serve.model.shapes import Shape
 from medusa_serve.model.tables import PLAIN, Needs
 

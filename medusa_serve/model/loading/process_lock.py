@@ -10,10 +10,6 @@ TURN = threading.RLock()  # torch's capturing is the process's, whichever engine
 # compiled passes are compiled again under another one, which must not be within a capture
 
 
-class CaptureFailed(RuntimeError):
-    """Something else in this process kept the pass from being captured; the device is well."""
-
-
 def settle(device: torch.device) -> None:
     """Wait for the device, but not while something is captured."""
     with TURN:
