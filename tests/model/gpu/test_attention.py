@@ -5,8 +5,8 @@ import torch
 
 from medusa_serve.model.drafting.tree import Tree, most_probable
 from medusa_serve.model.forward.attention import reference_attention
-from medusa_serve.model.forward.view import tree_view
-from medusa_serve.model.gpu.attention import ancestor_bits, available, tree_attention
+from medusa_serve.model.forward.view import ancestor_bits, tree_view
+from medusa_serve.model.gpu.attention import available, tree_attention
 from tests.oracles import DEFAULT_RANKS
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}

@@ -161,7 +161,9 @@ def test_times_are_those_of_the_path_in_use(monkeypatch, tmp_path):
 FIRST = """
 import json, sys
 from medusa_serve import LLM
-from medusa_serve.model import build, fuse, layers
+from medusa_serve.model import build
+from medusa_serve.model.forward import trace as layers
+from medusa_serve.model.gpu import background as fuse
 from medusa_serve.model.runner import ModelRunner
 ModelRunner.grace_s = property(lambda self: 2.0, lambda self, seconds: None)
 build.fuses = lambda forward, config: True

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from medusa_serve.model.gpu.capture import CaptureFailed, capture, give_back, settle
+from medusa_serve.model.gpu.capture import capture
+from medusa_serve.model.process_lock import CaptureFailed, give_back, settle
 
 pytestmark = pytest.mark.gpu
 MIB = 2**20
