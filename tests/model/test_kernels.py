@@ -142,7 +142,7 @@ def test_rows_are_written_and_committed(device, dtype):
     there = (part.to(device) for part in (slots, columns, keys, values))
     kernels.write_rows(mine[0], mine[1], *there)
     same(mine, slab)
-    length, nodes = torch.tensor([4, 9]), torch.tensor([[0, 2, 1], [0, 1, 2]])
+    length, nodes = torch.tensor([4, 9]), torch.tensor([[0, 2], [0, 1]])  # a path ascends
     TORCH.commit_rows(slab, slots, length, nodes)
     kernels.commit_rows(mine, slots.to(device), length.to(device), nodes.to(device))
     same(mine, slab)

@@ -8,7 +8,7 @@ import torch
 from medusa_serve.model.forward.prefill_blocks import BLOCK, FEW, Run, block_view, pack, rows_for
 from medusa_serve.model.forward.tree_forward import TreeForward
 from medusa_serve.model.forward.view import chain_view
-from medusa_serve.model.runner import ModelRunner
+from medusa_serve.model.step import Step
 from tests.tiny import tiny_model
 
 SLOTS, COLUMNS, ROWS = 5, 128, 4
@@ -42,8 +42,8 @@ def test_a_pass_is_for_few_prompts_or_for_as_many_as_there_may_be():
     [(True, (1, 4, 64), [64, 4]), (False, (1, 4, 64), [64, 64]), (True, (1, 16), [16, 16]), (True, (1,), [1, 1])],
 )
 def test_a_pass_of_many_prompts_drafts_little(packs, choices, drafted):
-    runner = SimpleNamespace(_packs_prefill=packs, node_choices=choices)
-    assert [ModelRunner.first_draft(runner, prompts) for prompts in (FEW, FEW + 1)] == drafted
+    step = SimpleNamespace(in_blocks=packs, shapes=dict.fromkeys(choices))
+    assert [Step.first_nodes(step, prompts) for prompts in (FEW, FEW + 1)] == drafted
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])

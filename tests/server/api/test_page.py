@@ -6,7 +6,7 @@ import base64
 import hashlib
 import re
 
-from medusa_serve.notebook.panel.run_colours import TINTS
+from medusa_serve.notebook.panel.run_colours import COLOURS
 from medusa_serve.server.api.page import FILE
 from medusa_serve.server.config import ServerConfig
 
@@ -60,7 +60,7 @@ def test_it_asks_for_nothing_from_elsewhere_and_stores_nothing() -> None:
 
 def test_its_tints_are_the_panels() -> None:
     light = TEXT.split("@media", 1)[0]
-    assert {int(run): tint for run, tint in re.findall(r"--t(\d): (#\w+)", light)} == TINTS
+    assert {int(run): tint for run, tint in re.findall(r"--t(\d): (#\w+)", light)} == COLOURS
 
 
 def test_other_methods_are_untouched_and_the_openapi_page_has_it() -> None:
