@@ -52,7 +52,9 @@ class Number:
 
 
 def _field(number: Number) -> Any:
-    return field(default=number.default, metadata={"number": number, "check": number.check})
+    return field(
+        default=number.default, metadata={"number": number, "check": lambda name, value: number.check(name, value)}
+    )
 
 
 def _check_stops(name: str, stops: Any) -> None:

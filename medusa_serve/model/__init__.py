@@ -8,10 +8,10 @@ One step (step.py), the same on every machine:
     commit  forward.commit      keep the KV rows of the accepted path                              forward/slab
     draft   drafter.draft       the heads' candidates for the next tree                            drafting/
 
-runner         slots and ids for the engine; what the host knows; starts steps   step       the step, in five statements
-kernels        the operations that differ by machine, and their one choice       tables     what a step knows of each slot
-torch_kernels  those operations by torch alone: the reference, and a T4's        shapes     the sizes of trees
-build          from a loaded model to a runner                                   selftest   tests at load
+runner         slots and ids for the engine; starts steps       step      the step, in five statements
+kernels        what differs by machine, and its one choice      tables    what a step knows of each slot
+torch_kernels  the same by torch alone: the reference           shapes    the sizes of trees
+build          from a loaded model to a runner                  selftest  tests at load
 timing         what a step of B rows and N nodes takes
 
 loading/ from a name to a model · weights/ few-bit weights · forward/ passes, attention, slab · sampling/ from logits to

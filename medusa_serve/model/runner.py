@@ -302,7 +302,8 @@ class ModelRunner:
         if self._graphs is not None:
             self._graphs.close()
         self.forward.close()
-        del self.step, self.forward, self.tables, self.drafter, self._graphs
+        self._graphs = None
+        del self.step, self.forward, self.tables, self.drafter
         gc.collect()
         if self.device.type == "cuda":
             give_back()
