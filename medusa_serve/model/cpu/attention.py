@@ -1,9 +1,9 @@
-"""Attention on a CPU with one order of sums: a token's result depends on the tokens that it sees and on nothing else,
-bit for bit. Trees, batches and chunks of a prompt do not change it.
+"""Attention on a CPU with a fixed order of sums: a token's result depends only on the tokens that it sees, bit for bit.
+It is the same for any tree, any batch and any chunks of a prompt.
 
-Each query adds up along its own path, first the history, then its ancestors, by the same compiled code for any path of
-that length. It does not matter where in the slab a key is. Sums are float32. Faster than SDPA for few queries: one
-call, no mask.
+Each query sums over its own path: first the history, then its ancestors. All paths of the same length run the same
+compiled code, wherever in the slab their keys are. Sums are float32. For few queries this is faster than SDPA: it is
+one call and needs no mask.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from .base import OPTIONS, as_function, exponential, half, keep, pointer, record
 from .layer_ops import rotate_rows, write_slab_rows
 from .threads import range_of_thread, run_in_threads, task_record, thread_of, threads, wait_for_all
 
-TILE = QUERIES  # that read a key together
+TILE = QUERIES  # queries that read a key together
 LANES = 16
-# addresses, strides and sizes of a pass that are the same in every layer · bits: 0 in a causal pass, in which a query
-# sees all columns up to its position · new_columns: of the flat tokens
+# addresses, strides and sizes that all layers of a pass share · bits: 0 in a causal pass, where a query sees all
+# columns up to its position · new_columns: the columns of the flat tokens
 PassView = record(
     "slots length positions positions_row bits rows new columns width new_columns cos cos_row sin sin_row"
 )
 VIEW = np.dtype(PassView)
-# pass_view: address of a VIEW · query: (B, N, heads) by its strides; if raw_query is given, room for the rotated
-# queries, then the rotated keys · raw_…: what a layer's products made, before rotation
+# pass_view: address of a VIEW · query: (B, N, heads) by its strides; if raw_query is set, room for the rotated queries
+# and then the rotated keys · raw_…: the outputs of a layer's products, before rotation
 Attention = task_record(
     "pass_view query query_row query_head query_new keys values out heads kv_heads dim value_dim window "
     "raw_query raw_query_head raw_query_token raw_key raw_key_head raw_key_token raw_value raw_value_head "
@@ -52,7 +52,7 @@ def fits_slab(keys: Tensor, values: Tensor, view: View) -> bool:
 
 
 def view_record(view: View, columns: int, cos: Tensor | None = None, sin: Tensor | None = None) -> Any:
-    """What attention reads of a pass; columns: of a slot. It holds addresses: view, cos and sin must stay alive."""
+    """A pass's data for attention. columns: of a slot. It holds addresses: view, cos and sin must stay alive."""
     rows, new = view.positions.shape
     made = PassView(rows=rows, new=new, columns=columns, width=view.width)
     made.slots, made.length = view.slots.data_ptr(), view.length.data_ptr()
@@ -67,7 +67,7 @@ def view_record(view: View, columns: int, cos: Tensor | None = None, sin: Tensor
 def canonical_attention(
     query: Tensor, keys: Tensor, values: Tensor, view: View, scaling: float, window: int | None
 ) -> Tensor:
-    """As attention.attend, for bfloat16 on a CPU: query (B, heads, N, dim), keys, values (S, C, kv_heads, dim) →
+    """forward.attention.attend for bfloat16 on a CPU: query (B, heads, N, dim), keys, values (S, C, kv_heads, dim) →
     (B, N, heads, value dim)"""
     rows, heads, new, dim = query.shape
     out = query.new_empty(rows, new, heads, values.shape[3])
@@ -97,7 +97,7 @@ def rotated_attention(
     scaling: float,
     window: int | None,
 ) -> Tensor:
-    """What a layer does between its products, as one call: rotary positions, the slab's new rows, attention.
+    """A layer's work between its products, as one call: rotary positions, the slab's new rows, attention.
 
     query, key, value (1, heads or kv_heads, B·N, dim), cos, sin (1, B·N, dim) → (1, B·N, heads, value dim)"""
     keys, values = slabs
@@ -122,7 +122,7 @@ def _attend(task_at, function):
 
 @as_function
 def attention_function(task_at):
-    """A thread's part: rotation and the slab's rows of some tokens, then some tiles of queries."""
+    """One thread's share: rotation and slab rows of some tokens, then some tiles of queries."""
     task = record_at(task_at, ATTENTION)
     thread = thread_of(task)
     if task.raw_query:
@@ -132,7 +132,7 @@ def attention_function(task_at):
 
 @njit(inline="never", **OPTIONS)
 def _score(queries, q, keys_at, key_row, count, room, out_at, soon):
-    """out[i, t] = q[i] · key t, of a tile's queries and the first `count` keys. q: in attention_tiles.py's order ·
+    """out[i, t] = q[i] · key t, for a tile's queries and the first `count` keys. q: in attention_tiles.py's order ·
     soon: address of the rows that are read next"""
     dim = q.shape[1]
     blocks = dim // BLOCK
@@ -168,7 +168,7 @@ def _softmax(row, count, scale, lanes):
 
 @njit(inline="never", **OPTIONS)
 def _weigh(queries, weights_at, room, values_at, value_row, first, count, sums_at, dim, soon):
-    """sums[i] += weights[i, t] · value t, of first ≤ t < count."""
+    """sums[i] += weights[i, t] · value t, for first ≤ t < count."""
     blocks = dim // BLOCK
     weigh(queries, weights_at, 4 * room, values_at, value_row, first, count, blocks, sums_at, 4 * dim, soon)
     if dim > blocks * BLOCK:
@@ -188,13 +188,13 @@ def _weigh_rest(weight, value, sums):
 
 @njit(inline="always", **OPTIONS)
 def _spot(d, dim):
-    """The place of a head's element in attention_tiles.py's order."""
+    """The index of a head's element in attention_tiles.py's order."""
     return d if d >= dim - dim % BLOCK else d - d % BLOCK + d % 2 * (BLOCK // 2) + d % BLOCK // 2
 
 
 @njit(inline="never", **OPTIONS)
 def _rotate_and_write(task, view, thread):
-    """A thread's part of the tokens: rotary positions, and the slab's new rows."""
+    """One thread's share of the tokens: rotary positions, and the slab's new rows."""
     new, columns, slots, new_columns = view.new, view.columns, view.slots, view.new_columns
     heads, kv_heads, dim, value_dim = task.heads, task.kv_heads, task.dim, task.value_dim
     first, end = range_of_thread(view.rows * new, task, thread)
@@ -227,13 +227,13 @@ def _attend_tiles(task, view, thread):
     if task.raw_query:
         query_row, query_head, query_new = new * heads * dim, dim, heads * dim
     room, scale = view.width + TILE, task.scaling
-    group, one = heads // kv_heads, np.int64(1)  # a literal would have another type
+    group, one = heads // kv_heads, np.int64(1)  # a literal has another type
     slots, lengths = carray(pointer(view.slots), (rows,), np.int64), carray(pointer(view.length), (rows,), np.int64)
     positions = carray(pointer(view.positions), (rows * positions_row + new,), np.int64)
     bits = carray(pointer(bits_at), (rows, new), np.int64)
     out = carray(pointer(out_at), (rows, new, heads, value_dim), np.uint16)
     scratch = np.empty(TILE * (room + dim + value_dim), np.float32)
-    scratch_at = np.int64(scratch.ctypes.data)  # unsigned, it would compile its callees a second time
+    scratch_at = np.int64(scratch.ctypes.data)  # else unsigned: its callees would be compiled again
     q = carray(pointer(scratch_at + 4 * TILE * room), (TILE, dim), np.float32)
     sums_at = scratch_at + 4 * TILE * (room + dim)
     sums = carray(pointer(sums_at), (TILE, value_dim), np.float32)

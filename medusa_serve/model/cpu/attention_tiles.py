@@ -1,10 +1,10 @@
-"""The two products of attention on a CPU, as LLVM's vectors: queries with keys, and weights with values.
+"""The two products of attention on a CPU, in LLVM's vectors: queries by keys, and weights by values.
 
-Up to four queries read a key or a value together. Each query's sums are the same bits however many they are: over
-places of a head by fused multiply-adds and one tree of sums, over keys one after the other. Blocks of 16 places alone;
-what lies behind the last whole block is the caller's.
+Up to four queries read a key or a value together. A query's sums are the same bits for any number of queries: fused
+multiply-adds and one tree of sums add up the elements of a head, and keys are added one after the other. Only full
+blocks of 16 elements are computed here; the caller computes the elements after the last one.
 
-Queries and sums are float32 with their places in another order, even ones of a block first (`Vectors.two_wide`).
+Queries and sums are float32. Their elements are reordered: even ones of a block come first (`Vectors.two_wide`).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from numba.core import cgutils
 from .base import OPTIONS, intrinsic
 from .vectors import F32, I32, LANES, Vectors, same
 
-BLOCK = 2 * LANES  # places of a head that are read at once
+BLOCK = 2 * LANES  # elements of a head that are read at once
 QUERIES = 4
-AHEAD = 16  # keys further on that are asked for: rows of a head lie apart, which the hardware follows badly
+AHEAD = 16  # keys to prefetch ahead: a head's rows are not adjacent, which the hardware's prefetcher handles badly
 
 
 def _kernel(kind: Any, queries: int) -> Any:
     @intrinsic
     def run(_, a, a_row, b, b_row, first, count, blocks, out, out_row, soon):
-        """soon: address of rows as b's that are read next; they are asked for meanwhile"""
+        """soon: address of the rows that are read next, with b's strides; they are prefetched"""
 
         def generate(context, builder, signature, arguments):
             kind(builder, queries, *arguments).make()
@@ -53,7 +53,7 @@ class _Kernel(Vectors):
 
 
 class _Scores(_Kernel):
-    """out[i, t] = a[i] · b[t], of first ≤ t < count. Rows in bytes."""
+    """out[i, t] = a[i] · b[t], for first ≤ t < count. Row strides are in bytes."""
 
     def make(self) -> None:
         b, two = self.b, self.word(2)
@@ -88,7 +88,7 @@ class _Scores(_Kernel):
                 self.store(place, b.extract_element(across, ir.Constant(I32, i)))
 
     def across(self, vectors: list[Any]) -> Any:
-        """The sum of each of four vectors' numbers, by the same tree."""
+        """The sum of each vector's numbers (four vectors at most), always by the same tree."""
         vectors = (vectors + [vectors[-1]] * QUERIES)[:QUERIES]
         for width in (4, 2, 1):
             halves = [
@@ -101,7 +101,7 @@ class _Scores(_Kernel):
 
 
 class _Weighed(_Kernel):
-    """out[i] += a[i, t] · b[t], of first ≤ t < count one after the other. Rows in bytes."""
+    """out[i] += a[i, t] · b[t], for first ≤ t < count one after the other. Row strides are in bytes."""
 
     def make(self) -> None:
         b = self.b

@@ -1,6 +1,6 @@
-"""What the Numba kernels share: records, functions that threads run, and bfloat16 numbers.
+"""Shared by the Numba kernels: records, functions that threads run, and bfloat16 numbers.
 
-Kernels take tensors as addresses: such a call costs a third of a microsecond, one of ATen's operations costs two.
+Kernels take tensors as addresses: such a call costs a third of a microsecond, an operation of ATen costs two.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
 
-# sums may be reordered to vectors; the order is then the same at every call, as long as the count is
+# sums may be reordered for vectors; calls with the same count then use the same order
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 intrinsic: Any = numba_intrinsic
 OPTIONS: dict[str, Any] = {"fastmath": FAST, "error_model": "numpy", "boundscheck": False}
@@ -26,8 +26,8 @@ OPTIONS: dict[str, Any] = {"fastmath": FAST, "error_model": "numpy", "boundschec
 
 
 def record(fields: str, **others: Any) -> Any:
-    """A ctypes structure of int64 fields by their names, then `others` by their ctypes types. Kernels know it by its
-    np.dtype. A field that it does not have raises AttributeError."""
+    """A ctypes structure: int64 fields with these names, then `others` with their ctypes types. Kernels use its
+    np.dtype. Setting an unknown field raises AttributeError."""
     layout = [*((name, ctypes.c_int64) for name in fields.split()), *others.items()]
     return type("Record", (ctypes.Structure,), {"__slots__": (), "_fields_": layout})
 
@@ -56,7 +56,7 @@ def new_record(_, layout):
 
 @intrinsic
 def address_of(_, task):
-    """Of a record, as int64"""
+    """The address of a record, int64"""
 
     def generate(context, builder, signature, arguments):
         return builder.ptrtoint(arguments[0], ir.IntType(64))
@@ -66,7 +66,7 @@ def address_of(_, task):
 
 @intrinsic
 def keep(_, array):
-    """Numba frees an array after its last use and does not see that its address is in use: name it here, after that."""
+    """Keep an array alive until here: Numba frees it after its last use and does not see that its address is in use."""
 
     def generate(context, builder, signature, arguments):
         return context.get_dummy_value()
@@ -75,9 +75,9 @@ def keep(_, array):
 
 
 def as_function(body: Callable[[int], None]) -> Any:
-    """Of a function of a record's address: what gives its own address as a C function, compiled at the first call.
+    """Decorates a function of a record's address: the result, called, compiles it once and gives its C address.
 
-    Numba finds it on the disk by the file and the name of `body`; so `body` has to be a module's own function."""
+    Numba's disk cache finds it by the file and the name of `body`, so `body` must be a function at module level."""
 
     @lru_cache
     def address() -> int:
@@ -132,7 +132,7 @@ def number_of(_, bits):
 
 @njit(inline="always", **OPTIONS)
 def half(x):
-    """float32 → the nearest bfloat16, as uint16; halves go to even, NaN stays one"""
+    """float32 → the nearest bfloat16, as uint16; ties go to even, NaN stays NaN"""
     bits = bits_of(x)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     quiet = np.uint32(0x7FC0)
@@ -149,9 +149,9 @@ def copy_halves(source_at, target_at, count):
 
 @njit(inline="always", **OPTIONS)
 def exponential(x):
-    """e^x of a float32 up to 0 (Cephes' polynomial, relative error 2e-7); below -87 as of -87. NaN stays one."""
+    """e^x of a float32 up to 0 (Cephes' polynomial, relative error 2e-7); below -87 it is e^-87. NaN stays NaN."""
     x = x if not x < np.float32(-87.0) else np.float32(-87.0)
-    steps = np.int32(x * np.float32(1.44269504088896341) - np.float32(0.5))  # towards 0: to the nearest
+    steps = np.int32(x * np.float32(1.44269504088896341) - np.float32(0.5))  # truncation rounds to the nearest
     n = np.float32(steps)
     r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
     p = np.float32(1.9875691500e-4)

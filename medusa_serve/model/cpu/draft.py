@@ -1,6 +1,6 @@
 """The greedy draft of sequential heads on a CPU as one call: SequentialDrafter's search with SequentialHeads' cell, in
-the same order and rounded at the same places. In a draft of three nodes, Python and a hundred small operations take two
-thirds of the time.
+the same order of operations and with the same rounding. Without it, Python and a hundred small operations take two
+thirds of the time of a draft of three nodes.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from .search import CHILDREN, children_function, run_items
 from .threads import call, task_record, threads, use_threads
 
 EPSILON = 1e-6  # of heads.rms_norm
-# the heads' linear layers; two of each block of the cell come after them
+# indices of the heads' linear layers; the two layers of each block of the cell follow
 MIX, START, READ_IN, READ_OUT, TO_HIDDEN, OUTPUT, CELL = range(7)
-# bias: 0 if there is none · a layer that the heads do not have: all 0
+# bias: 0 if there is none · a layer that the heads lack has zeros in all fields
 Linear = record("weights scales bias inputs outputs bits")
 LINEAR = np.dtype(Linear)
 LINEAR_BYTES = LINEAR.itemsize
-# multiply … block: addresses of functions · linears: of LINEAR records · norms: of the addresses of the norms' weights,
-# the readout's second · hidden_size … cells: the heads' sizes · hidden … tau: what `run` gives
+# multiply … block: addresses of functions · linears: address of LINEAR records · norms: address of the addresses of the
+# norms' weights, the readout's second · hidden_size … cells: the heads' sizes · hidden … tau: data of one draft
 DraftTask = task_record(
     "multiply children linear block linears norms ones embedding token_map hidden_size width embed_size hidden_inputs "
     "cells hidden pending found rows count pool beams num_beams ranks tau",
@@ -52,15 +52,15 @@ DraftTask = task_record(
 DRAFT = np.dtype(DraftTask)
 LINEAR_TASK = np.dtype(record("draft linear x out rows"))
 # into, out_of: the block's linear layers · norm: its weight · tokens: 0, or (rows) · constant: (B, start) numbers, one
-# row for `each` rows · spare: room for the inputs, and rows times one and a half of the inner products
+# row for `each` rows · spare: room for the rows' inputs and one and a half times their inner products
 BLOCK_TASK = np.dtype(record("draft into out_of states norm tokens constant each spare out rows"))
 
 
 class NativeDraft:
-    """For heads that `fit`, which must not change."""
+    """The draft of heads for which `fits` is true. They must not change afterwards."""
 
     def __init__(self, heads: SequentialHeads, tau: Tensor, num_ranks: int, costs: tuple[float, float]) -> None:
-        """tau (D) · costs: beam.STEP_COST and NEVER"""
+        """tau (D) · costs: STEP_COST and NEVER of drafting/pool.py"""
         self._heads, self._tau = heads, tau.contiguous()  # kept alive: their addresses are in use
         blocks: list[Any] = list(heads.cell)
         cells = [product for block in blocks for product in (block.w_in, block.w_out)]
@@ -99,8 +99,8 @@ class NativeDraft:
         )
 
     def run(self, hidden: Tensor, pending: Tensor, widths: list[int], pool: int, nodes: int) -> HeadNodes:
-        """hidden (B, M·H), pending (B) · widths: beams after each depth, 0 after the last · pool: nodes that are scored
-        · nodes: that are kept"""
+        """hidden (B, M·H), pending (B) · widths: beams after each depth, 0 after the last · pool: number of nodes that
+        are scored · nodes: number of nodes that are kept"""
         rows, count = pending.shape[0], min(nodes, pool)
         found = torch.empty(3, rows, count, dtype=torch.int64)
         hidden, pending = hidden.bfloat16().contiguous(), pending.contiguous()
@@ -146,14 +146,14 @@ def _norm(draft, index):
 
 @as_function
 def linear_function(task_at):
-    """A linear layer, as a function: its callers do not compile its code once more."""
+    """A linear layer as a C function, so that its callers do not each compile its code again."""
     task = record_at(task_at, LINEAR_TASK)
     _multiply(record_at(task.draft, DRAFT), record_at(task.linear, LINEAR), task.x, task.out, task.rows)
 
 
 @njit(**OPTIONS)
 def _multiply(draft, linear, x_at, out_at, rows):
-    """With its bias."""
+    """The product and its bias."""
     task, outputs = new_record(PRODUCT), linear.outputs
     use_threads(task, draft)
     task.x, task.weights, task.scales, task.out = x_at, linear.weights, linear.scales, out_at
@@ -210,7 +210,7 @@ def _run_linear(draft, index, x_at, out_at, rows):
 
 @njit(**OPTIONS)
 def _run_block(draft, index, norm, states_at, tokens_at, constant_at, each, spare, out_at, rows):
-    """index: of the first of its two linear layers; norm: of its weight"""
+    """index: of the first of the block's two linear layers · norm: index of its norm's weight"""
     task = new_record(BLOCK_TASK)
     task.draft, task.norm = address_of(draft), _norm(draft, norm)
     task.into, task.out_of = address_of(_linear(draft, index)), address_of(_linear(draft, index + 1))
@@ -221,7 +221,7 @@ def _run_block(draft, index, norm, states_at, tokens_at, constant_at, each, spar
 
 @njit(**OPTIONS)
 def _advance(draft, states_at, tokens, base_at, each, spare, rows):
-    """states (rows, w) go one token further."""
+    """Advance states (rows, w) by one token."""
     column = draft.width
     for block in range(draft.cells):
         index = CELL + 2 * block
@@ -232,7 +232,7 @@ def _advance(draft, states_at, tokens, base_at, each, spare, rows):
 
 @njit(**OPTIONS)
 def _logits(draft, states_at, base_at, each, spare, rows):
-    """→ the address of (rows, V')"""
+    """→ the address of the logits (rows, V')"""
     hidden = draft.hidden_size
     size = 2 * rows * max(draft.width, hidden)
     x_at, y_at, rest = spare, spare + size, spare + 2 * size
@@ -249,7 +249,7 @@ def _logits(draft, states_at, base_at, each, spare, rows):
 
 @njit(**OPTIONS)
 def _begin(draft, base_at, spare):
-    """SequentialHeads._begin into base (rows, S)"""
+    """SequentialHeads._begin; fills base (rows, S)"""
     rows, hidden, inputs = draft.rows, draft.hidden_size, draft.hidden_inputs
     native_rms_norm(draft.hidden, draft.ones, spare, rows * inputs, hidden, EPSILON)
     mixed = spare
@@ -287,7 +287,7 @@ def _draft(task_at):
     for i in range(CELL + 2 * draft.cells):
         inner = max(inner, max(_linear(draft, i).inputs, _linear(draft, i).outputs))
     most, total = rows * widest, _linear(draft, START).outputs
-    # a block's inputs, its products, the gated half and what comes of it; or the logits
+    # room for a block's inputs, its products, the gated half and its result; or for the logits
     room = most * (4 * inner + 2 * max(width, hidden) + hidden * inputs)
     halves = rows * total + 2 * most * width + room
     numbers = most * (5 + 2 * ranks) + 4 * rows * pool + max(count, widest)

@@ -1,4 +1,4 @@
-"""int4.few_bit_parts in one pass over the weights: torch goes over them ten times, a start's longest work."""
+"""int4.few_bit_parts in one pass over the weights. torch needs ten passes, which was the longest work of a start."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..weights.int4 import GROUP, OFF_GRID, Parts, part_of, two_parts
 
-EXACT: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}  # no fast math: the numbers are torch's
+EXACT: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}  # no fast math: results equal torch's
 
 
 def few_bit_parts(weight: Tensor) -> Parts | None:
-    """As int4.few_bit_parts."""
+    """Like int4.few_bit_parts."""
     near = OFF_GRID * float(weight.abs().max())
     if (four := four_bit_steps(weight, near)) is not None:
         steps, scale, low = four
@@ -26,12 +26,12 @@ def few_bit_parts(weight: Tensor) -> Parts | None:
 
 def four_bit_steps(weight: Tensor, near: float) -> tuple[Tensor, Tensor, Tensor] | None:
     """weight (out, in) float32 → steps (out, in) uint8 of 0 … 15, scale and lowest of each group (out, in / 32);
-    None: a weight is further than `near` from its step"""
+    None if a weight is further than `near` from its step"""
     return _found(weight, near, False)
 
 
 def eight_bit_steps(weight: Tensor, near: float) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The same for steps of -127 … 127, plus 128; the lowest are not used."""
+    """The same for steps of -127 … 127, plus 128; the groups' lowest are not used."""
     return _found(weight, near, True)
 
 
@@ -45,7 +45,7 @@ def _found(weight: Tensor, near: float, eight: bool) -> tuple[Tensor, Tensor, Te
 
 @njit(**EXACT)
 def _fill(weight, near, eight, steps, scales, lows):
-    """→ whether all weights are near a step. eight: steps are counted from -128, else from the group's lowest"""
+    """→ whether all weights are near their steps. eight: steps count from -128, else from the group's lowest"""
     shift = np.float32(128 if eight else 0)
     for row in range(weight.shape[0]):
         for group in range(scales.shape[1]):

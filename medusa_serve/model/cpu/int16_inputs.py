@@ -1,7 +1,7 @@
 """Inputs of products as integers: a group of 32 bfloat16 numbers becomes 32 int16 numbers times one power of two.
 
-Exact from the group's largest number down to its 128th part. A smaller number is rounded to a 65536th of the largest;
-bfloat16 has already rounded the largest one a hundred times as much.
+Numbers down to a 128th of the group's largest are exact. A smaller number is rounded to a 65536th of the largest;
+bfloat16's own rounding of the largest is a hundred times as coarse.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .base import intrinsic
 from .vectors import F32, I32, LANES, Vectors, same
 
 SUMMARY = 3  # 32-bit numbers of a group: its scale and its scaled sum, float32; minus eight times its sum, int32
-MIN_EXPONENT = 15  # as float32 has it, of a group's largest number: smaller numbers become zeros
+MIN_EXPONENT = 15  # least float32 exponent field of a group's largest number: smaller numbers become zeros
 NAN = 0x7FC00000
-ROUND_BY_ADDING = 0x4B400000  # 1.5 · 2²³: the last bits of a sum with it are the other number, rounded
+ROUND_BY_ADDING = 0x4B400000  # 1.5 · 2²³: in a sum with it, the last bits are the other number, rounded
 
 
 @intrinsic
 def to_int16(_, x, groups, numbers, summaries):
-    """Fill numbers (groups, 32) int16 and summaries (groups, SUMMARY) from x (groups, 32) bfloat16, by their addresses.
+    """Fill numbers (groups, 32) int16 and summaries (groups, SUMMARY) from x (groups, 32) bfloat16; all are addresses.
     The scale of a group with NaN or an infinite number is NaN."""
 
     def generate(context, builder, signature, arguments):
@@ -77,5 +77,5 @@ class _ToInt16(Vectors):
         return self.b.select(self.b.icmp_unsigned(">", one, other), one, other)
 
     def power(self, exponent: Any) -> Any:
-        """The power of two of this exponent, as float32 has it."""
+        """The float32 power of two with this exponent field."""
         return self.b.bitcast(self.b.shl(exponent, ir.Constant(I32, 23)), F32)

@@ -1,4 +1,4 @@
-"""Linear layers of int4 and int8 weights by our own kernels, for machines on which they are faster than torch's."""
+"""Linear layers with int4 and int8 weights by our own kernels, for machines where these are faster than torch's."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _in_pairs(numbers: Tensor) -> Tensor:
 
 @njit(cache=True, nogil=True)
 def _in_quads(steps, packed):
-    """NativeInt4Linear's order. torch's operations would take ten times as long, at every start."""
+    """Fills `packed` in NativeInt4Linear's order. torch's operations would take ten times as long, at every start."""
     inputs = steps.shape[1]
     for unit in range(packed.shape[0]):
         for output in range(HALF):
@@ -123,7 +123,7 @@ def _in_units(numbers: Tensor) -> Tensor:
     return numbers.unflatten(0, (-1, UNIT)).transpose(1, 2).contiguous()
 
 
-# room: address of `product_room` numbers of 16 bits for each row
+# room: address of `product_room` 16-bit numbers for each row
 Product = task_record("x weights scales out rows inputs outputs bits room")
 PRODUCT = np.dtype(Product)
 ROWS = most_rows()
@@ -131,7 +131,7 @@ _4_tile, _8_tile = tiles(Int4Tile), tiles(Int8Tile)
 
 
 def product(x: Tensor, weights: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """x (M, in) bfloat16, contiguous, by weights of that many bits → (M, out) bfloat16"""
+    """x (M, in) bfloat16, contiguous, by weights of `bits` bits → (M, out) bfloat16"""
     (rows, inputs), outputs = x.shape, weights.shape[0] * UNIT
     out = torch.empty(rows, outputs, dtype=torch.bfloat16)
     task = Product(*threads().given())
@@ -148,7 +148,7 @@ def _multiply(task_at, function):
 
 @njit(inline="always", **OPTIONS)
 def run_product(task, function):
-    """Of a task that has no room yet."""
+    """Run a task; its room is allocated here."""
     room = np.empty(task.rows * product_room(task.inputs), np.int16)
     task.room = room.ctypes.data
     run_in_threads(task, function)
@@ -157,13 +157,13 @@ def run_product(task, function):
 
 @register_jitable
 def product_room(inputs):
-    """Numbers of 16 bits that the inputs of a row take as int16_inputs.py makes them."""
+    """How many 16-bit numbers a row's inputs take in the format of int16_inputs.py."""
     return inputs + 2 * SUMMARY * (inputs // GROUP)
 
 
 @as_function
 def product_function(task_at):
-    """A thread's part: first of the inputs' rows, then of the outputs."""
+    """One thread's share: first of the rows of inputs, then of the outputs."""
     task = record_at(task_at, PRODUCT)
     thread = thread_of(task)
     rows, inputs, outputs, bits = task.rows, task.inputs, task.outputs, task.bits

@@ -1,10 +1,10 @@
-"""Products of a few rows with int4 and int8 weights, as LLVM's vectors: what Numba makes of loops over such weights
-takes three times as long.
+"""Products of a few rows with int4 and int8 weights, in LLVM's vectors: Numba's code for loops over such weights takes
+three times as long.
 
 Weights are integers, and so are the inputs: a group of 32 is 32 int16 numbers and one scale, a power of two
 (int16_inputs.py). A vector holds the products of eight or sixteen output rows. They are added up as 32-bit integers,
-in which the order does not matter: a row's sums are bitwise the same whatever the other rows, the tile's size and the
-vector's length are. A tile is some rows by a unit of 16 outputs.
+so their order does not matter: a row's sums are the same bits for any other rows, tile size and vector length. A tile
+is some rows by a unit of 16 outputs.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .int16_inputs import SUMMARY
 from .vectors import F32, I8, I16, I32, Vectors, same
 
 UNIT = 16  # output rows that are stored together
-HALF = UNIT // 2  # the first half's int4 steps are the low bits of bytes
-PAIR = 2  # inputs that one multiplication adds up
+HALF = UNIT // 2  # int4 steps of the first half are in the low bits of bytes
+PAIR = 2  # inputs of one instruction, which adds their products
 QUAD = 4  # inputs of one loop step
 LINE = 64  # bytes of a cache line
 WIDE = 16  # numbers of a vector of AVX-512
@@ -67,7 +67,7 @@ def lanes_here() -> tuple[int, bool]:
 
 
 def most_rows() -> int:
-    """Of a tile: with more rows, not all sums stay in registers."""
+    """The most rows of a tile: with more, not all sums stay in registers."""
     return 8 if lanes_here()[0] == WIDE else 4
 
 
@@ -109,7 +109,7 @@ class Tile(Vectors):
                 self.keep(self.at(self.out[r], 2 * self.lanes * v), b.load(total))
 
     def summed_up(self, x: list[Any], packed: Any, sums: list[list[Any]]) -> list[list[Any]]:
-        """Each row's sums over a group; sums: their first values."""
+        """Each row's sums over a group. sums: their initial values"""
         b = self.b
         for quad in range(GROUP // QUAD):
             pairs = self.steps(self.at(packed, quad, self.word(self.group_bytes * QUAD // GROUP)))
@@ -123,32 +123,32 @@ class Tile(Vectors):
         return sums
 
     def fenced(self, sums: list[list[Any]]) -> list[list[Any]]:
-        """The same sums, all needed at this place: without that LLVM orders a group's products so that the registers
-        are too few."""
+        """The same sums, all used at this place: otherwise LLVM orders a group's products so that they need too many
+        registers."""
         every = [each for row in sums for each in row]
         if self._pair_products is None or len(every) == 1:
             return sums
         kind = ir.FunctionType(ir.LiteralStructType([self.words] * len(every)), [self.words] * len(every))
-        place = "=v" if self.lanes == WIDE else "=x"  # one of all registers, or of the first half
+        place = "=v" if self.lanes == WIDE else "=x"  # any register, or one of the first half
         places = ",".join([place] * len(every) + [str(n) for n in range(len(every))])
         held = self.b.asm(kind, "", places, every, True)
         found, number = [self.b.extract_value(held, n) for n in range(len(every))], len(self.vectors)
         return [found[n : n + number] for n in range(0, len(found), number)]
 
     def starts(self, summaries: list[Any]) -> list[list[Any]]:
-        """The first values of each row's sums over a group, by vector."""
+        """The initial values of each row's sums over a group, by vector."""
         raise NotImplementedError
 
     def steps(self, packed: Any) -> list[list[Any]]:
-        """The int16 weights of QUAD inputs: for each pair of inputs the unit's vectors of outputs."""
+        """The int16 weights of QUAD inputs: for each pair of inputs, the unit's vectors of outputs."""
         raise NotImplementedError
 
     def scaled(self, total: Any, sums: Any, summary: Any, scales: Any, v: int) -> Any:
-        """A row's total of a vector plus a group's scaled sums."""
+        """One vector of a row's totals plus a group's scaled sums."""
         raise NotImplementedError
 
     def products(self, numbers: Any, steps: Any) -> Any:
-        """int16 pairs → int32: each two products added"""
+        """int16 pairs → int32: the two products of a pair added"""
         numbers = self.b.bitcast(numbers, self.pairs)
         if self._pair_products is not None:
             return self.b.call(self._pair_products, [numbers, steps])
@@ -164,7 +164,7 @@ class Tile(Vectors):
 
 
 class Int4Tile(Tile):
-    """A unit's weights (inputs / 4, 8, 2, 2) uint8 as NativeInt4Linear.arranged has them, scales (groups, 2, 16)
+    """A unit's weights (inputs / 4, 8, 2, 2) uint8 in NativeInt4Linear.arranged's order, scales (groups, 2, 16)
     bfloat16: totals are sums of scale · Σ (step - 8) · x + zero · Σ x over a group"""
 
     group_bytes, scale_bytes = GROUP * UNIT // 2, 4 * UNIT
@@ -174,7 +174,7 @@ class Int4Tile(Tile):
         return [[self.b.shl(start, shift) for shift in self.halved(self.words, 0, 4)] for start in eight]
 
     def steps(self, packed: Any) -> list[list[Any]]:
-        """The second half's steps are sixteen times as large, which saves a shift; its scales are a sixteenth."""
+        """The second half's steps stay sixteen times too large, which saves a shift; its scales are a sixteenth."""
         four = self.load(packed, ir.VectorType(I16, UNIT), 1)
         four = self.shuffled(four, four, [place % UNIT for place in range(PAIR * self.lanes)])
         both, bits = (four, self.b.lshr(four, same(self.pairs, 8))), self.halved(self.pairs, 15, 240)

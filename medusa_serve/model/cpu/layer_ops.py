@@ -1,7 +1,7 @@
-"""The small operations of a decoder layer on a CPU, each one kernel where a model's code has several: bfloat16 in and
-out, rounded wherever the model's own operations round.
+"""The small operations of a decoder layer on a CPU, each one kernel where a model's code has several operations. Input
+and output are bfloat16, rounded wherever the model's own operations round.
 
-Rows are independent, and each is worked on by the same code however many there are (exact.py).
+Rows are independent: the same code computes each row, for any number of rows (selftest.py checks it).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def silu_times(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, (1, M, H) both; rows may lie apart"""
+    """silu(gate) · up, (1, M, H) both; their rows may have any stride"""
     _, rows, dim = gate.shape
     out = torch.empty(1, rows, dim, dtype=BFLOAT16)
     native_silu_times(gate.data_ptr(), gate.stride(1), up.data_ptr(), up.stride(1), out.data_ptr(), rows, dim)
@@ -33,7 +33,7 @@ def silu_times(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021), halves apart: x (1, heads, M, dim), cos, sin (1, M, dim)"""
+    """Rotary positions (Su et al. 2021), by a head's two halves: x (1, heads, M, dim), cos, sin (1, M, dim)"""
     _, heads, rows, dim = x.shape
     out = torch.empty(1, rows, heads, dim, dtype=BFLOAT16)
     strides = (x.stride(1), x.stride(2), cos.stride(1), sin.stride(1))
@@ -52,7 +52,7 @@ def write_rows(slab: Tensor, slots: Tensor, columns: Tensor, rows: Tensor) -> No
 
 
 def move_rows(slab: Tensor, slots: Tensor, length: Tensor, nodes: Tensor) -> None:
-    """SlotCache.commit of one slab, (L, S, C, heads, dim) without gaps. nodes (B, A)"""
+    """SlotCache.commit for one contiguous slab (L, S, C, heads, dim). nodes (B, A)"""
     layers, of_slots, capacity, heads, dim = slab.shape
     nodes = nodes.contiguous()
     _move_rows(
@@ -104,7 +104,7 @@ def rotate_rows(x_at, cos_at, sin_at, out_at, x_head, x_row, cos_row, sin_row, h
 
 @njit(cache=True, **OPTIONS)
 def write_slab_rows(slab_at, slots_at, columns_at, rows_at, row, head, new_row, first, end, heads, new, dim, capacity):
-    """first, end: which of the tokens"""
+    """first, end: the range of tokens that are written"""
     slots = carray(pointer(slots_at), (end // new + 1,), np.int64)
     columns = carray(pointer(columns_at), (end,), np.int64)
     for token in range(first, end):
@@ -121,7 +121,7 @@ def _move_rows(slab_at, layers, of_slots, capacity, width, slots_at, length_at, 
     nodes = carray(pointer(nodes_at), (batch, path), np.int64)
     for b in range(batch):
         for step in range(1, path):
-            if nodes[b, step] <= step:  # it is in place, or the path is over: nodes are numbered along it
+            if nodes[b, step] <= step:  # the row is in place, or the path is over: numbers grow along a path
                 continue
             for layer in range(layers):
                 start = (layer * of_slots + slots[b]) * capacity + lengths[b]
@@ -130,5 +130,5 @@ def _move_rows(slab_at, layers, of_slots, capacity, width, slots_at, length_at, 
 
 @njit(inline="always", **OPTIONS)
 def _row(at, offset, dim):
-    """`dim` bfloat16 numbers, `offset` numbers behind an address"""
+    """`dim` bfloat16 numbers, `offset` numbers after an address"""
     return carray(pointer(at + 2 * offset), (dim,), np.uint16)

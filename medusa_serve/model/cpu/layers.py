@@ -1,9 +1,8 @@
-"""The decoder layers of a CPU's passes without a compiler: traced from the model's own code (forward/trace.py), int4
-and int8 products of one input made one, chains of small operations replaced by the kernels of layer_ops.py where the
-traced graph shows them, the rest left as ATen's operations.
+"""The decoder layers of a CPU's passes, traced from the model's own code (forward/trace.py), without a compiler. In the
+graph, products of one input become one product, and known chains of small operations become kernels of layer_ops.py.
 
-A Hugging Face layer of a small model costs three times its products in Python and dispatch. The model keeps its
-modules; bfloat16 alone, as the kernels are.
+In a Hugging Face layer of a small model, Python and dispatch take three times as long as the products. The model keeps
+its modules. The kernels are for bfloat16 only.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ from .tape import NoTape, Tape, TapeRun
 from .whole_pass import Call, NativePass, OtherPass, calls_of, hands_on, noted
 
 aten = torch.ops.aten
-LAST = torch.iinfo(torch.int64).max  # where a slice ends that has no end
-# what a method or Python's own operator does for less than the operator of ATen's
+LAST = torch.iinfo(torch.int64).max  # the end of a slice without an end
+# a tensor's method or Python's own operator costs less than these operators of ATen
 METHODS = {
     aten.view.default: "view", aten.transpose.int: "transpose", aten.reshape.default: "reshape",
     aten.unsqueeze.default: "unsqueeze", aten.split_with_sizes.default: "split_with_sizes",
@@ -44,13 +43,12 @@ OPERATORS = {aten.add.Tensor: operator.add, aten.mul.Tensor: operator.mul}
 
 
 def native_layers(forward: TreeForward, check: Callable[[], float]) -> str:
-    """Give the forward a pass with native layers if they pass the self-test; → a note. check: as selftest.check, of
-    packed passes"""
+    """Use native layers if they pass the self-test; → a note. check: selftest.check of packed passes"""
     own = forward.active
     assert isinstance(own, HfPass)
     try:
         layers = NativeLayers(forward, decoder_layers(forward.model))
-    except Exception as reason:  # tracing runs a model's code: whatever it raises
+    except Exception as reason:  # tracing runs a model's code, which may raise anything
         return f"decoder layers stay as they are ({reason_of(reason)})"
     try:
         forward.use(layers.over(own))
@@ -59,7 +57,7 @@ def native_layers(forward: TreeForward, check: Callable[[], float]) -> str:
         forward.use(own)
         layers.close()
         return f"decoder layers stay as they are ({reason_of(reason)})"
-    note = f"decoder layers are traced, {layers.kernels} of their operations are kernels ({error:.1e} apart)"
+    note = f"decoder layers are traced, {layers.kernels} of their operations are kernels (difference {error:.1e})"
     if layers.around is not None:
         forward.use(layers.around)
     elif layers.kernels:
@@ -68,7 +66,7 @@ def native_layers(forward: TreeForward, check: Callable[[], float]) -> str:
 
 
 class _RotatingOperator(Operator):
-    """With the rotary positions before the attention, where a layer's are its last step: one kernel."""
+    """Rotary positions and attention as one kernel, for layers that rotate just before attention."""
 
     def attend_rotated(
         self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, scaling: float, window: int
@@ -83,7 +81,7 @@ class _RotatingOperator(Operator):
 
 
 class NativeLayers:
-    """Traced layers of a TreeForward, for passes that see all rows as one, until `close`."""
+    """A TreeForward's traced layers, for packed passes (all rows as one), until `close`."""
 
     def __init__(self, forward: TreeForward, layers: nn.ModuleList) -> None:
         self._forward, self._layers = forward, list(layers)
@@ -102,7 +100,7 @@ class NativeLayers:
         self._inputs: list[list[Any]] = []
         self._natives: list[_Native] = []
         weights: list[Any] = []
-        self._seen: Any = None  # of the pass, for a tape
+        self._seen: Any = None  # the pass's view_record, for a tape
         for index, layer in enumerate(self._layers):
             kind = repr((layer_kind(layer), [(name, type(module)) for name, module in layer.named_modules()]))
             if kind not in made:
@@ -118,18 +116,18 @@ class NativeLayers:
         onwards = self._alike and hands_on(calls_of(self._layers, seen))
         self._ends = [self._end_of(index) if onwards else index + 1 for index in range(len(self._layers))]
         self._ahead: Any = None
-        self._end = 0  # up to where the last tape went; what it made is ahead
+        self._end = 0  # the layer before which the last tape ended; its output is _ahead
         self.kernels = sum(native.kernels for native in made.values())
         self._shared: tuple[Any, ...] = ()
         self.around, self.apart = self._around(seen) if self._alike else (None, "its layers do not run as one call")
 
     def over(self, own: HfPass) -> HfPass:
-        """The pass whose layers these are. own: the model's"""
+        """The pass that runs these layers. own: the model's pass"""
         forwards = {layer: partial(self.call, index, layer) for index, layer in enumerate(self._layers)}
         return replace(own, layers=self, forwards=forwards, packs=True)
 
     def _around(self, seen: list[Call]) -> tuple[NativePass | None, str]:
-        """The pass without the model's own code, or why not."""
+        """The pass without the model's own code, or the reason why there is none."""
         tape, own = self._natives[0].tape, self._forward.active
         assert tape is not None
         assert isinstance(own, HfPass)
@@ -140,7 +138,7 @@ class NativeLayers:
 
     def call(self, index: int, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if index < self._end and args and args[0] is self._ahead:
-            return self._ahead  # the call of an earlier layer went on through this one
+            return self._ahead  # an earlier layer's tape has run this layer too
         view, native = self._forward.view, self._natives[index]
         if view is None or not view.packed or not args:
             return type(layer).forward(layer, *args, **kwargs)
@@ -171,12 +169,12 @@ class NativeLayers:
         return native.out(native.run(*inputs))
 
     def _end_of(self, index: int) -> int:
-        """Up to where layers may run as one call: whoever reads a layer's input needs to see it."""
+        """The layer before which one call must end: the hidden tap has to see the inputs that it reads."""
         read = [place for place in self._forward.tap.layers if place > index]
         return min(read, default=len(self._layers))
 
     def _view_record(self, view: View, native: _Native) -> Any:
-        """What a tape needs of the pass; None where the graph runs as it is."""
+        """The pass's data for a tape; None where the graph runs without one."""
         cache = self._forward.cache
         if native.tape is None or not self._forward.exact or not fits_slab(cache.keys, cache.values, view):
             return None
@@ -192,7 +190,7 @@ class NativeLayers:
 
 
 class _Native:
-    """One kind of layer. given: places among the inputs of what the model hands over, and which of its tensors."""
+    """One kind of layer. given: pairs of a graph input's index and the index of the model's tensor that it gets."""
 
     def __init__(
         self, layer: nn.Module, args: Any, kwargs: Any, attention: Any, products: dict[str, nn.Module]
@@ -207,7 +205,7 @@ class _Native:
                 graph.erase_node(node)
         self.kernels = sum(_replace(graph, node, names) for node in list(graph.nodes))
         for node in list(graph.nodes):
-            # by name: an operator of that name that is collected now takes this one's object from torch.ops with it
+            # compared by name: when an older operator of this name is collected, torch.ops loses this one's object
             if str(node.target) == str(attention.call):
                 node.target = attention.attend
                 query, key, *rest = node.args
@@ -232,18 +230,18 @@ class _Native:
         self.tape: TapeRun | None = None
 
     def tape_over(self, inputs: list[Any], attention: Any) -> TapeRun | None:
-        """The graph as one call, made of the first layer's inputs; None where an operation of it has no kernel."""
+        """The graph as one call, built from the first layer's inputs; None where an operation has no kernel."""
         if self.tape is None and self.single:
             with suppress(NoTape):
                 self.tape = TapeRun(Tape(self.traced.graph.graph, self._order, inputs, attention.attend_rotated))
         return self.tape
 
     def out(self, made: Any) -> Any:
-        """What the graph made, as the layer gives it."""
+        """The graph's output in the form of the layer's output."""
         return made[0] if self.single else pytree.tree_unflatten(made, self.traced.out_spec)
 
     def inputs_of(self, layer: nn.Module) -> list[Any]:
-        """A layer's weights and products in the order of the graph's inputs; None: what the model hands over."""
+        """A layer's weights and products in the order of the graph's inputs; None for what the model passes in."""
         known: dict[str, Any] = dict(layer.named_parameters(remove_duplicate=False))
         known |= dict(layer.named_buffers(remove_duplicate=False)) | self.traced.constants
         for names in self._merged:
@@ -254,7 +252,7 @@ class _Native:
 
 @contextmanager
 def _plain_linears(layer: nn.Module) -> Iterator[dict[str, nn.Module]]:
-    """Meanwhile products of every kind are linear layers without content, as tracing knows them; → what they are."""
+    """In this context empty linear layers replace products of every kind, for tracing; → the replaced modules."""
     found: dict[str, nn.Module] = {
         name: module
         for name, module in layer.named_modules()
@@ -272,8 +270,7 @@ def _plain_linears(layer: nn.Module) -> Iterator[dict[str, nn.Module]]:
 
 
 def _use_products(graph: fx.Graph, names: dict[fx.Node, str], products: dict[str, nn.Module]) -> list[list[str]]:
-    """Linear nodes call the layer's modules, which stand where their weights stood; those of one input, and of a kind
-    that can be merged, become one. → the names of the modules of each call"""
+    """Let linear nodes call the layer's modules, merged where input and kind agree; → the modules' names by call"""
     groups: dict[Any, list[fx.Node]] = {}
     for node in graph.nodes:
         name = names.get(node.args[1], "").removesuffix(".weight") if node.target is LINEAR else ""
@@ -313,11 +310,11 @@ def _part(x: Tensor, start: int, end: int) -> Tensor:
     return x[..., start:end]
 
 
-# ---- chains of operations that are one kernel ------------------------------------------------------------------------
+# ---- chains of operations that become one kernel ---------------------------------------------------------------------
 
 
 def _replace(graph: fx.Graph, node: fx.Node, names: dict[fx.Node, str]) -> bool:
-    """Put a kernel in the place of the chain that ends in this node; → whether one was known."""
+    """Replace the chain that ends in this node by a kernel; → whether there is such a kernel."""
     for known in (_as_rms_norm, _as_silu_times, _as_rotation):
         call = known(node, names)
         if call is not None:

@@ -1,5 +1,5 @@
 """The searches of a CPU's greedy step, one kernel each: the largest logits, the lookup, and a draft's best children.
-torch's small operations take three tenths of a millisecond for each of them.
+With torch's small operations, each of them takes three tenths of a millisecond.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 from .base import OPTIONS, as_function, exponential, pointer, record_at, wide
 from .threads import range_of_thread, run_in_threads, task_record, thread_of, threads
 
-BLOCK = 1024  # numbers of one search for the largest
+BLOCK = 1024  # numbers that are searched at once for their largest
 INFINITE = 0x7F80  # bfloat16's bits of infinity; larger bits are NaN
 Largest = task_record("logits picked best count vocab")
 LARGEST = np.dtype(Largest)
-# tau: (beams) float32; the items are beams of one row after the other
+# tau: (beams) float32; the items are the beams of all rows, row by row
 Children = task_record("logits tau ids logp count beams vocab ranks")
 CHILDREN = np.dtype(Children)
 
@@ -29,7 +29,7 @@ def fits(logits: Tensor) -> bool:
 
 def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """logits (B, N, V) → the index of each node's largest logit, the first among equals, and that logit, float32; NaN
-    where one of them is NaN or infinite. (B, N) both"""
+    where a logit is NaN or the largest is infinite. (B, N) both"""
     rows, nodes, vocab = logits.shape
     picked = torch.empty(rows, nodes, dtype=torch.int64)
     best = torch.empty(rows, nodes, dtype=torch.float32)
@@ -53,7 +53,7 @@ def best_children(logits: Tensor, tau: Tensor, num_ranks: int) -> tuple[Tensor, 
 
 
 def continuation(history: Tensor, length: Tensor, num_tokens: int, longest: int, shortest: int) -> Tensor:
-    """As lookup.lookup. history (B, C), contiguous"""
+    """Like lookup.lookup. history (B, C), contiguous"""
     found = torch.full((len(length), num_tokens), -1, dtype=torch.int64)
     sizes = (*history.shape, num_tokens, longest, shortest)
     _continue(history.data_ptr(), length.data_ptr(), found.data_ptr(), *sizes)
@@ -62,7 +62,7 @@ def continuation(history: Tensor, length: Tensor, num_tokens: int, longest: int,
 
 @njit(inline="always", **OPTIONS)
 def run_items(task, function):
-    """A single item is not worth waking threads for."""
+    """Run in threads, but a single item without waking others."""
     task.threads = task.threads if task.count > 1 else 1
     run_in_threads(task, function)
 
@@ -74,7 +74,7 @@ def _find_largest(task_at, function):
 
 @as_function
 def largest_function(task_at):
-    """A thread's part of the nodes."""
+    """One thread's share of the nodes."""
     task = record_at(task_at, LARGEST)
     count, vocab, logits_at = task.count, task.vocab, task.logits
     picked = carray(pointer(task.picked), (count,), np.int64)
@@ -108,7 +108,7 @@ def _argmax(numbers):
 
 @njit(inline="always", **OPTIONS)
 def _ordered(half):
-    """int32 in the order of the bfloat16 numbers"""
+    """An int32 that sorts as the bfloat16 numbers do"""
     signed = np.int32(np.int16(half))
     return signed if signed >= 0 else np.int32(signed ^ np.int32(0x7FFF))
 
@@ -120,7 +120,7 @@ def _find_children(task_at, function):
 
 @as_function
 def children_function(task_at):
-    """A thread's part of the items."""
+    """One thread's share of the items."""
     task = record_at(task_at, CHILDREN)
     count, beams, vocab, ranks, logits_at = task.count, task.beams, task.vocab, task.ranks, task.logits
     taus = carray(pointer(task.tau), (beams,), np.float32)
@@ -155,7 +155,7 @@ def children_function(task_at):
 
 @njit(inline="always", **OPTIONS)
 def _wide_of(ordered):
-    """float32 of a number that `_ordered` gave"""
+    """The float32 of a number from `_ordered`"""
     return wide(np.uint16(ordered if ordered >= 0 else ordered ^ np.int32(0x7FFF)))
 
 
@@ -170,7 +170,7 @@ def _continue(history_at, length_at, found_at, rows, columns, num_tokens, longes
 
 @njit(**OPTIONS)
 def native_continue(history, length, found, keep, longest, shortest):
-    """lookup.lookup of one row; fills `found` if `keep`; → number of tokens found"""
+    """lookup.lookup for one row; fills `found` if `keep`; → number of tokens found"""
     best, at = shortest - 1, -1
     for end in range(length - 1, -1, -1):
         if best == longest:

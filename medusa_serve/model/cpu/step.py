@@ -1,6 +1,6 @@
 """A CPU's greedy step around the model's pass, as Numba kernels: gpu/step.py's three functions, with the same names and
-results, instead of torch's hundred small operations. After a pass that went through all weights, each of these
-operations takes three times its usual time.
+results, instead of torch's hundred small operations. After a pass has read all weights, each of those operations takes
+three times its usual time.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ TABLES = (
     "history lengths totals eos limits head_tokens head_parents head_depths found_tokens "
     "num_slots columns num_eos width chain "
 )
-# per_node, per_row, on: of what an Opened's tensors are parts
+# per_node, per_row, on: the tensors that hold an Opened's fields
 Opening = record(TABLES + "slots active per_node per_row on rows nodes num_lookup")
 OPENING = np.dtype(Opening)
-# results: the host's lines, then tokens and path of each · rest: drop all drafts and look nothing up
+# results: for each row a line for the host, then tokens and path · rest: drop all drafts and look nothing up
 Closing = record(
     TABLES + "slots active before tokens parents drafted picked usable results per_row rows nodes depths rest"
 )
@@ -42,9 +42,9 @@ KEEPING = np.dtype(Keeping)
 
 def _tables_of(tables: SlotTables) -> tuple[int, ...]:
     heads, history, lookup = tables.heads, tables.history, tables.lookup
-    parts = history, tables.length, tables.total, tables.eos, tables.node_limit, *heads, lookup
+    tensors = history, tables.length, tables.total, tables.eos, tables.node_limit, *heads, lookup
     sizes = *history.shape, tables.eos.shape[1], heads.tokens.shape[1], lookup.shape[1]
-    return *(part.data_ptr() for part in parts), *sizes
+    return *(tensor.data_ptr() for tensor in tensors), *sizes
 
 
 def open_step(tables: SlotTables, slots: Tensor, active: Tensor, shape: Shape) -> Opened:
@@ -167,7 +167,7 @@ def _close(task_at):
             for end in range(num_eos):
                 finished = finished or eos[slot, end] == token
             node = -1
-            for n in range(nodes - 1, 0, -1):  # from the last: a parent's flag is read before it is overwritten
+            for n in range(nodes - 1, 0, -1):  # backwards, to read a parent's flag before it is overwritten
                 alive[n] = alive[parents[row, n]] and tokens[row, n] == token
                 node = n if alive[n] else node
             alive[0] = False

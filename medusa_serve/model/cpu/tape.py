@@ -1,7 +1,7 @@
 """A traced decoder layer as one call: if all operations of its graph have kernels, the kernels run one after the other
-without Python in between. That halves a small model's pass.
+without Python in between. That halves a small model's time.
 
-`Tape.ops` says what to do, `Tape.weights_of` where a layer's weights are, attention's `view_record` what the pass sees.
+`Tape.ops` has the operations, `Tape.weights_of` the addresses of a layer's weights, `view_record` the pass's data.
 Values are columns of buffers of M rows of bfloat16: buffer 0 is the layer's input, the last one its output. Every value
 is rounded as the graph rounds it, so that tape and graph give the same bits.
 """
@@ -27,7 +27,7 @@ from .layer_ops import native_rms_norm, native_silu_times
 from .threads import call, range_of_thread, run_in_threads, task_record, thread_of, threads, use_threads, wait_for_all
 
 NORM, MULTIPLY, ADD, SILU_TIMES, ATTEND = range(5)
-# a, b, c, out: numbers of buffers; …_column: the first column in it · width: columns of a · bits: of a product's
+# a, b, c, out: numbers of buffers · …_column: the first column there · width: columns of a · bits: of a product's
 # weights · dim … kv_heads: attention's · number: ε or scaling
 Operation = record(
     "kind a a_column b b_column c c_column out width bits dim value_dim window heads kv_heads", number=ctypes.c_double
@@ -42,7 +42,7 @@ TAPE = np.dtype(TapeTask)
 
 
 class Value(NamedTuple):
-    """Columns of a buffer. dim: of a head, once the columns are seen as heads"""
+    """Columns of a buffer. dim: a head's size, once the columns are viewed as heads"""
 
     buffer: int
     column: int
@@ -55,15 +55,15 @@ class NoTape(Exception):
 
 
 class Tape:
-    """ops: an array of Operation · buffers (n, 2) int64: first column of a row of M, and width"""
+    """ops: an array of Operation · buffers (n, 2) int64: each buffer's first column, and its width"""
 
     def __init__(self, graph: fx.Graph, order: dict[fx.Node, int], inputs: list[Any], attend: Any) -> None:
-        """order: the graph's inputs by index · inputs: a layer's; None for what the model hands over · attend: the
+        """order: the index of each graph input · inputs: a layer's; None for what the model passes in · attend: the
         operator that rotates and attends. Raises NoTape."""
         self._inputs, self._attend = inputs, attend
         self._ops: list[Any] = []
         self._widths: list[int] = []
-        self._weights: list[int] = []  # of each operation: the index of its input, -1: none
+        self._weights: list[int] = []  # each operation's weights: the index of that input, -1: none
         self._values: dict[fx.Node, Any] = {}
         self.positions: tuple[int, ...] = ()  # the indices of cosines and sines among the inputs
         self._order = order
@@ -76,13 +76,13 @@ class Tape:
                 self._values[node] = self._read(node)
         starts = np.cumsum([0, *self._widths[1:-1], 0])
         self.buffers = np.array([[0, *starts[: len(self._widths) - 1]], self._widths], np.int64).T.copy()
-        self.width = int(starts[-1])  # of the buffers between the input and the output
+        self.width = int(starts[-1])  # of all buffers between the input and the output
         self.ops = (Operation * len(self._ops))(*self._ops)
-        self.room = max(_room(op) for op in self._ops)  # scratch of a row of M
+        self.room = max(_room(op) for op in self._ops)  # 16-bit numbers of scratch for each row
         del self._inputs, self._attend, self._values, self._order, self._ops
 
     def weights_of(self, inputs: list[Any]) -> np.ndarray:
-        """(O, 2) addresses: the weights of a layer that each operation reads, and their scales."""
+        """(O, 2) addresses: the weights that each operation reads in a layer, and their scales."""
         found = np.zeros((len(self._weights), 2), np.int64)
         for row, place in zip(found, self._weights, strict=True):
             given = inputs[place] if place >= 0 else None
@@ -201,7 +201,7 @@ class TapeRun:
         self, x: Tensor, weights: np.ndarray, view: Any, keys: Tensor, values: Tensor, kept: Mapping[int, Tensor]
     ) -> Tensor:
         """x (1, M, H) → (1, M, H), through L layers. weights (L, O, 2) · view: attention.view_record's · keys, values:
-        these layers' slabs, (L, S, C, kv_heads, dim) · kept: by layer's number, a tensor (1, M, H) that gets a copy of
+        these layers' slabs, (L, S, C, kv_heads, dim) · kept: by layer's number, a tensor (1, M, H) that receives
         the layer's input"""
         tape, rows, out = self.tape, x.shape[1], torch.empty_like(x)
         inputs = np.zeros(len(keys), np.int64)
@@ -228,10 +228,10 @@ def _run(task_at, function):
 
 @as_function
 def tape_function(task_at):
-    """A thread's part of every operation.
+    """One thread's share of every operation.
 
-    A thread computes the same rows of all operations that read each row alone. Products and attention divide their work
-    anew: all threads wait for each other after them, and inside them after the part that each does of its own rows."""
+    In operations that read each row alone, a thread always computes the same rows. Products and attention divide their
+    work anew: inside them all threads wait for each other after their own rows, and once more at the end."""
     task = record_at(task_at, TAPE)
     thread = thread_of(task)
     count, rows, layers, num_buffers = task.count, task.rows, task.layers, task.num_buffers

@@ -1,7 +1,7 @@
-"""Kernels run on OpenMP's threads, the same ones that torch's products run on.
+"""Runs kernels on OpenMP's threads, which torch's products use too.
 
 OpenMP's workers wait actively for the next product. Numba's own threads would be a second set on the same cores, and
-each set would keep the other from that.
+neither set could wait actively.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VOID, ADDRESS, INT = ir.VoidType(), ir.IntType(8).as_pointer(), ir.IntType(32)
 
 
 def task_record(fields: str, **others: Any) -> Any:
-    """The record of a task for several threads: it begins with what `Threads.given` gives."""
+    """The record of a task for several threads: its first fields are those of `Threads.given`."""
     return record(f"threads openmp {fields}", **others)
 
 
@@ -32,7 +32,7 @@ class Threads:
     """OpenMP's threads; a single thread where a function is missing."""
 
     def __init__(self, functions: list[int]) -> None:
-        """functions: addresses of FUNCTIONS; empty: there are none"""
+        """functions: addresses of FUNCTIONS; empty if one is missing"""
         self._functions = np.array(functions or [0] * len(FUNCTIONS), np.int64)
         self._address, self._usable = self._functions.ctypes.data, bool(functions)
 
@@ -71,27 +71,27 @@ def run_in_threads(task, function):
 
 @njit(inline="always", **OPTIONS)
 def thread_of(task):
-    """The number of the thread that runs this, among the task's."""
+    """The number of the calling thread among the task's threads."""
     return _number(_openmp(task, NUMBER)) if task.threads > 1 else 0
 
 
 @njit(inline="always", **OPTIONS)
 def wait_for_all(task):
-    """Wait until all of the task's threads are here."""
+    """Wait until all of the task's threads have come here."""
     if task.threads > 1:
         _wait(_openmp(task, BARRIER))
 
 
 @njit(inline="always", **OPTIONS)
 def range_of_thread(count, task, thread):
-    """(first, end): which of `count` items a thread computes; a single item is the first thread's."""
+    """(first, end): which of `count` items a thread computes; a single item goes to the first thread."""
     threads = task.threads
     return (count * thread + threads - 1) // threads, (count * (thread + 1) + threads - 1) // threads
 
 
 @njit(inline="always", **OPTIONS)
 def use_threads(task, other):
-    """A task that the other one's threads take part in."""
+    """Let the other task's threads run this task."""
     task.threads, task.openmp = other.threads, other.openmp
 
 

@@ -1,4 +1,4 @@
-"""LLVM's vectors of eight or sixteen numbers, for kernels in which Numba's code for loops is slow."""
+"""LLVM's vectors of eight or sixteen numbers, for kernels where Numba's code for loops is slow."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Vectors:
         return value
 
     def ask_for(self, address: Any) -> None:
-        """Prefetch the cache line there; nothing happens if there is no memory."""
+        """Prefetch the cache line at an address, which need not be valid."""
         where = self.b.inttoptr(address, I8.as_pointer())
         self.b.call(self._fetch, [where, *(ir.Constant(I32, number) for number in (0, 3, 1))])
 
@@ -61,7 +61,7 @@ class Vectors:
         return self.b.shuffle_vector(self.b.insert_element(nothing, number, ir.Constant(I32, 0)), nothing, places)
 
     def two_wide(self, address: Any) -> tuple[Any, Any]:
-        """Twice as many bfloat16 → float32: the even elements, the odd ones. That is cheaper than their own order."""
+        """Twice as many bfloat16 → float32: the even and the odd elements. Keeping their order would cost more."""
         both = self.load(address, self.words, 2)
         odd = self.b.and_(both, same(self.words, 0xFFFF0000))
         return self.as_floats(self.b.shl(both, same(self.words, 16))), self.as_floats(odd)
@@ -81,14 +81,14 @@ class Vectors:
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer())).align = align
 
     def variables(self, count: int, first: Any) -> list[Any]:
-        """`count` variables with this first value, which loops may change."""
+        """`count` variables with this initial value; loops may change them."""
         found = [cgutils.alloca_once(self.b, first.type) for _ in range(count)]
         for each in found:
             self.b.store(first, each)
         return found
 
     def keep(self, address: Any, numbers: Any) -> None:
-        """float32 → bfloat16 as base.half"""
+        """Store float32 as bfloat16, rounded like base.half"""
         b, bits = self.b, self.b.bitcast(numbers, self.words)
         odd = b.and_(b.lshr(bits, same(self.words, 16)), same(self.words, 1))
         rounded = b.lshr(b.add(b.add(bits, same(self.words, 0x7FFF)), odd), same(self.words, 16))

@@ -1,6 +1,6 @@
 """Compiles the kernels of a CPU's passes while a model is read. At the first start on a machine that takes half a
-minute, and only LLVM's part of it leaves the interpreter to other threads. So a second process compiles half of the
-kernels if the first kernel was not found on the disk.
+minute, and other Python threads can run only during LLVM's part of it. So a second process compiles half of the kernels
+if the disk cache lacks the first one.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import threading
 import time
 from pathlib import Path
 
-FOUND_S = 0.2  # a kernel that is on the disk is read in a twentieth of that
+FOUND_S = 0.2  # reading a kernel from the disk cache takes a twentieth of that
 PROCESS_S = 120.0
 
 
 def kernels_ahead() -> threading.Thread:
-    """Begin, in a thread. A kernel that fails here raises its error again where it is used."""
+    """Start compiling in a thread. A kernel that fails here raises its error again where it is used."""
     thread = threading.Thread(target=_make, name="medusa-kernels", daemon=True)
     thread.start()
     return thread
@@ -34,7 +34,7 @@ def _make_all() -> None:
     from .int_products import product_function
     from .search import children_function, largest_function
 
-    largest_function()  # Numba prepares itself at its first kernel
+    largest_function()  # with its first kernel Numba prepares itself, too
     began = time.perf_counter()
     children_function()
     process = _second_process() if time.perf_counter() - began > FOUND_S else None

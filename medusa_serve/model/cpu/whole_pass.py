@@ -1,8 +1,8 @@
-"""A CPU's pass without the model's Python around its layers: embedding, tape, final norm, output layer. Behind a tape
-that went through the weights nothing of the interpreter is in a cache, and what takes 0.3 ms alone takes 1.5 there.
+"""A CPU's pass without the model's Python around its layers: embedding, tape, final norm, output layer. After a tape
+has read all weights, the caches hold nothing of the interpreter: Python code of 0.3 ms then takes 1.5 ms.
 
-Nothing of this is taken on trust: a pass of the model itself shows which module makes what, by the tensors that they
-hand on, and its logits must come out again. Where it is put together otherwise, the model's own code goes on.
+A pass of the model itself shows, by the tensors that its modules pass on, which module computes what. The pass here
+must give the same logits. If a model is built differently, its own code stays in use.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .layer_ops import rms_norm
 from .tape import TapeRun
 
 TOLERANCE = 0.02  # of the logits' norm
-ROUNDED = 2**-7  # of one number, by a kernel whose sums have another order
+ROUNDED = 2**-7  # of one number, by a kernel that sums in another order
 
 
 class Call(NamedTuple):
-    """Of a module in the pass that is looked at."""
+    """A module's call in the observed pass."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -41,7 +41,7 @@ class OtherPass(Exception):
 
 @contextmanager
 def noted(model: nn.Module, layers: list[nn.Module]) -> Iterator[list[Call]]:
-    """The calls of the model's modules, meanwhile; of those in a layer the layer's alone."""
+    """The calls of the model's modules in this context; inside a layer, only the layer's own."""
     calls: list[Call] = []
     inside = {module for layer in layers for module in layer.modules()} - set(layers)
     hooks = [
@@ -57,7 +57,7 @@ def noted(model: nn.Module, layers: list[nn.Module]) -> Iterator[list[Call]]:
 
 
 class NativePass:
-    """A Pass without the model's code where `covers`, and `inner` elsewhere. Raises OtherPass."""
+    """A Pass without the model's own code for views that `covers` accepts; others go to `inner`. Raises OtherPass."""
 
     packs = True
 
@@ -97,7 +97,7 @@ class NativePass:
         return self._run(tokens, positions, view, None if isinstance(keep, int) else keep)
 
     def _run(self, tokens: Tensor, positions: Tensor, view: View, at: Tensor | None) -> Tensor:
-        """tokens, positions (1, M) · at (R): of which tokens logits are wanted; None: of all → (1, R, V)"""
+        """tokens, positions (1, M) · at (R): the tokens that need logits; None: all → (1, R, V)"""
         places = F.embedding(positions, self._positions)
         cos, sin = places[..., : self._dim], places[..., self._dim :]
         cache, tap = self._forward.cache, self._forward.tap
@@ -111,7 +111,7 @@ class NativePass:
         return self._output(x if at is None else x[:, at])
 
     def _compare(self, tokens: Tensor, positions: Tensor, wanted: Tensor) -> None:
-        """Raises OtherPass where a causal pass over a slot of its own gives other logits."""
+        """Raises OtherPass where a causal pass over a separate slot gives other logits."""
         with self._forward.aside():
             view = chain_view([0], [0], [tokens.shape[1]], tokens.device)
             view.packed = True
@@ -128,13 +128,13 @@ def calls_of(layers: list[nn.Module], calls: list[Call]) -> list[Call]:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether these are the same numbers at the same place."""
+    """Whether these are the same numbers at the same address."""
     both = isinstance(a, Tensor) and isinstance(b, Tensor) and a.data_ptr() == b.data_ptr()
     return both and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
 def hands_on(calls: list[Call]) -> bool:
-    """Whether each module's input is what the one before made."""
+    """Whether each module's input is the output of the one before."""
     return all(_same(after.args[0], before.out) for before, after in zip(calls, calls[1:], strict=False))
 
 
@@ -149,19 +149,19 @@ def _embedding(calls: list[Call], model: Any, first: Tensor) -> Any:
 def _output(calls: list[Call], model: Any) -> tuple[nn.Module, Call]:
     module = model.get_output_embeddings()
     call = next((call for call in calls if call.module is module), None)
-    whole = next((call.out for call in calls if call.module is model), None)
-    if call is None or not call.args or not _same(call.out, getattr(whole, "logits", None)):
+    result = next((call.out for call in calls if call.module is model), None)
+    if call is None or not call.args or not _same(call.out, getattr(result, "logits", None)):
         raise OtherPass("its logits are more than the output layer's")
     return module, call
 
 
 def _norm(calls: list[Call], last: Any, wanted: Tensor) -> Callable[[Tensor], Tensor]:
-    """From the last layer's output to the output layer's input: a kernel where it is one's norm."""
+    """From the last layer's output to the output layer's input: a kernel if one gives the same numbers."""
     if _same(last, wanted):
         return lambda x: x
     found = [call for call in calls if call.args and _same(call.args[0], last) and _same(call.out, wanted)]
     if len(found) != 1 or len(found[0].args) > 1 or found[0].kwargs:
-        raise OtherPass("there is more than a norm behind its layers")
+        raise OtherPass("there is more than a norm after its layers")
     module: Any = found[0].module
     weight = getattr(module, "weight", None)
     for name in ("variance_epsilon", "eps"):
@@ -174,8 +174,8 @@ def _norm(calls: list[Call], last: Any, wanted: Tensor) -> Callable[[Tensor], Te
 
 
 def _positions(calls: list[Call], layer: Call, columns: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position, side by side, (columns, 2·dim), from the module that makes what the layers
-    get; and the positions of the pass that was looked at, (1, M)."""
+    """Cosines and sines of every position, side by side, (columns, 2·dim), from the module that makes them
+    for the layers; and the positions of the observed pass, (1, M)."""
     given = [value for value in (*layer.args[1:], *layer.kwargs.values()) if isinstance(value, tuple)]
     made = [call for call in calls if any(value is call.out for value in given)]
     if len(made) != 1 or len(given) != 1 or len(given[0]) != 2:
@@ -183,7 +183,7 @@ def _positions(calls: list[Call], layer: Call, columns: int) -> tuple[Tensor, Te
     module, args, kwargs, out = made[0]
     every = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dtype == torch.int64]
     if len(every) != 1 or every[0].dim() != 2 or any(part.dim() != 3 for part in out):
-        raise OtherPass("its cosines and sines come of more than positions")
+        raise OtherPass("its cosines and sines are made from more than positions")
     (seen,) = every
 
     def of(positions: Tensor) -> Tensor:

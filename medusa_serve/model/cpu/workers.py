@@ -1,8 +1,8 @@
 """OpenMP's worker threads. Nothing here needs Numba.
 
-Each thread that multiplies has workers of its own. Where the workers of two threads are together more than the cores,
-libgomp lets all of them sleep after every product instead of waiting for the next one, and both threads take twice as
-long (measured on two cores). So a thread with nothing to compute gives its workers up; the next product makes new ones.
+Each thread that multiplies has its own workers. If the workers of two threads outnumber the cores, libgomp lets all of
+them sleep after every product, instead of waiting actively for the next one, and both threads take twice as long
+(measured on two cores). So a thread with nothing to compute gives its workers up; the next product makes new ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PAUSE_SOFT = 1  # omp_pause_soft: variables keep their values
 
 
 def give_up_workers() -> bool:
-    """End the calling thread's idle OpenMP workers; → False where that cannot be done (no Linux, no OpenMP 5)."""
+    """End the calling thread's idle OpenMP workers; → False where that is impossible (no Linux, no OpenMP 5)."""
     pause = _pause()
     return pause is not None and pause(PAUSE_SOFT) == 0
 
@@ -41,7 +41,7 @@ def _function(name: str) -> Any:
         return None
     paths = {fields[5] for line in maps if len(fields := line.split(maxsplit=5)) == 6}
     loaded = [path for path in sorted(paths) if Path(path).name.startswith(LIBRARIES)]
-    # torch's wheel brings its own; a library that something else loaded has none of torch's workers
+    # torch's wheel contains its own; another copy that something else loaded does not have torch's workers
     for path in sorted(loaded, key=lambda path: "/torch" not in path):
         function = getattr(ctypes.CDLL(path), name, None)
         if function is not None:

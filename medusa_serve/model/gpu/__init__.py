@@ -1,7 +1,7 @@
-"""A GPU's kernels and captures: everything that needs Triton, Inductor or CUDA graphs, and nothing else.
+"""The kernels and captures for GPUs: all code that needs Triton, Inductor or CUDA graphs, and nothing else.
 
-kernels     the operations of a step by Triton     graphs · capture  a whole step as a CUDA graph
+kernels     the operations of a step by Triton     graphs · capture  a complete step as a CUDA graph
 attention   tree attention over slots              pick              each node's token from its logits
-step        what is around the pass                search · noise    the tree search; keyed noise in kernels
+step        opens and closes a step                search · noise    the tree search; keyed noise in kernels
 layers      decoder layers compiled                compiled_heads    heads compiled     background  both, while idle
 """

@@ -1,9 +1,9 @@
 """Tree attention as two Triton kernels: split-K over the history, ancestor bits for the tree (sm_80 and newer).
 
-Lengths are read on the device, so one captured step serves every length, and each row costs what its own sequence
+The kernels read lengths on the device, so one captured step serves every length, and a row costs what its own sequence
 needs. The GQA group and the nodes are packed into the rows of one tile, so that keys and values are read once. SDPA
-reads the longest row's width for all, and does not split a long history over the chip for a few rows (flash-decoding,
-Dao et al. 2023).
+reads the longest row's width for all rows, and does not split a few rows' long history over the chip, as flash-decoding
+does (Dao et al. 2023).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from ..forward.view import View
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a CPU build of torch brings none; `available` says so
+except ImportError:  # a CPU build of torch has no Triton; `available` says so
     triton = None
 
-MAX_DIM = 128  # of keys and values: larger tiles do not fit beside each other
+MAX_DIM = 128  # of keys and values: larger tiles do not fit together
 ROWS, COLUMNS = 64, 64  # tile: packed query rows at most, and key columns
 COMBINED = 4  # packed query rows of a program that joins splits
 
 
 @lru_cache
 def available(device: torch.device) -> bool:
-    """Triton is there and has matrix kernels for this GPU (not for a T4: they were dropped for sm_75 in Triton 3.3)."""
+    """Whether Triton is here and has matrix kernels for this GPU (not for a T4: Triton 3.3 dropped them for sm_75)."""
     return triton is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -88,7 +88,7 @@ def write_rows(
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> None:
-    """Put the new rows of a layer into its part of the slab, as SlotCache.write does: one kernel instead of eight.
+    """Write a layer's new rows into its part of the slab, as SlotCache.write does: one kernel instead of eight.
 
     slabs (S, C, kv_heads, dim) · slots (B) · columns (B, N) · keys, values (B, kv_heads, N, dim), their last dimension
     contiguous"""
@@ -105,7 +105,7 @@ def write_rows(
 
 @lru_cache
 def _splits(programs: int, device: torch.device) -> int:
-    """From static shapes alone (never from lengths): enough programs for two a multiprocessor."""
+    """How many splits, from static shapes only (never from lengths): for two programs per multiprocessor."""
     wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count // max(1, programs)
     return max(1, min(16, 1 << max(0, wanted).bit_length() - 1 if wanted else 1))
 
@@ -186,7 +186,7 @@ if triton is not None:
         NEW: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, DIM: tl.constexpr,
         VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """The keys and values of one new token."""
+        """Write the keys and values of one new token."""
         token = tl.program_id(0)
         row, node = token // NEW, token % NEW
         slot, column = tl.load(slots + row), tl.load(columns + token)

@@ -1,6 +1,6 @@
-"""What makes a GPU's steps faster and takes seconds: compiled layers, compiled heads, and the times of the steps that
-come of them. The first answers do not wait for it: it is a generator, and an idle engine does one part at a time, so
-that a request which comes meanwhile waits for no more than the part under way."""
+"""Work that takes seconds and makes a GPU's steps faster: it compiles layers and heads, and times the new steps. The
+first answers do not wait for it: it is a generator, and an idle engine does one part at a time, so that a request that
+comes meanwhile waits only for the part under way."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from ..runner import ModelRunner
 
 SOON = "decoder layers are fused while the engine idles"
-LOOK_S = 0.05  # between looks at a thread
+LOOK_S = 0.05  # between two checks of a thread
 
 
 def fuses(forward: TreeForward, config: EngineConfig) -> bool:
-    """Whether there is such work: where steps are captured, unless the layers are to run as they are."""
+    """Whether there is such work: if steps are captured, unless the config says that layers stay unchanged."""
     return forward.model.device.type == "cuda" and forward.can_capture and config.compile is not False
 
 
 class Fusing:
-    """The work for a runner whose slots are free whenever a part is done.
+    """The work for a runner. Its slots must be free whenever a part is done.
 
-    check: as selftest.check, of packed passes over slots 0 and 1, which are set aside for it · wanted: as of
-    fuse_layers · what: names the model among the step times that are kept in `cache`; "" times none
+    check: selftest.check of packed passes over slots 0 and 1, which are set aside for it · wanted: as in fuse_layers ·
+    what: the model's name among the step times that are kept in `cache`; "": nothing is timed
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class Fusing:
         self._forward: Any = runner.forward
 
     def plan(self, notes: list[str]) -> Timing:
-        """Before the first request: the work, and what is known of the steps after it. In notes, SOON gives way to what
-        came of it. Raises torch.OutOfMemoryError where the memory is not enough for the largest step."""
+        """Before the first request: the work, and the known times of the steps after it. In notes, the outcome replaces
+        SOON. Raises torch.OutOfMemoryError where the memory is too small for the largest step."""
         if not self._what:
             return Timing(faster=self._parts(notes))
         expected = self._name("compiled" if compiles(self._forward, self._wanted) else "merged")
@@ -77,13 +77,13 @@ class Fusing:
             return self._check()
 
     def _name(self, kind: str) -> str:
-        """Times hold for one kind of layers."""
+        """The name of step times: they hold for one kind of layers."""
         return f"{self._what}, layers {kind}"
 
 
 def imported(*names: str) -> Iterator[None]:
-    """Import modules in a thread: that takes seconds, but lets others run in between. What fails raises where it is
-    imported again, to be used."""
+    """Import modules in a thread: that takes seconds, but other threads can run meanwhile. An import that fails here
+    raises its error where the module is used."""
 
     def run() -> None:
         with contextlib.suppress(Exception):

@@ -1,9 +1,9 @@
-"""A pass as a CUDA graph: one capture at a time in a process, all on one stream, and one that was broken from outside
-may be tried again.
+"""Captures a pass as a CUDA graph: one capture at a time in a process, all on one stream. A capture that something else
+broke is tried once more.
 
-A capture ends invalid when another thread waits for the whole device meanwhile (torch.cuda.synchronize in a notebook's
-cell, a compiler that times kernels, another engine's capture). What belongs to a stream, cuBLAS's workspaces of some
-32 MB among it, stays for the life of the process: a stream for each capture would cost as much each time.
+A capture becomes invalid when another thread waits for the entire device meanwhile (torch.cuda.synchronize in a
+notebook's cell, a compiler that times kernels, another engine's capture). A stream's memory, such as cuBLAS's
+workspaces of some 32 MB, stays for the life of the process: a stream for each capture would cost that much each time.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ..loading.process_lock import TURN
 
 
 def capture(body: Callable[[], Any], device: torch.device, pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Run body, so that its kernels are compiled, and again into a graph; → the graph and what the last run gave. The
-    graph's pool is another one than `pool` where a broken capture was tried again. Raises CaptureFailed,
-    torch.OutOfMemoryError, and what body raises."""
+    """Run body, which compiles its kernels, then capture a second run; → the graph and the second run's result. The
+    graph's pool is not `pool` where a broken capture was tried again. Raises CaptureFailed, torch.OutOfMemoryError,
+    and what body raises."""
     here = torch.cuda.current_stream(device)
     with TURN:
         side = _stream(device)
@@ -31,7 +31,7 @@ def capture(body: Callable[[], Any], device: torch.device, pool: Any) -> tuple[t
         here.wait_stream(side)
         try:
             return _captured(body, side, here, pool)
-        except CaptureFailed:  # torch's random numbers, too, are right again behind the next one that succeeds
+        except CaptureFailed:  # the next capture that succeeds also repairs the state of torch's random numbers
             return _captured(body, side, here, None)
 
 
@@ -43,9 +43,9 @@ def _captured(
         with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             made = body()
     except torch.AcceleratorError as error:
-        torch.cuda.set_stream(here)  # torch stays on the capture's where that cannot be ended
-        # and believes that it is under way: its allocator would give nothing back to the driver any more, not even
-        # before it says that memory is short
+        torch.cuda.set_stream(here)  # torch stays on the capture's stream if the capture cannot be ended
+        # and believes that it is under way: its allocator would never again give memory back to the driver, not even
+        # before it reports that memory is short
         torch._C._cuda_endAllocateToPool(side.device_index, pool)
         torch._C._cuda_releasePool(side.device_index, pool)
         if "captur" not in str(error):

@@ -1,5 +1,5 @@
 """The cell of sequential heads compiled by Inductor: on a GPU a depth of the tree search launches thirty small kernels
-around its four products, and eight when it is compiled."""
+around its four products; once compiled, it launches eight."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from ...errors import reason_of
 from ..forward.replaced import replace_attributes
 
-STEPS = ("advance", "features", "_begin")  # the last one where heads have it
+STEPS = ("advance", "features", "_begin")  # some heads lack the last one
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}  # of the features' norm
-ROWS = (1, 5)  # of the check: one row, and any number of rows, are compiled apart
+ROWS = (1, 5)  # of the check: one row and several rows are compiled separately
 
 
 class Compiled:
@@ -32,9 +32,9 @@ class Compiled:
 
 
 def fuse_heads(heads: Any, hidden_width: int, changed: Callable[[], None]) -> Generator[None, None, str]:
-    """Compile the steps of heads that have them, unless they were before or give other numbers, part by part; → a note.
+    """Compile the heads' steps, part by part, unless that is done or gives other numbers; → a note.
 
-    hidden_width: of what `start` is given · changed: called when passes are no longer what was captured of them
+    hidden_width: of `start`'s input · changed: called when captured passes are out of date
     """
     steps = [name for name in STEPS if hasattr(heads, name)]
     if steps[:2] != list(STEPS[:2]):
@@ -55,7 +55,7 @@ def fuse_heads(heads: Any, hidden_width: int, changed: Callable[[], None]) -> Ge
             yield
         allowed = TOLERANCE.get(heads.output.weight.dtype, 0.05)
         why = next((f"their features differ by {error:.1%}" for error in errors if not error <= allowed), "")
-    except Exception as reason:  # two compilers' code: whatever it raises
+    except Exception as reason:  # two compilers run, which may raise anything
         why = reason_of(reason)
     if why:
         return f"heads are not compiled ({why})"
@@ -66,7 +66,7 @@ def fuse_heads(heads: Any, hidden_width: int, changed: Callable[[], None]) -> Ge
 
 @torch.inference_mode()
 def _features(heads: Any, hidden_width: int, rows: int) -> Tensor:
-    """Two depths behind random hidden states."""
+    """The features two depths after random hidden states."""
     weight = heads.output.weight
     random = torch.Generator(weight.device).manual_seed(rows)
     hidden = torch.randn(rows, hidden_width, generator=random, device=weight.device).to(weight.dtype)

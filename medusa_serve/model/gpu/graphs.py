@@ -1,12 +1,12 @@
-"""CUDA graphs of the whole step, one per (rows, shape, width, kind of sampling), captured on first use.
+"""CUDA graphs of complete steps, one per (rows, shape, width, kind of sampling), captured on first use.
 
 A Hugging Face forward launches hundreds of small kernels; from Python that takes ten times as long as running them.
-Captured once and replayed, a step costs what the device needs. Capture happens on the batch manager's thread, between
-steps, in thread-local mode: a notebook's main thread may use CUDA meanwhile (as transformers' own batching does), and
-what it breaks by waiting for the whole device is captured later.
+A step that is captured once and replayed takes only the device's time. Capture happens on the batch manager's thread,
+between steps, in thread-local mode: a notebook's main thread may use CUDA meanwhile (as transformers' own batching
+does). If it breaks a capture by waiting for the entire device, that pass is captured later.
 
-A capture is a pause for all that decode. So an idle engine captures ahead, and a step that is missing is made by one of
-more rows until that has cost as much as the capture (the ski-rental rule).
+A capture pauses every sequence. So an idle engine captures ahead, and a step with more rows replaces a missing step
+until its extra time has cost as much as the capture (the ski-rental rule).
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from ..timing import interpolated
 from .capture import capture
 
 log = logging.getLogger(__name__)
-TRIES = 3  # captures of a pass that something else breaks; then it stays as it is
-PREPARED, MOST_GRAPHS = 2048, 96  # rows x nodes of a step, and graphs at all, up to which an idle engine captures more
-FIRST_GRAPHS = 24  # of them, before anybody has asked for anything
-PREFILL_BLOCKS = (8, 16, 32, 64)  # of the prefill passes among them
-MANY_BLOCKS = 32  # at least: of those for many prompts
+TRIES = 3  # captures of a pass that something else may break; then the pass runs without one
+PREPARED, MOST_GRAPHS = 2048, 96  # limits of an idle engine's captures: rows x nodes of a step, and all graphs
+FIRST_GRAPHS = 24  # of these graphs, how many without a request for them
+PREFILL_BLOCKS = (8, 16, 32, 64)  # sizes of the prefill passes among these
+MANY_BLOCKS = 32  # the least blocks of a prefill pass for many prompts
 MIN_WIDTH = 256  # columns of keys read; doubled until the longest row fits
 
 
 class StepGraphs:
     """Replays of a step over B rows, a power of two; rows that do not decode are inactive.
 
-    A row is any slot, so that a few sequences cost a few rows wherever they lie; but where attention reads neighbouring
-    slots as they lie (no split-K kernel), row i is slot i."""
+    A row can be any slot, so that a few sequences cost a few rows, whatever their slots are. Only where attention reads
+    adjacent slots in place (no split-K kernel), row i is slot i."""
 
     def __init__(
         self,
@@ -54,23 +54,23 @@ class StepGraphs:
         prefill_rows: int,
         reads_lengths: bool,
     ) -> None:
-        """step, prefill: the bodies, as of step.Step · columns: of a slot · prefill_rows: prompts of a pass at most ·
-        reads_lengths: attention reads lengths on the device, as Kernels.reads_lengths"""
+        """step, prefill: the functions to capture, as in step.Step · columns: of a slot · prefill_rows: most prompts
+        of a pass · reads_lengths: whether attention reads lengths on the device (Kernels.reads_lengths)"""
         self._step, self._prefill = step, prefill
         self._device, self._num_slots, self._columns, self._prefill_rows = device, num_slots, columns, prefill_rows
         self._device_lengths = reads_lengths
-        self.activity: str | None = None  # "capturing …" meanwhile
+        self.activity: str | None = None  # "capturing …" during a capture
         self._slots = torch.arange(num_slots, device=device)
         self._active = torch.zeros(num_slots, dtype=torch.bool, device=device)
-        self._there: Any = None  # whose rows those two hold
-        # a graph and the facts that it writes; or, where it could not be captured, what makes them
+        self._there: Any = None  # the rows that those two hold now
+        # a graph and the results that it writes; or, where capture failed, None and the function that computes them
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph | None, torch.Tensor | Callable[[], torch.Tensor]]] = {}
         self._inputs: dict[tuple[int, int], torch.Tensor] = {}  # of prefill passes, by blocks and rows
-        self._seen: set[tuple[int, int, Needs]] = set()  # rows, width and needs of steps that were asked for
-        self._failed: dict[Any, int] = {}  # captures of it that something else broke
-        self._owed: dict[Any, float] = {}  # ms that others have cost in the place of a missing step
+        self._seen: set[tuple[int, int, Needs]] = set()  # rows, width and needs of the steps that were requested
+        self._failed: dict[Any, int] = {}  # how many captures of a pass something else broke
+        self._owed: dict[Any, float] = {}  # extra ms of the steps that replaced a missing one
         self._capture_ms = 0.0  # of the last capture
-        self._most = MOST_GRAPHS  # that an idle engine captures; 0 once the memory was full
+        self._most = MOST_GRAPHS  # graphs that an idle engine captures; 0 after the memory was full
         self._pool: Any = None
 
     @property
@@ -79,11 +79,11 @@ class StepGraphs:
         return self._device_lengths
 
     def rows(self, needed: int) -> int:
-        """Of the step that is captured for so many."""
+        """The rows of the captured step for this many."""
         return _power_of_two(needed, self._num_slots)
 
     def _key(self, rows: int, width: int, shape: Shape, needs: Needs) -> tuple[Any, ...]:
-        """Rows and width as they are captured."""
+        """The key of a captured step, with rows and width rounded up."""
         rows, columns = self.rows(rows), self._columns
         # split-K attention reads lengths on the device: no width to choose, and one graph for all lengths
         width = columns if self._device_lengths else min(_power_of_two(max(width, MIN_WIDTH)), columns)
@@ -98,7 +98,7 @@ class StepGraphs:
         step_ms: Mapping[tuple[int, int], float],
         active: bool = True,
     ) -> torch.Tensor:
-        """One step of these slots; → its facts, a line for each of them and more, overwritten by the next step.
+        """One step of these slots; → its results: a line for each slot, and others. The next step overwrites them.
 
         step_ms: known times by (B, N) · active False: a step that changes nothing"""
         needed = len(host_slots) if self._device_lengths else max(host_slots) + 1
@@ -116,7 +116,7 @@ class StepGraphs:
         return made()
 
     def _put_rows(self, host_slots: list[int], rows: int, active: bool) -> None:
-        """Most steps have the rows of the one before."""
+        """Copy the step's rows to the device, unless the last step had the same."""
         wanted = rows, active, host_slots
         if self._there == wanted:
             return
@@ -131,7 +131,7 @@ class StepGraphs:
         return lambda: self._step(slots, on, list(range(rows)), [0] * rows, width, shape, needs)
 
     def _have(self, key: tuple[int, int, Shape, Needs]) -> None:
-        """Capture the step unless it is there."""
+        """Capture the step unless that is done."""
         if key not in self._graphs:  # with every row inactive, neither warm-up nor capture changes a sequence
             self._active.zero_()
             self._there = None
@@ -140,8 +140,8 @@ class StepGraphs:
     def _had(
         self, key: Any, have: Callable[[], None], body: Callable[[], torch.Tensor], what: str
     ) -> Callable[[], torch.Tensor]:
-        """What makes the facts of a pass: its replay, or the pass kernel by kernel where it could not be captured, for
-        want of memory for good, else this once."""
+        """The function that computes a pass's results: its replay, or the pass kernel by kernel if its capture failed:
+        always from now on if memory was too small or after TRIES failures, else this once."""
         try:
             have()
         except (torch.OutOfMemoryError, CaptureFailed) as error:
@@ -152,11 +152,11 @@ class StepGraphs:
         return partial(self._play, key)
 
     def _play(self, key: Any) -> torch.Tensor:
-        graph, facts = self._graphs[key]
+        graph, results = self._graphs[key]
         if graph is None:
-            return facts()  # type: ignore[operator]
+            return results()  # type: ignore[operator]
         graph.replay()
-        return facts  # type: ignore[return-value]
+        return results  # type: ignore[return-value]
 
     def _put(self, place: torch.Tensor, values: torch.Tensor) -> None:
         place.copy_(values.pin_memory(), non_blocking=True)
@@ -164,7 +164,7 @@ class StepGraphs:
     def _stand_in(
         self, key: tuple[int, int, Shape, Needs], step_ms: Mapping[tuple[int, int], float]
     ) -> tuple[int, int, Shape, Needs]:
-        """The step of the fewest more rows that is there, until that has cost a capture; else the step itself."""
+        """The captured step with the fewest more rows, until that has cost as much as a capture; else the step."""
         rows, *rest = key
         larger = [count for count, *others in self._graphs if others == rest and count > rows]
         if not larger or not step_ms:
@@ -175,8 +175,8 @@ class StepGraphs:
         return key if self._owed[key] > self._capture_ms else (min(larger), *rest)
 
     def prepare(self, shapes: Iterable[Shape]) -> bool:
-        """Capture one pass that may be asked for; → whether there are more of them. All slots must be free: between
-        requests there is time, in the middle of an answer a capture is a pause."""
+        """Capture one pass that may be needed; → whether there are more of them. All slots must be free: a capture
+        would pause an answer that is being made."""
         ahead = self._ahead(list(shapes))
         make = next(ahead, None)
         if make is not None:
@@ -190,7 +190,7 @@ class StepGraphs:
         return next(ahead, None) is not None
 
     def _ahead(self, shapes: list[Shape]) -> Iterator[Callable[[], None]]:
-        """What is to be captured: every shape for rows that were seen; before, for one row, all, and those between."""
+        """The captures to make: all shapes for rows that were seen; then for one row, all, powers of two between."""
         for rows, width, needs in sorted(self._seen):
             for shape in shapes:
                 if self._is_due((rows, width, shape, needs), MOST_GRAPHS):
@@ -216,7 +216,7 @@ class StepGraphs:
         return small and key not in self._graphs and len(self._graphs) < min(most, self._most)
 
     def time(self, rows: int, shape: Shape, repeats: int) -> float:
-        """Milliseconds of a step of `rows` slots, none of which is active."""
+        """Milliseconds of a step of `rows` inactive slots."""
         self.run(list(range(rows)), self._columns, shape, PLAIN, {}, active=False)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         graph = self._graphs[self._key(rows, self._columns, shape, PLAIN)][0]
@@ -239,11 +239,11 @@ class StepGraphs:
         return [*host_slots, *islice(others, rows - len(host_slots))]
 
     def lines(self, host_slots: list[int]) -> list[int]:
-        """Which lines of the facts are theirs."""
+        """Which lines of the results belong to these slots."""
         return list(range(len(host_slots))) if self._device_lengths else host_slots
 
     def prefill(self, packed: Packed, needs: Needs) -> torch.Tensor:
-        """One packed prefill pass; → the facts of its R rows, overwritten by the next one."""
+        """One packed prefill pass; → the results of its R rows, which the next pass overwrites."""
         blocks, rows = len(packed.slots), len(packed.rows)
         key, inputs = ("prefill", blocks, rows, needs), self._inputs_of(blocks, rows)
         have, body = partial(self._have_prefill, blocks, rows, needs), self._prefill_body(inputs, needs)
@@ -261,7 +261,7 @@ class StepGraphs:
         return lambda: self._prefill(inputs, self._columns, needs)
 
     def _have_prefill(self, blocks: int, rows: int, needs: Needs) -> None:
-        """Capture the pass unless it is there; with no row in it, it changes nothing."""
+        """Capture the pass unless that is done; as it has no prompt in it, it changes nothing."""
         key = ("prefill", blocks, rows, needs)
         if key not in self._graphs:
             inputs = self._inputs_of(blocks, rows)
@@ -269,7 +269,7 @@ class StepGraphs:
             self._capture(key, self._prefill_body(inputs, needs), f"a prefill of {blocks} blocks")
 
     def blocks(self, least: int, rows: int, needs: Needs) -> int:
-        """Blocks of a prefill pass of `least`: the next captured size up to four times that, else a power of two."""
+        """Blocks of a prefill pass that needs `least`: a captured size up to four times that, or a power of two."""
         least = max(MIN_BLOCKS, _power_of_two(least))
         sizes = (least, 2 * least, 4 * least)
         return next((size for size in sizes if ("prefill", size, rows, needs) in self._graphs), least)
@@ -278,10 +278,10 @@ class StepGraphs:
         began = time.perf_counter()
         self.activity = f"capturing {what}"
         try:
-            pool, self._pool = self._pool, None  # one that a capture broke in takes no other
-            graph, facts = capture(body, self._device, pool)
+            pool, self._pool = self._pool, None  # a pool in which a capture broke takes no other capture
+            graph, results = capture(body, self._device, pool)
             self._pool = graph.pool()
-            self._graphs[key] = (graph, facts)
+            self._graphs[key] = (graph, results)
             self._owed.pop(key, None)
             self._capture_ms = (time.perf_counter() - began) * 1000
         except CaptureFailed:
@@ -291,7 +291,7 @@ class StepGraphs:
             self.activity = None
 
     def drop(self) -> None:
-        """Forget every capture: the passes are no longer what was captured. No step may be under way."""
+        """Drop every capture, because the passes have changed. No step may be under way."""
         settle(self._device)
         self._graphs.clear()
         self._owed.clear()

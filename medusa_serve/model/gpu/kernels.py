@@ -1,5 +1,5 @@
-"""The operations of a step by Triton kernels: a GPU's from compute capability 8.0 on. What a kernel does not cover goes
-to torch's operations."""
+"""The operations of a step on a GPU of compute capability 8.0 or more, by Triton kernels. Torch's operations do what a
+kernel does not cover."""
 
 from __future__ import annotations
 
@@ -117,6 +117,6 @@ class GpuKernels:
 
 
 def _pick(logits: Tensor, sampling: Sampling, position: Tensor) -> tuple[Tensor, Tensor]:
-    """As filters.pick. Always by this kernel, so that no row's noise depends on what the others ask for."""
+    """Like filters.pick, but always by this kernel, so that a row's noise does not depend on the other rows."""
     picked, best = pick_nodes(logits[:, None], sampling, position[:, None])
     return picked[:, 0], best[:, 0].isfinite()

@@ -1,7 +1,7 @@
-"""The decoder layers of a GPU's passes as one function of their weights (trace.py), compiled by Inductor, and called
-for every layer.
+"""The decoder layers of a GPU's passes as one function of their weights (forward/trace.py), compiled by Inductor, and
+called for every layer.
 
-A Hugging Face layer launches forty small kernels around its seven products; compiled it launches a dozen around four.
+A Hugging Face layer launches forty small kernels around its seven products; a compiled one, a dozen around four.
 The model keeps its modules: a merged weight is one tensor, and the layers' own weights become views of its rows.
 """
 
@@ -24,26 +24,26 @@ from ..forward.tree_forward import PlugInError, TreeForward
 from ..loading.process_lock import give_back
 from ..weights.nf4 import scales_of
 
-GIVEN_BACK = 1 << 24  # bytes of a layer's merged weights from which the separate ones' memory is given back at once
+GIVEN_BACK = 1 << 24  # bytes of a layer's merged weights; above it the separate ones' memory is freed at once
 
 
 class FusedLayers:
-    """Traced functions of a TreeForward's decoder layers, for passes that see all rows as one. `make` comes first, and
-    `compile` where compiled functions are wanted: both go part by part, and meanwhile the model runs as it is. `over`
-    gives the pass that they make, to be used until `close`."""
+    """Traced functions of a TreeForward's decoder layers, for packed passes (all rows as one). Call `make` first, and
+    `compile` where compiled functions are wanted: both work part by part, and the model runs unchanged meanwhile.
+    `over` gives the pass that uses these functions, until `close`."""
 
     def __init__(self, forward: TreeForward, layers: nn.ModuleList, *, merge: bool = True) -> None:
         self._forward, self._layers, self._merge = forward, list(layers), merge
         self.compiled = False
         self._operator = Operator(forward)
-        self._kinds: dict[str, dict[bool, TracedLayer]] = {}  # by what tells layers apart; whether a single token
+        self._kinds: dict[str, dict[bool, TracedLayer]] = {}  # by kind of layer; by whether it is a single token
         self._of: list[dict[bool, TracedLayer]] = []
         self._weights: list[dict[bool, list[Tensor | None]]] = []
 
     def make(self, moved: Callable[[], None]) -> Iterator[None]:
-        """A function for each kind of layer and for one token and many, from what a real pass hands the layers; then
-        their weights are merged, which takes them to another place. moved: called just before, since what was captured
-        of the passes reads the old one. Raises PlugInError where the layers cannot be traced."""
+        """Trace a function for each kind of layer, for one token and for many, with the inputs of a real pass; then
+        merge the layers' weights, which moves them. moved: called just before, because captured passes read the old
+        addresses. Raises PlugInError where the layers cannot be traced."""
         if any(scales_of(parameter) for layer in self._layers for parameter in layer.parameters()):
             raise PlugInError("four-bit weights are not traced")
         calls = {tokens: layer_calls(self._forward, self._layers, tokens) for tokens in (EXAMPLE, 1)}
@@ -57,12 +57,12 @@ class FusedLayers:
         for layer, mine in zip(self._layers, self._of, strict=True):
             merged = merge_weights(layer, mine[False].merged)
             if sum(weight.nbytes for weight in merged.values()) > GIVEN_BACK and torch.cuda.is_available():
-                give_back()  # or the separate weights' places stay taken: two thirds of the model again
+                give_back()  # else the separate weights' memory stays taken: two thirds of the model again
             self._weights.append({single: traced.weights_of(layer, merged) for single, traced in mine.items()})
         yield
 
     def compile(self) -> Iterator[None]:
-        """Have Inductor make its functions, by calls whose numbers nobody reads."""
+        """Let Inductor compile the functions, by calls with results that are not used."""
         for kind in self._kinds.values():
             index = next(index for index, mine in enumerate(self._of) if mine is kind)
             for single, traced in kind.items():
@@ -74,8 +74,8 @@ class FusedLayers:
                 yield
 
     def over(self, own: HfPass, *, compiled: bool) -> HfPass:
-        """The pass whose layers these are. own: the model's · compiled False: the traced functions run as they are,
-        with merged products alone (no Triton, or no wish to wait)"""
+        """The pass that runs these layers. own: the model's pass · compiled False: the traced functions run uncompiled,
+        only with merged products (no Triton, or no time to wait)"""
         self.compiled = compiled
         forwards = {layer: partial(self.call, index, layer) for index, layer in enumerate(self._layers)}
         return replace(own, layers=self, forwards=forwards)
@@ -101,9 +101,9 @@ def fuse_layers(
 ) -> Generator[None, None, str]:
     """Give the forward fused layers if they pass the self-test, compiled if they can be, part by part; → a note.
 
-    check: as selftest.check, of packed passes; it must touch no slot that is in use · changed: called when passes are
-    no longer what was captured of them · wanted: compiled ones; None: in half precision, where fused kernels round less
-    than the model's own, and not in float32, whose text is to be the model's token for token
+    check: selftest.check of packed passes; it must touch no slot that is in use · changed: called when captured passes
+    are out of date · wanted: whether to compile; None: yes in half precision, where fused kernels round less than the
+    model's own, and no in float32, where the text must be the model's token for token
     """
     own, exact = forward.active, forward.exact
     why = "" if compiles(forward, wanted) else "float32 keeps its own kernels"
@@ -112,7 +112,7 @@ def fuse_layers(
     try:
         try:
             yield from fused.make(changed)
-        except Exception as reason:  # tracing runs a model's code: whatever it raises
+        except Exception as reason:  # tracing runs a model's code, which may raise anything
             return f"decoder layers stay as they are ({reason_of(reason)})"
         for compiled in (False,) if why else (True, False):
             try:
@@ -120,13 +120,13 @@ def fuse_layers(
                     yield from fused.compile()
                 forward.use(fused.over(own, compiled=compiled), exact=exact)
                 error = check()
-            except Exception as reason:  # compiling runs two compilers' code: whatever they raise
+            except Exception as reason:  # two compilers run, which may raise anything
                 why = why or reason_of(reason)
                 forward.use(own, exact=exact)
                 continue
             changed()
             what = "compiled, with merged products" if compiled else f"not compiled ({why}), but with merged products"
-            return f"decoder layers are {what} ({error:.1e} apart)"
+            return f"decoder layers are {what} (difference {error:.1e})"
         return f"decoder layers stay as they are ({why})"
     finally:
         if forward.active is own:
@@ -134,5 +134,5 @@ def fuse_layers(
 
 
 def compiles(forward: TreeForward, wanted: bool | None) -> bool:
-    """Whether its layers are to be compiled; `wanted` as of fuse_layers."""
+    """Whether the forward's layers are to be compiled. wanted: as in fuse_layers"""
     return bool(wanted) or (wanted is None and forward.model.dtype.itemsize < 4)

@@ -1,11 +1,11 @@
-"""Each node's own choice of the next token as one Triton kernel, a program for each node: filters.pick for all nodes of
-a step at once. What a node picks depends on its logits and its position alone, so the walk need not be waited for.
+"""Picks each node's next token in one Triton kernel, a program for each node: filters.pick for all nodes of a step at
+once. A node's pick depends only on its logits and its position, so it need not wait for the walk.
 
-One pass over the logits finds each lane's largest, a lane being every TILE-th token, and all that they weigh. The
-lanes' largest ones tell which tokens top-k and top-p may leave, usually some dozens; those are set aside, and what is
-left to do sees no others, unless they are too many. No threshold is searched among them: the noisiest token of all is
-the choice if no more than allowed lies above it. If more does, neither it nor what lies below it is left by top-k and
-top-p, and the noisiest of those above it is next. For top-p that takes 1 / top_p tries at most, on average.
+A lane is every TILE-th token. One pass over the logits finds each lane's largest logit, and the sum of all weights. The
+lanes' largest logits bound which tokens top-k and top-p can keep, usually some dozens. These are set aside, and the
+rest of the work reads only them, unless they are too many. It searches no threshold: the token with the largest sum of
+logit and noise is picked if no more than allowed lies above its logit. Else top-k and top-p keep neither it nor the
+tokens below it, and the next try is among those above it. For top-p that takes 1 / top_p tries at most, on average.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from ..sampling.filters import Sampling
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a CPU build of torch brings none; kernels.choose then takes torch
+except ImportError:  # a CPU build of torch has no Triton; kernels.choose then takes torch
     triton = None
 
-TILE = 2048  # logits at once: as many loads are under way together
-FEW = 512  # at once of those that were set aside
+TILE = 2048  # logits at once: their loads are under way together
+FEW = 512  # logits at once of those that were set aside
 WARPS = 8  # of a program
 ASIDE = 4096  # tokens that may be set aside for top-k and top-p
 
 
 def pick_nodes(logits: Tensor, sampling: Sampling, position: Tensor) -> tuple[Tensor, Tensor]:
     """logits (B, N, V) · position (B, N): of the token that is picked → token (B, N) int64, the largest logit (B, N)
-    float32, NaN where there is one"""
+    float32, NaN where a logit is NaN"""
     rows, nodes, vocab = logits.shape
     if logits.stride(2) != 1:
         logits = logits.contiguous()
@@ -56,7 +56,7 @@ if triton is not None:
 
     @triton.jit
     def _above(at, count, temperature, kept, bound, by_mass, peak, TILE: tl.constexpr):
-        """How much lies above `bound`, and not below `kept`: each token counts 1, or (by_mass) its exp(x - peak)."""
+        """The sum over tokens above `bound` and not below `kept`: each counts 1, or (by_mass) its exp(x - peak)."""
         total = tl.zeros([TILE], tl.float32)
         for begin in range(0, count, TILE):
             x = _scaled(at, begin + tl.arange(0, TILE), count, temperature)
@@ -65,7 +65,7 @@ if triton is not None:
 
     @triton.jit
     def _kth(at, count, temperature, peak, k, TILE: tl.constexpr):
-        """The k-th largest, or the lowest number if there are not so many: by bisection over the bit patterns of
+        """The k-th largest, or the lowest number if there are fewer: by bisection over the bit patterns of
         float32 in the numbers' order, as filters._search does."""
         low, high = _order(peak * 0.0 + float("-inf")), _order(peak)
         while low < high:
@@ -86,8 +86,8 @@ if triton is not None:
 
     @triton.jit
     def _reach(distance, weight, enough, most):
-        """How far from the largest logit the lanes' largest ones weigh enough: as each lane may hold more of them, so
-        far is enough. At `most`, they or all tokens are known to."""
+        """A distance from the largest logit within which the lanes' largest ones weigh enough; a lane's other tokens
+        only add to that. Within `most`, they or all tokens are known to weigh enough."""
         near, far = most * 0.0, most
         for _ in range(7):
             middle = 0.5 * (near + far)
@@ -98,7 +98,7 @@ if triton is not None:
     @triton.jit
     def _set_aside(at, vocab, high, level, values, ids, SIZE: tl.constexpr, TILE: tl.constexpr):
         """The logits from `level` up and their tokens, lane by lane, if there is room; → how many there are.
-        high (TILE): each lane's largest logit, which tells what need not be read again."""
+        high (TILE): each lane's largest logit; a lane below `level` is not read again."""
         here = high >= level
         own = tl.zeros([TILE], tl.int32)
         for begin in range(0, vocab, TILE):
@@ -122,8 +122,8 @@ if triton is not None:
     def _noisiest(
         at, ids, count, vocab, temperature, kept, bound, seed, position, MAPPED: tl.constexpr, TILE: tl.constexpr
     ):
-        """Of the logits over temperature from `kept` up and above `bound`, the one whose sum with its noise is the
-        largest, and its token. ids: the tokens of `count` logits (MAPPED), which otherwise are all."""
+        """Of the logits over temperature from `kept` up and above `bound`: the one with the largest sum of logit and
+        noise, and its token. ids: the tokens of the `count` logits if MAPPED; otherwise these are all tokens."""
         high, its = tl.full([TILE], float("-inf"), tl.float32), tl.full([TILE], float("-inf"), tl.float32)
         first = tl.zeros([TILE], tl.int32)
         for begin in range(0, count, TILE):
@@ -143,10 +143,10 @@ if triton is not None:
         at, ids, count, vocab, temperature, k, p, floor, peak, whole, seed, position,
         MAPPED: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
-        """The token that noise chooses of those that top-k, then top-p leave, of `floor` or more."""
+        """The token that the noise picks among those that top-k, then top-p keep, and that reach `floor`."""
         kept = peak * 0.0 + float("-inf")
         limited, by_mass = (k > 0) & (k < vocab), p < 1.0
-        if limited & by_mass:  # top-p sees what top-k leaves
+        if limited & by_mass:  # top-p sees what top-k keeps
             kept = _kth(at, count, temperature, peak, k, TILE)
             whole = _above(at, count, temperature, kept, float("-inf"), True, peak, TILE)
         left = tl.where(by_mass, p * whole, tl.where(limited, k, vocab).to(tl.float32))
@@ -157,7 +157,7 @@ if triton is not None:
             beyond = (x < peak) & (_above(at, count, temperature, kept, x, by_mass, peak, TILE) >= left)
         return token
 
-    @triton.jit(do_not_specialize=["nodes"])  # a variant for each would be compiled
+    @triton.jit(do_not_specialize=["nodes"])  # else each value would compile a variant
     def _pick(
         logits, positions, temperatures, top_ks, top_ps, min_ps, seeds, picked, best, values, ids, row_stride,
         node_stride, vocab, nodes,
@@ -199,7 +199,7 @@ if triton is not None:
                     if limited:
                         weight, enough = tl.full([TILE], 1.0, tl.float32), k.to(tl.float32)
                         most = tl.max(tl.where(distance < float("inf"), distance, 0.0), axis=0)
-                    else:  # what is farther than `most` weighs less than half of 1 - p
+                    else:  # tokens farther than `most` weigh less than half of 1 - p
                         enough = (p + 1e-4) * whole  # sums in another order differ
                         most = tl.maximum(tl.log(2.0 * vocab / ((1.0 - p) * whole)), 0.0)
                     level = largest - temperature * _reach(distance, weight, enough, most)

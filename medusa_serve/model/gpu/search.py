@@ -1,9 +1,9 @@
 """The two inner loops of the tree search as Triton kernels: the best R of a vocabulary, and the best W of W·R children.
 
 torch.topk takes 50 to 100 µs for a row of logits and a log-softmax several passes over it; a search of seven depths
-would cost more than half a step of a small model. Here each tile of the vocabulary gives its own best R and its share
+would cost more than half a step of a small model. Here each tile of the vocabulary gives its own best R and its part
 of the softmax's sum, and a second, small kernel joins the tiles (the two-pass top-k of Triton's and FlashInfer's
-samplers). Same results as beam.py's plain form, up to rounding.
+samplers). Same results as drafting/pool.py's, up to rounding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..sampling.filters import Sampling
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a CPU build of torch brings none; kernels.choose then takes torch
+except ImportError:  # a CPU build of torch has no Triton; kernels.choose then takes torch
     triton = None
 
 TILE = 1024  # tokens of one program
@@ -60,7 +60,7 @@ def top_children(
 
 
 class FusedPool:
-    """beam.Pool with one kernel a depth."""
+    """drafting.pool.Pool with one kernel for each depth."""
 
     def __init__(self, rows: int, size: int, device: torch.device) -> None:
         self.tokens, self.parents, self.depths = (
@@ -88,24 +88,24 @@ class FusedPool:
         return beam, chosen
 
     def best(self, max_nodes: int) -> HeadNodes:
-        """As of beam.best_nodes."""
+        """As in drafting.pool.Pool.best."""
         rows, size = self.scores.shape
         places = torch.empty(rows, size, dtype=torch.int32, device=self.scores.device)
-        parts = torch.empty(3, rows, max_nodes, dtype=torch.int64, device=self.scores.device)
+        nodes = torch.empty(3, rows, max_nodes, dtype=torch.int64, device=self.scores.device)
         _best[(rows,)](
-            self.tokens, self.parents, self.depths, self.scores, places, parts[0], parts[1], parts[2], size,
+            self.tokens, self.parents, self.depths, self.scores, places, nodes[0], nodes[1], nodes[2], size,
             COUNT=max_nodes, BLOCK=triton.next_power_of_2(size), CHUNK=16, num_warps=4,
         )  # fmt: skip
-        return HeadNodes(*parts)
+        return HeadNodes(*nodes)
 
 
 if triton is not None:
     from .noise import _gumbel
 
-    NEVER = tl.constexpr(-1e9)  # as in beam.py
+    NEVER = tl.constexpr(-1e9)  # as in drafting/pool.py
     STEP_COST = tl.constexpr(1e-4)
 
-    @triton.jit(do_not_specialize=["places", "depth"])  # a variant for each would be compiled: seconds, for nothing
+    @triton.jit(do_not_specialize=["places", "depth"])  # else each value would compile a variant, in seconds
     def _tile_best(
         logits, scores, ids, peaks, sums, tau, lengths, temperatures, seeds, base_ids,
         row_stride, place_stride, vocab, places, depth,
@@ -147,7 +147,7 @@ if triton is not None:
         scores, ids, peaks, sums, base_ids, tokens, logp,
         MAPPED: tl.constexpr, TILES: tl.constexpr, RANKS: tl.constexpr, TILE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """The best RANKS of a place from those of its tiles, and their log-probabilities."""
+        """The best RANKS of a place out of its tiles' best, and their log-probabilities."""
         at = tl.program_id(0)
         tile, index = tl.arange(0, TILE_BLOCK), tl.arange(0, BLOCK)
         peak = tl.load(peaks + at * TILES + tile, mask=tile < TILES, other=float("-inf"))
@@ -170,8 +170,8 @@ if triton is not None:
         next_beams, next_above, next_beam, next_token, tokens_stride, logp_stride, filled, pool_size, depth,
         BEAMS: tl.constexpr, RANKS: tl.constexpr, SHARED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """A row's new children into its pool; the best WIDTH of them become its beams. A row's tokens and logp lie side
-        by side, the rows a stride apart."""
+        """Add a row's new children to its pool; the best WIDTH of them become its beams. A row's tokens and logp are
+        contiguous; rows have a stride."""
         row, index = tl.program_id(0), tl.arange(0, BLOCK)
         beam, inside = index // RANKS, index < BEAMS * RANKS
         child = index % RANKS if SHARED else index
@@ -199,7 +199,7 @@ if triton is not None:
         pool_tokens, pool_parents, pool_depths, pool_scores, places, tokens, parents, depths, size,
         COUNT: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     ):  # fmt: skip
-        """A row's best COUNT nodes in order: how many are better tells a node's place."""
+        """A row's best COUNT nodes in order: a node's place is the number of better nodes."""
         row, n = tl.program_id(0), tl.arange(0, BLOCK)
         inside, at = n < size, row * size + n
         score = tl.load(pool_scores + at, mask=inside, other=float("-inf"))

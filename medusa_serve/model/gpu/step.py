@@ -1,10 +1,10 @@
-"""What stands around a step's forward pass as three Triton kernels, a program for each row: two hundred launches less.
+"""The work around a step's forward pass as three Triton kernels, a program for each row: two hundred launches less.
 
 open_step   the tables' drafts become a tree: tokens, positions, ancestor bits     assemble, tree_view, ended
-close_step  walk the verified tree, advance the tables, look up, tell the host     accept, SlotTables.advance, lookup
-keep_heads  what the heads drafted goes into the tables                            SlotTables.keep_draft
+close_step  walk the verified tree, advance the tables, look up, fill the results  accept, SlotTables.advance, lookup
+keep_heads  put the heads' drafts into the tables                                  SlotTables.keep_heads
 
-Beside each stands what it equals; tests hold them together. Trees have 64 nodes at most: a set of nodes is an int64.
+On the right are torch's functions with the same results; tests compare them. Sets of nodes are int64: 64 at most.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from ..tables import FACTS, Closed, Opened, SlotTables
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a CPU build of torch brings none; kernels.choose then takes torch
+except ImportError:  # a CPU build of torch has no Triton; kernels.choose then takes torch
     triton = None
 
 SEARCHED = 1024  # columns of a row's history that are compared at once
 
 
 def open_step(tables: SlotTables, slots: Tensor, active: Tensor, shape: Shape) -> Opened:
-    """slots (B) · active (B) bool: rows that count, unless their pending token was the last one"""
+    """slots (B) · active (B) bool: rows that decode, unless their pending token was the last one"""
     rows, nodes = slots.shape[0], shape.num_nodes
-    whole = torch.empty(5, rows, nodes, dtype=torch.int64, device=slots.device)
-    each = torch.empty(2, rows, dtype=torch.int64, device=slots.device)
+    per_node = torch.empty(5, rows, nodes, dtype=torch.int64, device=slots.device)
+    per_row = torch.empty(2, rows, dtype=torch.int64, device=slots.device)
     on = torch.empty(rows, dtype=torch.bool, device=slots.device)
     heads = tables.heads
     _open[(rows,)](
         slots, active, tables.history, tables.length, tables.total, tables.eos, tables.node_limit,
         heads.tokens, heads.parents, heads.depths, tables.lookup,
-        whole[0], whole[1], whole[2], whole[3], whole[4], each[0], on, each[1],
+        per_node[0], per_node[1], per_node[2], per_node[3], per_node[4], per_row[0], on, per_row[1],
         tables.history.stride(0), heads.tokens.shape[1], tables.lookup.shape[1],
         NODES=nodes, CHAIN=shape.num_lookup, ROUNDS=_doublings(shape.max_depth), ENDS=tables.eos.shape[1],
         BLOCK_ENDS=triton.next_power_of_2(tables.eos.shape[1]), BLOCK=max(2, triton.next_power_of_2(nodes)),
         num_warps=4,
     )  # fmt: skip
-    return Opened(whole[0], whole[1], whole[2], whole[3], whole[4], each[0], on, each[1])
+    return Opened(per_node[0], per_node[1], per_node[2], per_node[3], per_node[4], per_row[0], on, per_row[1])
 
 
 def _doublings(max_depth: int) -> int:
-    """Rounds after which a node has seen all its ancestors, if the distance that is seen doubles each round."""
+    """Rounds until a node has seen all its ancestors, if each round doubles the distance that it sees."""
     rounds, seen = 0, 1
     while seen < max_depth:
         rounds, seen = rounds + 1, 2 * seen + 1
@@ -55,32 +55,32 @@ def _doublings(max_depth: int) -> int:
 def close_step(
     tables: SlotTables, slots: Tensor, opened: Opened, picked: Tensor, best: Tensor, max_depth: int, *, rest: bool
 ) -> Closed:
-    """picked (B, N) int64: what each node's row chooses next · best (B, N): its largest logit, to see whether the
-    logits are finite · rest: the heads have nothing for the next step, and the lookup is void"""
+    """picked (B, N) int64: the token after each node · best (B, N): its largest logit, to see whether the logits are
+    finite · rest: the next step has no drafts, neither of the heads nor of the lookup"""
     rows, nodes = picked.shape
     depths, device = max_depth + 1, slots.device
-    facts = torch.empty(rows, FACTS + 2 * depths, dtype=torch.int64, device=device)
-    each = torch.empty(3, rows, dtype=torch.int64, device=device)
+    results = torch.empty(rows, FACTS + 2 * depths, dtype=torch.int64, device=device)
+    per_row = torch.empty(3, rows, dtype=torch.int64, device=device)
     chain, width = tables.lookup.shape[1], tables.heads.tokens.shape[1]
     _close[(rows,)](
         slots, opened.active, opened.length, opened.tokens, opened.parents, opened.drafted, picked, best,
         tables.history, tables.length, tables.total, tables.eos, tables.lookup, tables.heads.tokens,
-        facts, each[0], each[1], each[2], tables.history.shape[1],
+        results, per_row[0], per_row[1], per_row[2], tables.history.shape[1],
         NODES=nodes, DEPTHS=depths, ENDS=tables.eos.shape[1], CHAIN=chain, HEADS=width, REST=rest,
         BLOCK=max(2, triton.next_power_of_2(nodes)), BLOCK_DEPTHS=triton.next_power_of_2(depths),
         BLOCK_ENDS=triton.next_power_of_2(tables.eos.shape[1]), BLOCK_CHAIN=triton.next_power_of_2(max(1, chain)),
         BLOCK_HEADS=triton.next_power_of_2(max(1, width)), SEARCHED=SEARCHED, num_warps=4,
     )  # fmt: skip
-    return Closed(facts, facts[:, FACTS + depths :], *each)
+    return Closed(results, results[:, FACTS + depths :], *per_row)
 
 
 def keep_heads(tables: SlotTables, slots: Tensor, active: Tensor, heads: HeadNodes, facts: Tensor, ready: int) -> None:
-    """The active rows' tables take the heads' nodes; their facts say `ready` where there is any."""
+    """Put the heads' nodes into the active rows' tables; in facts, rows that have any say `ready`."""
     rows, count = heads.tokens.shape
-    parts = [part if part.is_contiguous() else part.contiguous() for part in heads]
+    nodes = [part if part.is_contiguous() else part.contiguous() for part in heads]
     width = tables.heads.tokens.shape[1]
     _keep[(rows,)](
-        slots, active, *parts, *tables.heads, facts, facts.stride(0), ready,
+        slots, active, *nodes, *tables.heads, facts, facts.stride(0), ready,
         COUNT=count, WIDTH=width, BLOCK=triton.next_power_of_2(max(2, width)), num_warps=1,
     )  # fmt: skip
 
@@ -159,7 +159,7 @@ if triton is not None:
         end = tl.arange(0, BLOCK_ENDS)
         ends = tl.load(eos + slot * ENDS + end, mask=end < ENDS, other=-1)
 
-        # the walk, as of accept.py
+        # the walk, as in sampling/accept.py
         one = tl.full([BLOCK], 1, tl.int64)
         alive = n == 0
         walking = length == length
@@ -186,7 +186,7 @@ if triton is not None:
             more = tl.max(alive.to(tl.int32), axis=0) > 0
             walking = walking & (stop == 0) & more & finite
 
-        # the tables, as of SlotTables.advance
+        # the tables, as in SlotTables.advance
         count = tl.where(on & finite, emitted, 0)
         at = history + slot * history_stride
         place = tl.minimum(length + 1 + depth_at, history_stride - 1)
@@ -203,7 +203,7 @@ if triton is not None:
         tl.debug_barrier()  # other threads of this program read what was written
         tl.store(pending_out + row, tl.load(at + length))
 
-        # the lookup, as of lookup.py
+        # the lookup, as in drafting/lookup.py
         chain = tl.arange(0, BLOCK_CHAIN)
         if REST or CHAIN == 0:
             tl.store(line + 4, length * 0)
