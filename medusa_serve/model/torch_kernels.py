@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .drafting.heads import rms_norm
 from .drafting.lookup import lookup
-from .drafting.pool import Children, Pool, top_children
+from .drafting.pool import Pool, top_children
 from .drafting.tree import HeadNodes, assemble
 from .forward.attention import attend
-from .forward.view import View, ancestor_bits
+from .forward.view import ancestor_bits
 from .sampling.accept import Limits, Pick, accept, ended
 from .sampling.filters import Sampling, pick
 from .shapes import Shape
@@ -28,6 +28,11 @@ class TorchKernels:
     """Implements kernels.Kernels."""
 
     name = "torch"
+    attend = staticmethod(attend)
+    lookup = staticmethod(lookup)
+    top_children = staticmethod(top_children)
+    new_pool = staticmethod(Pool)
+    rms_norm = staticmethod(rms_norm)
 
     def reads_lengths(self, widest: int) -> bool:
         return False
@@ -43,20 +48,6 @@ class TorchKernels:
         source, target = length[:, None] + nodes, length[:, None] + steps
         at = slots[:, None]
         slab[:, at, target] = slab[:, at, source]
-
-    def attend(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        view: View,
-        scaling: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-        exact: bool = False,
-    ) -> Tensor:
-        return attend(query, keys, values, view, scaling, window, softcap, sinks, exact)
 
     def open_step(self, tables: SlotTables, slots: Tensor, active: Tensor, shape: Shape) -> Opened:
         limits, pending = tables.limits(slots), tables.pending(slots)
@@ -91,27 +82,6 @@ class TorchKernels:
         tables.keep_heads(slots, active, heads)
         some = (heads.tokens >= 0).any(dim=1)
         facts[:, 4] = torch.maximum(facts[:, 4], some * ready)
-
-    def lookup(self, history: Tensor, length: Tensor, num_tokens: int) -> Tensor:
-        return lookup(history, length, num_tokens)
-
-    def top_children(
-        self,
-        logits: Tensor,
-        depth: int | None,
-        length: Tensor,
-        tau: Tensor,
-        token_map: Tensor | None,
-        sampling: Sampling,
-        num_ranks: int,
-    ) -> Children:
-        return top_children(logits, depth, length, tau, token_map, sampling, num_ranks)
-
-    def new_pool(self, rows: int, size: int, device: torch.device) -> Pool:
-        return Pool(rows, size, device)
-
-    def rms_norm(self, x: Tensor) -> Tensor:
-        return rms_norm(x)
 
     def search_at_once(self, heads: Any, tau: Tensor, num_ranks: int) -> None:
         return None
