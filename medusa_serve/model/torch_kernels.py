@@ -1,5 +1,5 @@
-"""The operations of a step by torch alone: what a GPU without Triton kernels (a T4) runs, and what the other
-implementations are compared with. Each is a function of its room; here they are joined."""
+"""The operations of a step by torch alone. A GPU without Triton kernels (a T4) runs them, and the other implementations
+are compared with them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TorchKernels:
         columns = limits.length[:, None] + torch.arange(shape.num_nodes, device=slots.device)
         drafted = (draft.tokens[:, 1:] >= 0).sum(dim=1)
         positions, bits = limits.length[:, None] + draft.depths, ancestor_bits(draft.mask)
-        on = active & ~ended(pending, limits)  # the host, a step behind, may not know yet
+        on = active & ~ended(pending, limits)  # the host reads one step late: it may not know yet
         return Opened(draft.tokens, draft.parents, positions, columns, bits, limits.length, on, drafted)
 
     def walk(
@@ -72,7 +72,7 @@ class TorchKernels:
     ) -> Closed:
         every = None
         if logits.is_cuda and sampling.penalties is None and not sampling.sampled:
-            best = logits.max(dim=-1)  # one launch; on a CPU, a walk that ends early costs less
+            best = logits.max(dim=-1)  # one launch; on a CPU it is cheaper to look only at the walked nodes
             every = best.indices, best.values
         return walk_by_depth(tables, slots, opened, logits, max_depth, sampling, rest=rest, every=every)
 
@@ -103,7 +103,7 @@ def walk_by_depth(
     every: tuple[Tensor, Tensor] | None = None,
     lookup: Lookup = lookup,
 ) -> Closed:
-    """Kernels.walk depth by depth, as penalties and log-probabilities need it. pick, every: as of `accept`"""
+    """Kernels.walk depth by depth: penalties and log-probabilities need that. pick, every: see `accept`"""
     limits = Limits(opened.length, tables.total[slots], tables.eos[slots])
     walk = accept(logits, opened.tokens, opened.parents, max_depth, sampling, limits, pick=pick, every=every)
     count = tables.advance(slots, opened.active, walk)
@@ -114,8 +114,8 @@ def walk_by_depth(
     else:
         found = lookup(tables.history[slots], length, num_lookup)
     tables.lookup[slots] = torch.where(opened.active[:, None], found, tables.lookup[slots])
-    facts = torch.stack([count, walk.finished, walk.finite, opened.drafted, (found >= 0).sum(dim=1)], dim=1)
+    results = torch.stack([count, walk.finished, walk.finite, opened.drafted, (found >= 0).sum(dim=1)], dim=1)
     asked = [] if walk.logprobs is None else [walk.logprobs.flatten(1)]
     last = walk.nodes.gather(1, (walk.num_emitted - 1).clamp(min=0)[:, None])[:, 0]
-    facts = torch.cat([facts, walk.tokens, walk.nodes, *asked], dim=1)
-    return Closed(facts, walk.nodes, last, length, tables.pending(slots))
+    results = torch.cat([results, walk.tokens, walk.nodes, *asked], dim=1)
+    return Closed(results, walk.nodes, last, length, tables.pending(slots))

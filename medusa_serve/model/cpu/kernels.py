@@ -1,4 +1,4 @@
-"""The operations of a step by Numba's kernels: a CPU's. What a kernel does not cover goes to torch's operations."""
+"""The operations of a step on a CPU, by Numba's kernels. Cases that no kernel covers use torch's operations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .warm_up import kernels_ahead
 
 
 class CpuKernels:
-    """Implements kernels.Kernels. Slabs, logits and attention have kernels in bfloat16 alone."""
+    """Implements kernels.Kernels. Slabs, logits and attention have kernels only in bfloat16."""
 
     name = "numba"
     open_step = staticmethod(step.open_step)
@@ -107,7 +107,7 @@ class CpuKernels:
     def rms_norm(self, x: Tensor) -> Tensor:
         if not _has_kernel(x):
             return self._torch.rms_norm(x)
-        return layer_ops.rms_norm(x, _ones(x.shape[-1]), 1e-6)  # torch has nine operations for it
+        return layer_ops.rms_norm(x, _ones(x.shape[-1]), 1e-6)  # torch needs nine operations for it
 
     def search_at_once(self, heads: Any, tau: Tensor, num_ranks: int) -> NativeDraft | None:
         return NativeDraft(heads, tau, num_ranks, (STEP_COST, NEVER)) if NativeDraft.fits(heads) else None

@@ -1,5 +1,5 @@
-"""The operations of a step by Triton kernels: a GPU's from compute capability 8.0 on. What a kernel does not cover goes
-to torch's operations."""
+"""The operations of a step by Triton kernels, on a GPU from compute capability 8.0 on. Cases that no kernel covers use
+torch's operations."""
 
 from __future__ import annotations
 
@@ -100,10 +100,10 @@ class GpuKernels:
         return None
 
     def warm_up(self) -> None:
-        """Triton compiles a kernel where it is first called, before a step is captured."""
+        """Nothing: Triton compiles a kernel at its first call, which comes before a step is captured."""
 
 
 def _pick(logits: Tensor, sampling: Sampling, position: Tensor) -> tuple[Tensor, Tensor]:
-    """As filters.pick. Always by this kernel, so that no row's noise depends on what the others ask for."""
+    """As filters.pick. Always by this kernel, so that no row's noise depends on the requests of other rows."""
     picked, best = pick_nodes(logits[:, None], sampling, position[:, None])
     return picked[:, 0], best[:, 0].isfinite()
