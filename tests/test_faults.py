@@ -50,7 +50,7 @@ def in_the_kernel(monkeypatch, spoil):
     """The same bug where the trees of greedy rows are made."""
     real = CpuKernels.open_step
 
-    def open_step(*args):
+    def open_step(_, *args):
         opened = real(*args)
         spoil(opened)
         return opened

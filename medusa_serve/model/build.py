@@ -33,12 +33,12 @@ from .tables import SlotTables
 from .timing import time_steps, worth_timing
 from .weights.int4 import int4_kind_of
 
-PREFILL_ROWS = {"cpu": 1, "cuda": 64}  # prompts of one prefill pass; a CPU is busy with one
+PREFILL_ROWS = {"cpu": 1, "cuda": 64}  # prompts of one prefill pass; one keeps a CPU busy
 
 
 @dataclass(frozen=True)
 class Built:
-    """notes: the choices, with their reasons; what is done later is told in them when it is done"""
+    """notes: the choices, with their reasons. Work that is done later adds its note to this list."""
 
     runner: ModelRunner
     notes: list[str] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Built:
 
 @dataclass(frozen=True)
 class _Plugged:
-    """A forward with trees. error: the self-test's · packed: that test of packed passes · notes: on how it runs"""
+    """A forward with trees. error: of the self-test · packed: runs this test on packed passes · notes: how it runs"""
 
     forward: TreeForward
     error: float
@@ -56,13 +56,13 @@ class _Plugged:
 
 
 def build_that_fits(model: Any, config: EngineConfig, *, max_positions: int | None, **rest: Any) -> Built:
-    """As build_runner; where the memory turns out too small, in less room, with a note. Raises LoadError when the least
-    is too much."""
+    """As build_runner. If the memory is too small, it tries again with less room and adds a note. Raises LoadError when
+    the smallest room does not fit either."""
     room, notes = plan_room(model, config, max_positions), list[str]()
     while True:
         with contextlib.suppress(torch.OutOfMemoryError):
             built = build_runner(model, config, max_positions=max_positions, room=room, **rest)
-            built.notes[:0] = notes  # the same list: what is done later is told in it
+            built.notes[:0] = notes  # the same list: later work adds its notes to it
             return built
         gc.collect()  # the failed attempt's tensors
         if torch.cuda.is_available():
@@ -84,12 +84,12 @@ def build_runner(
     room: Room | None = None,
     kernels: Kernels | None = None,
 ) -> Built:
-    """Plan, plug in, check, and measure steps where the size of tree is to be chosen. Raises LoadError when the plan
+    """Plan, plug in, check, and time the steps where there is a choice of tree sizes. Raises LoadError when the plan
     cannot be met.
 
-    what: names model and heads among the measurements that are kept; without it none is made · later: what takes a GPU
-    seconds, compiling above all, is left to `runner.rest`; the first answers then need not wait for it · room: None
-    plans it
+    what: the name of model and heads under which step times are kept; None: steps are not timed · later: slow work on
+    a GPU, compiling above all, is left to `runner.rest`, so that the first answers need not wait for it · room: None:
+    planned here
     """
     device = model.device
     kernels = kernels or choose(device)
@@ -144,7 +144,7 @@ def _speed_up(
     *,
     later: bool,
 ) -> None:
-    """Fuse what can be fused, now or later, and measure steps; in notes what came of it."""
+    """Fuse the layers where possible, now or later, and time the steps. Adds the results to `notes`."""
     model = runner.forward.model
     if what is not None and plugged is not None and plugged.forward.active.layers is not None:
         what = f"{what}, layers merged{int4_kind_of(model).note}"
@@ -171,10 +171,10 @@ def runner_of(
     drafter: Drafter | None,
     **sizes: Any,
 ) -> ModelRunner:
-    """A runner, on a GPU with captured steps where the model can be captured.
+    """A runner. On a GPU its steps are captured, if the model allows it.
 
-    shapes: of a step, by node count, 1 among them · drafter: None drafts from the lookup alone · sizes: as of
-    ModelRunner"""
+    shapes: of a step, by node count, including 1 · drafter: None: only the lookup drafts · sizes: the rest of
+    ModelRunner's arguments"""
     device, (slots, columns) = tables.history.device, tables.history.shape
     captured = device.type == "cuda" and forward.can_capture
     cache: Any = getattr(forward, "cache", None)
@@ -192,7 +192,7 @@ def runner_of(
 
 
 def hidden_inputs(drafter: Any) -> tuple[int, ...]:
-    """The hidden states that the drafter's heads read: what they say, or the last one."""
+    """Indexes of the hidden states that the drafter's heads read; the last one if they do not say."""
     return getattr(getattr(drafter, "heads", None), "hidden_indexes", (-1,))
 
 
@@ -204,7 +204,7 @@ def _plug_in(
     indexes: tuple[int, ...],
     kernels: Kernels,
 ) -> _Plugged:
-    """Raises PlugInError where the model decodes plainly, with the reason."""
+    """Raises PlugInError, with the reason, if the model can only decode plainly."""
     prompts, wanted = references(model, model.device)
     given = (model, room.slots, room.context + SLACK, max_positions, indexes, kernels)
     notes: list[str] = []
@@ -213,7 +213,7 @@ def _plug_in(
     except PlugInError as first:
         try:
             forward, error = _checked(MaskedForward, given, prompts, wanted)
-        except Exception as second:  # a model's own code, called in a way it may not know: whatever it raises
+        except Exception as second:  # the model's own code may not know this kind of call: it may raise anything
             raise first from second
         notes.append(f"the tree is a mask for this model's own attention, because {first}; no step is captured")
     packed = partial(check, forward, prompts, wanted, room.slots, packed=True)
@@ -232,8 +232,8 @@ def _plug_in(
 
 
 def _checked(kind: type[TreeForward], given: tuple[Any, ...], prompts: Any, wanted: Any) -> tuple[TreeForward, float]:
-    """A forward that has passed the self-test, and its error. Raises PlugInError where the model cannot be plugged in,
-    or as `check`."""
+    """A forward that has passed the self-test, and its error. Raises PlugInError if the model cannot be plugged in, and
+    what `check` raises."""
     forward = kind(*given)
     try:
         return forward, check(forward, prompts, wanted, given[1])
@@ -243,7 +243,7 @@ def _checked(kind: type[TreeForward], given: tuple[Any, ...], prompts: Any, want
 
 
 def _may_trace(forward: TreeForward, config: EngineConfig) -> bool:
-    """Whether the layers' passes on a CPU are to be traced: not where they are to be left as they are."""
+    """Whether to trace the layers' passes. Only on a CPU, and not if the config turns compiling off."""
     model = forward.model
     wanted = config.compile is not False and model.device.type == "cpu" and model.dtype == torch.bfloat16
     return wanted and forward.kernels.name == "numba" and forward.attends and not forward.is_split

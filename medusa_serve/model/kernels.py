@@ -1,10 +1,10 @@
 """The operations of a step that differ by machine, and the one choice of their implementation.
 
-torch_kernels.TorchKernels   torch alone: what the others must equal, and a GPU that Triton does not serve (a T4)
+torch_kernels.TorchKernels   torch alone: the others must equal it; a GPU without Triton kernels (a T4) runs it
 gpu.kernels.GpuKernels       Triton
 cpu.kernels.CpuKernels       Numba
 
-Whatever needs one of them is given the chosen object. Nobody else asks which machine this is.
+All code that needs an operation gets the chosen object. No other code asks which machine this is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .weights.int4 import FewBitKernels
 
 
 class NodePool(Protocol):
-    """All nodes that a tree search has found; as pool.Pool."""
+    """All nodes that a tree search has found; see drafting/pool.py."""
 
     def grow(self, tokens: Tensor, logp: Tensor, width: int) -> tuple[Tensor, Tensor]: ...
 
@@ -41,21 +41,21 @@ class WholeSearch(Protocol):
     """The tree search of a step as one call, for greedy rows."""
 
     def run(self, hidden: Tensor, pending: Tensor, widths: list[int], pool: int, nodes: int) -> HeadNodes:
-        """hidden (B, M·H) · pending (B) · widths: beams after each depth, 0 after the last · pool: nodes that are
-        looked at · nodes: how many of them are kept"""
+        """hidden (B, M·H) · pending (B) · widths: beams after each depth, 0 after the last · pool: number of nodes to
+        look at · nodes: how many of them to keep"""
 
 
 class Kernels(Protocol):
     """B rows of slots, N nodes, D depth, V vocabulary, S slots of C columns, L layers. No call waits for a GPU.
 
-    Whatever the implementation, the integers are the same; floats differ in rounding alone.
+    All implementations give the same integers; floats differ only in rounding.
     """
 
     name: str  # torch, triton or numba
 
     def reads_lengths(self, widest: int) -> bool:
-        """Whether `attend` reads the rows' lengths on the device, for keys and values of up to `widest` numbers: then
-        one captured pass serves all lengths and any slots."""
+        """Whether `attend` reads the rows' lengths on the device. One captured pass then serves all lengths and slots.
+        widest: numbers in the longest key or value of an attention head"""
 
     def write_rows(
         self, key_slab: Tensor, value_slab: Tensor, slots: Tensor, columns: Tensor, keys: Tensor, values: Tensor
@@ -84,8 +84,8 @@ class Kernels(Protocol):
         exact: on a CPU, a token's result depends only on the tokens that it sees, bit for bit"""
 
     def open_step(self, tables: SlotTables, slots: Tensor, active: Tensor, shape: Shape) -> Opened:
-        """Make the tables' drafts a tree for each row. active (B) bool: rows that count, unless their pending token was
-        the last one"""
+        """Make a tree for each row from the drafts in the tables. active (B) bool: rows that count, unless their
+        pending token was the last one"""
 
     def walk(
         self,
@@ -98,17 +98,17 @@ class Kernels(Protocol):
         *,
         rest: bool,
     ) -> Closed:
-        """Accept what each row picks itself (sampling/accept.py), advance the tables, and look up the next draft.
+        """Accept the tokens that each row picks (sampling/accept.py), advance the tables, and look up the next draft.
 
-        logits (B, N, V) · rest: nothing is drafted for the next step, and what was drafted before is void"""
+        logits (B, N, V) · rest: draft nothing for the next step, and drop the old draft"""
 
     def keep_drafts(
         self, tables: SlotTables, slots: Tensor, active: Tensor, heads: HeadNodes, facts: Tensor, ready: int
     ) -> None:
-        """The tables take the nodes for the active rows; the facts (B, …) of rows that have any say `ready` or more."""
+        """Store the active rows' nodes in the tables. facts[:, 4] becomes at least `ready` for rows that have any."""
 
     def lookup(self, history: Tensor, length: Tensor, num_tokens: int) -> Tensor:
-        """As lookup.lookup."""
+        """See drafting/lookup.py."""
 
     def top_children(
         self,
@@ -120,19 +120,19 @@ class Kernels(Protocol):
         sampling: Sampling,
         num_ranks: int,
     ) -> Children:
-        """As pool.top_children."""
+        """See drafting/pool.py."""
 
     def new_pool(self, rows: int, size: int, device: torch.device) -> NodePool:
-        """An empty pool of B rows that will hold `size` nodes each."""
+        """An empty pool for B rows of `size` nodes each."""
 
     def rms_norm(self, x: Tensor) -> Tensor:
-        """As heads.rms_norm, without gradients."""
+        """As drafting/heads.py's, without gradients."""
 
     def search_at_once(self, heads: Any, tau: Tensor, num_ranks: int) -> WholeSearch | None:
-        """The tree search over these heads as one call, where there is one. tau (D)"""
+        """The tree search over these heads as one call; None if this machine has none for them. tau (D)"""
 
     def warm_up(self) -> None:
-        """Begin to compile, in a thread, what the first step will need."""
+        """Start a thread that compiles the kernels of the first step."""
 
 
 @lru_cache
@@ -154,7 +154,7 @@ def choose(device: torch.device) -> Kernels:
 
 
 def few_bit_kernels() -> FewBitKernels:
-    """This machine's own, for weights of few bits on a CPU: Numba's where it is installed."""
+    """The kernels for few-bit weights on a CPU: Numba's if it is installed."""
     if not _has_numba():
         return FewBitKernels()
     from .cpu.few_bits import few_bit_parts

@@ -1,5 +1,5 @@
-"""The model runner: the only code that launches device work. It keeps what the host knows of each slot, and starts
-passes."""
+"""The model runner: the only code that launches device work. It starts passes, and keeps what the host knows about
+each slot."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from .timing import Times, Timing
 log = logging.getLogger(__name__)
 ROW_BUDGET = {"cpu": 16, "cuda": 256}  # rows × nodes of one pass, until step times are measured
 TIMED_LENGTH = 192  # tokens of history of the steps that are timed
-GRACE_S = 1.0  # without work before it rests: a capture or a compiler keeps whoever comes next waiting
+GRACE_S = 1.0  # without work before it rests: a request that comes during a capture or a compilation waits
 
-# whose a row of a pass was: its slot, that slot's how many-th sequence, and for how many log-probabilities it asked
+# the sequence of a row: its slot, the number of sequences that the slot has had, its num_logprobs
 Asker = tuple[int, int, int | None]
 
 
@@ -38,7 +38,7 @@ class ModelRunner:
     """Implements types.Runner over a Step.
 
     graphs: captures of its steps, on a GPU · eos_ids, vocab_size, max_context: of the model · expected: tokens per step
-    of each N, ascending
+    for each N in ascending order
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ModelRunner:
         return "compiling" if self._compiles else self._graphs.activity if self._graphs is not None else None
 
     def plan(self, timing: Timing) -> None:
-        """What is known of the step times, and what is to be done about them while the engine idles."""
+        """Take the known step times, and the work on them that is left for an idle engine."""
         self._timing = timing
 
     def admit(self, slot: int, prompt_ids: Sequence[int], params: SamplingParams, limit: int, num_reused: int) -> None:
@@ -99,11 +99,11 @@ class ModelRunner:
         self._owner[slot] += 1
 
     def step_rows(self, rows: int) -> int:
-        """Rows of the step that is made for so many."""
+        """Rows of the step that runs for `rows` rows."""
         return rows if self._graphs is None else self._graphs.rows(rows)
 
     def _put_admitted(self) -> None:
-        """Newcomers enter the tables together: one transfer, however many they are."""
+        """Write all new sequences into the tables at once: as many transfers as for one."""
         if self._admitted:
             self.tables.admit(self._admitted)
             self._admitted = []
@@ -118,7 +118,7 @@ class ModelRunner:
         if self.step.in_blocks:
             facts = [self._prefill_packed(group, needs) for group in groups]
         else:
-            passes = [self._prefill_pass(group) for group in groups]  # all of them before anything is kept
+            passes = [self._prefill_pass(group) for group in groups]  # all run before any result is kept
             facts = [self._keep_runs(group, *done, needs) for group, done in zip(groups, passes, strict=True)]
         for run in runs:
             self._host_length[run.slot] += len(run.tokens)
@@ -136,7 +136,7 @@ class ModelRunner:
         return Run(chunk.slot, start, prompt[start:end], end == len(prompt))
 
     def _prefill_pass(self, runs: Sequence[Run]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The next tokens of several prompts, at the right end of their rows → logits (B, 1, V), hidden (B, 1, H)."""
+        """Run the next tokens of several prompts, right-aligned in their rows → logits (B, 1, V), hidden (B, 1, H)."""
         counts = [len(run.tokens) for run in runs]
         scratch = self.tables.history.shape[1] - 1
         slots, starts = [run.slot for run in runs], [run.start for run in runs]
@@ -170,14 +170,14 @@ class ModelRunner:
         lengths = [self._host_length[slot] for slot in host_slots]
         needs = self.tables.needs(host_slots)
         if self._graphs is not None:
-            # the step in flight may have added a tree to what the host knows
+            # the step in flight may lengthen a row by a path that the host has not read yet
             facts = self._graphs.run(host_slots, max(lengths) + MAX_NODES + nodes, shape, needs, self.step_ms)
         else:
             rows = torch.tensor(host_slots, device=self.device)
             active = torch.ones_like(rows, dtype=torch.bool)
             try:
                 facts = self.step(rows, active, host_slots, lengths, max(lengths) + nodes, shape, needs)
-            except BaseException:  # the draft comes last: what raises leaves every sequence as it was
+            except BaseException:  # with its old length, each sequence is as it was before the step
                 self.tables.length[rows] = torch.tensor(lengths, device=self.device)
                 raise
         askers = self._askers(host_slots, needs)
@@ -190,35 +190,35 @@ class ModelRunner:
         return Started(facts, read)
 
     def _askers(self, host_slots: list[int], needs: Needs) -> list[Asker]:
-        told = map(self.tables.num_logprobs, host_slots) if needs.logprobs else [None] * len(host_slots)
-        return list(zip(host_slots, map(self._owner.__getitem__, host_slots), told, strict=True))
+        asked = map(self.tables.num_logprobs, host_slots) if needs.logprobs else [None] * len(host_slots)
+        return list(zip(host_slots, map(self._owner.__getitem__, host_slots), asked, strict=True))
 
     def _outputs(
         self, askers: list[Asker], facts: list[list[int]], holders: Sequence[int], grow: bool = True
     ) -> list[StepOutput]:
-        """holders: of each node, the smallest N that has it · grow: what was emitted lengthens the sequence (a first
-        token does not: its place was counted before)."""
-        outputs, told = [], any(num is not None for _, _, num in askers)
-        depths = (len(facts[0]) - FACTS) // (2 + told * NUM_TOLD) if facts else 0
-        nodes, spoken = FACTS + depths, FACTS + 2 * depths
+        """holders: for each node, the smallest N with a tree that has it · grow: the emitted tokens lengthen the
+        sequence (a first token does not: its place was counted before)."""
+        outputs, asked = [], any(num is not None for _, _, num in askers)
+        depths = (len(facts[0]) - FACTS) // (2 + asked * NUM_TOLD) if facts else 0
+        nodes, after = FACTS + depths, FACTS + 2 * depths
         for (slot, owner, num_logprobs), line in zip(askers, facts, strict=True):
             count, finished, finite, drafted, ready = line[:FACTS]
             if not finite:
                 self._poison(slot)
                 outputs.append(StepOutput(slot, (), drafted, finished=True, failed=True))
                 continue
-            if grow and owner == self._owner[slot]:  # else the slot was given to another sequence meanwhile
+            if grow and owner == self._owner[slot]:  # else another sequence has the slot now
                 self._host_length[slot] += count
             held = tuple(map(holders.__getitem__, line[nodes + 1 : nodes + count]))
-            logprobs = () if num_logprobs is None else read_logprobs(line[spoken:], count, num_logprobs)
+            logprobs = () if num_logprobs is None else read_logprobs(line[after:], count, num_logprobs)
             kept = tuple(line[FACTS : FACTS + count])
             outputs.append(StepOutput(slot, kept, drafted, bool(finished), False, ready, held, logprobs))
         return outputs
 
     @torch.inference_mode()
     def time_step(self, rows: int, nodes: int, repeats: int = 3) -> float:
-        """Milliseconds of a decode step of the first `rows` slots, the least of some repeats. Before serving only: the
-        slots must be free."""
+        """Milliseconds of a decode step of the first `rows` slots, the shortest of `repeats`. These slots must be
+        free."""
         shape = self.step.shapes[nodes]
         if self._graphs is not None:
             return self._graphs.time(rows, shape, repeats)
@@ -252,43 +252,43 @@ class ModelRunner:
         return self._timing.timer is not None or self._graphs.prepare(self.step.shapes.values())
 
     def _make_faster(self) -> bool:
-        """The next part of that work; → whether there was one."""
+        """Do the next part of the work that makes steps faster; → whether there was one."""
         work = self._timing.faster
         if work is None:
             return False
         self._compiles = True
         try:
-            with TURN:  # what traces a model's code also sees the calls of another engine's capture
+            with TURN:  # a trace of the model's code would also record another engine's capture
                 next(work)
         except StopIteration as end:
-            self._timing = end.value or Timing()  # None: it broke before
+            self._timing = end.value or Timing()  # None: an earlier part failed
         finally:
             self._compiles = False
         return True
 
     @torch.inference_mode()
     def finish(self) -> None:
-        """All work that makes steps faster, now. All slots must be free."""
+        """Do all work that makes steps faster now. All slots must be free."""
         while self._make_faster():
             pass
 
     def drop_captures(self) -> None:
-        """The passes are no longer what was captured of them."""
+        """Drop all captures, because the passes have changed."""
         if self._graphs is not None:
             self._graphs.drop()
 
     def _poison(self, slot: int) -> None:
-        """Masked NaN rows of V would still give NaN: such a slot is zeroed before it rests or serves again."""
+        """NaN in a slot's values gives NaN even where it is masked: zero the slot before it is free again."""
         if self._prompts[slot]:
             self._poisoned.add(slot)
         else:
-            self.forward.zero(slot)  # freed while the step was under way
+            self.forward.zero(slot)  # freed while the step ran
 
     def free(self, slot: int) -> None:
         if slot in self._poisoned or not self.can_reuse:
             self.forward.zero(slot)
             self._poisoned.discard(slot)
-        self._admitted = [row for row in self._admitted if row.slot != slot]  # ended before its first pass
+        self._admitted = [row for row in self._admitted if row.slot != slot]  # it ended before its first pass
         self._host_length[slot] = 0
         self._prompts[slot] = []
 
@@ -298,7 +298,7 @@ class ModelRunner:
             self.free(slot)
 
     def close(self) -> None:
-        self._timing = Timing()  # work that has begun closes what it holds
+        self._timing = Timing()  # unfinished work, a generator, closes what it holds
         if self._graphs is not None:
             self._graphs.close()
         self.forward.close()

@@ -1,11 +1,11 @@
-"""The tests at load, on the actual model: its plugged pass must give what the plain forward gives, and whether passes
-are exact.
+"""The tests at load, on the actual model: does its plugged-in pass give the logits of the plain forward, and are passes
+exact?
 
-The exact mode of a CPU: in bfloat16, int8 and int4 too, a token's logits are the same bits whatever the tree, the
-batch and the chunks of a prompt. So a text is what plain decoding alone would have given, token for token. Products
-give each row the same bits for any number of rows (int8.py, int4.py; bfloat16's from a few rows on, so fewer are
-padded), and so do norms and all that works element by element; what differs is attention, hence cpu/attention.py.
-Nothing of this is taken on trust: passes of the model itself are compared.
+The exact mode of a CPU: in bfloat16, int8 and int4 too, a token's logits are the same bits for every tree, batch and
+chunking of the prompt. So a text equals that of plain decoding alone, token for token. Products give each row the same
+bits for any number of rows (weights/int8.py, weights/int4.py; bfloat16 needs a few rows, so fewer are padded), and so
+do norms and all element-wise operations. Torch's attention does not, hence cpu/attention.py. The self-test assumes
+none of this: it compares passes of the model itself.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from .forward.tree_forward import PlugInError, TreeForward
 from .forward.view import chain_view, tree_view
 
 # Relative error ‖got - want‖ / ‖want‖ of one node's logits. A wrong mask bit or position gives errors near 1; models
-# that compute their softmax in float32 whatever their dtype are 1e-7 off.
+# with a softmax that is always in float32 have an error of 1e-7.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
 TREE = Tree(paths=((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))
 PATH = (0, 1, 3, 6)  # the nodes that the test commits: the root and (0,) (0,0) (0,0,0)
 LEAVES = ((0, 1, 4), (0, 2, 5))  # the paths to the others: (0,1) and (1,0)
-PROMPT, TOKENS = 21, 4  # of the exactness test's sequence: a prompt, and tokens decoded after it
+PROMPT, TOKENS = 21, 4  # lengths in the exactness test: its prompt, and the tokens decoded after it
 EXACT_TREE = Tree(((0,), (1,), (1, 0), (0, 0), (1, 0, 0), (0, 0, 0), (1, 1)))
-EXACT_PATH = (0, 2, 3, 5)  # the nodes that hold the sequence; the others hold something else
+EXACT_PATH = (0, 2, 3, 5)  # the nodes that hold the sequence; the others hold other tokens
 
 
 @torch.no_grad()
 def references(model: Any, device: torch.device) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
     """Prompts and, for each, the plain forward's logits of every node of TREE after its own path, and one step past
-    PATH: a token's are the same whatever follows it, so that one pass gives those of all nodes of a path.
+    PATH. A token's logits do not depend on later tokens, so one pass gives the logits of all nodes of a path.
 
     Must run before the attention is replaced.
     """
@@ -63,12 +63,12 @@ def check(
 ) -> float:
     """The largest relative error of prefill in two chunks, a tree pass, a commit and the pass after it. Raises
     PlugInError above the dtype's tolerance. Uses the first slots and wipes them. packed: tree passes see all rows as
-    one, and the pass after the commit is one of a single token for each row."""
+    one, and after the commit each row has a pass with a single token."""
     prompts, wanted = prompts[:slots], wanted[:slots]
     count = TREE.num_nodes + 1
     device = prompts[0].device
     host_length = [len(ids) - count for ids in prompts]
-    host_slots = list(range(len(prompts)))[::-1]  # not in order: a pass must not depend on it
+    host_slots = list(range(len(prompts)))[::-1]  # not in order: a pass must not depend on the order
     for slot, ids, length in zip(host_slots, prompts, host_length, strict=True):
         for start, end in ((0, 2), (2, length)):
             forward.run(ids[None, start:end], chain_view([slot], [start], [end - start], device), last_only=True)
@@ -101,8 +101,8 @@ def check(
 
 
 def make_exact(forward: TreeForward, wanted: bool | None, slots: int) -> str | None:
-    """Use the forward's pass as an exact one where that holds; → a note, None where it is not for this model. Raises
-    LoadError where it is `wanted` and does not hold. The first two slots must be free."""
+    """Make the forward's passes exact if the test passes; → a note, or None if exactness is not for this model. Raises
+    LoadError if it is `wanted` and cannot be had. The first two slots must be free."""
     if wanted is False or (wanted is None and not _is_for(forward)):
         return None
     why = None if _is_for(forward) else "it is for a CPU in bfloat16, int8 or int4"
@@ -125,8 +125,8 @@ def _is_for(forward: TreeForward) -> bool:
 
 @torch.inference_mode()
 def difference(forward: TreeForward, slots: int) -> str | None:
-    """What changes the bits of a token's logits; None: neither chunks of a prompt, nor a tree, nor a batch. Wipes the
-    first two slots."""
+    """What changes the bits of a token's logits: the chunks of a prompt, a tree, or a batch; None if none of them does.
+    Wipes the first two slots."""
     vocab = forward.model.get_input_embeddings().num_embeddings
     count = PROMPT + TOKENS
     ids = torch.randint(vocab, (count,), generator=torch.Generator().manual_seed(2))

@@ -1,4 +1,4 @@
-"""The shapes of a step: the sizes of trees, what the heads and the lookup fill of each, and what to expect of it."""
+"""The shapes of a step: the sizes of trees, how many nodes heads and lookup fill, and how many tokens to expect."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .drafting.tree import most_probable, read_choices
 
 
 class Shape(NamedTuple):
-    """The static shape of a step: N nodes with the root, of which the last `num_lookup` are the lookup's chain."""
+    """The static shape of a step: N nodes with the root; the last `num_lookup` of them are the lookup's chain."""
 
     num_nodes: int
     num_lookup: int
@@ -26,8 +26,8 @@ AUTO_NODES = {"cpu": (2, 4, 8, 16), "cuda": (4, 8, 16, 32, 64)}
 
 
 def plan_shapes(config: EngineConfig, drafter: Drafter | None, device: torch.device) -> dict[int, Shape]:
-    """The shapes of a step by node count, the plain one among them; sizes the drafter. Raises LoadError for a tree that
-    cannot be filled."""
+    """The shapes of a step by node count, including 1 (plain decoding). Sets the drafter's size. Raises LoadError for a
+    tree that cannot be filled."""
     plain = {1: Shape(1, 0, 0)}
     if config.tree == "off" or not (drafter or config.lookup):
         return plain
@@ -56,7 +56,7 @@ def _from_file(config: EngineConfig, drafter: Drafter | None) -> dict[int, Shape
 
 
 def _shape(nodes: int, drafter: Drafter | None, use_lookup: bool) -> Shape | None:
-    """N nodes: without heads one lookup chain, else a quarter for the lookup and the rest for the heads."""
+    """N nodes: with heads a quarter for the lookup and the rest for the heads; without heads one lookup chain."""
     if drafter is None:
         return Shape(nodes, nodes - 1, nodes - 1)
     chain = nodes // 4 if use_lookup else 0
@@ -68,13 +68,13 @@ def _shape(nodes: int, drafter: Drafter | None, use_lookup: bool) -> Shape | Non
 
 
 def heads_fill(shape: Shape, max_nodes: int) -> int:
-    """How many nodes of a tree the heads fill, at most `max_nodes`."""
+    """The number of nodes of a tree that the heads fill, at most `max_nodes`."""
     return max(0, min(shape.num_nodes - 1 - shape.num_lookup, max_nodes))
 
 
 def held_by(shapes: dict[int, Shape], nodes: int) -> tuple[int, ...]:
-    """For each node of a tree of N, the smallest N with a tree that holds it: the heads' nodes come first, the
-    best one first, then the chain's in its own order."""
+    """For each node of a tree of `nodes`, the smallest N with a tree that holds it. A tree has the heads' nodes first,
+    the best one first, then the nodes of the lookup's chain in order."""
     heads = nodes - 1 - shapes[nodes].num_lookup
     sizes = [(n, n - 1 - shape.num_lookup, shape.num_lookup) for n, shape in sorted(shapes.items()) if n <= nodes]
     found = [next(n for n, first, _ in sizes if node <= first) for node in range(heads + 1)]
@@ -83,8 +83,8 @@ def held_by(shapes: dict[int, Shape], nodes: int) -> tuple[int, ...]:
 
 
 def expected_tokens(choices: Sequence[int], drafter: Any) -> tuple[float, ...]:
-    """Tokens per step of a tree of each size: from the heads' calibration, else a curve like that of published heads
-    (1.5 with 4 nodes, 2.6 with 64)."""
+    """Tokens per step for each size of tree: from the heads' calibration, or without one from a curve like that of
+    published heads (1.5 with 4 nodes, 2.6 with 64)."""
     ranks = getattr(drafter, "ranks", None)
     if not ranks:
         return tuple(1.0 + 0.26 * math.log2(n) for n in choices)

@@ -1,4 +1,4 @@
-"""One step of the engine, for every machine: open, run, walk, commit, draft. A tree of one node is plain decoding."""
+"""One step of the engine on every machine: open, run, walk, commit, draft. A tree of one node is plain decoding."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .tables import PLAIN, Closed, Needs, Opened, SlotTables
 
 @dataclass(frozen=True)
 class Step:
-    """Device work alone, without a wait for it: a GPU captures each call as it is.
+    """Only device work, and it never waits for the device, so a GPU can capture each call.
 
-    drafter: None drafts from the lookup alone · shapes: of a step, by node count · packed: passes see all rows as one
-    · in_blocks: so do prefill passes, in blocks
+    drafter: None: only the lookup drafts · shapes: of a step, by node count · packed: passes see all rows as one
+    · in_blocks: prefill passes do so too, with prompts cut into blocks
     """
 
     kernels: Kernels
@@ -44,10 +44,10 @@ class Step:
         shape: Shape,
         needs: Needs = PLAIN,
     ) -> Tensor:
-        """slots (B) · active (B): rows that count; the others only fill the batch · width: columns of keys to read
+        """slots (B) · active (B): rows that count; the others fill the batch up · width: columns of keys to read
 
-        → facts (B, 5 + 2 (D + 1)): tokens kept, finished, finite, drafted, ready for the next step, the tokens, their
-        nodes; with log-probabilities NUM_TOLD (D + 1) more, as of Walk
+        → results (B, 5 + 2 (D + 1)): tokens kept, finished, finite, drafted, ready for the next step, the tokens, their
+        nodes; with log-probabilities NUM_TOLD (D + 1) more, as in Walk
         """
         tables, sampling = self.tables, self.tables.sampling(slots, needs)
         opened = self.kernels.open_step(tables, slots, active, shape)
@@ -71,7 +71,7 @@ class Step:
         needs: Needs,
         shape: Shape,
     ) -> Tensor:
-        """After a prefill pass: the last token of a complete prompt is the root of a tree of one, which is in place.
+        """After a prefill pass: the last token of a complete prompt is a tree of one node, and its KV row is in place.
 
         length (B): -1 leaves the row as it is · complete (B) 0 or 1 · logits (B, 1, V) · shape: of the next step
         """
@@ -82,7 +82,7 @@ class Step:
         return walked.facts
 
     def prefill(self, packed: Packed, width: int, needs: Needs) -> Tensor:
-        """A prefill pass in blocks; → facts of its R rows."""
+        """A prefill pass in blocks; → the results of its R rows."""
         blocks, columns = len(packed.slots), self.tables.history.shape[1]
         view = block_view(packed, columns, [0] * blocks, [0] * blocks, width)
         assert isinstance(self.forward, TreeForward)
@@ -91,7 +91,7 @@ class Step:
         return self.first_tokens(packed.rows, packed.lengths, packed.whole, logits, hidden, needs, shape)
 
     def first_nodes(self, prompts: int) -> int:
-        """N of the tree that is drafted for `prompts` first steps."""
+        """N of the tree that a prefill pass of `prompts` prompts drafts for their first steps."""
         choices = sorted(self.shapes)
         few = not self.in_blocks or prompts <= FEW
         return choices[-1 if few else min(1, len(choices) - 1)]
@@ -99,19 +99,19 @@ class Step:
     def _walk(
         self, slots: Tensor, opened: Opened, logits: Tensor, sampling: Sampling, max_depth: int, shape: Shape
     ) -> Closed:
-        """Every token that is emitted is picked here: what forbids tokens masks the logits (B, N, V) before this
+        """Every emitted token is picked here: code that forbids tokens must mask the logits (B, N, V) before this
         call."""
         rest = self._rests(shape)
         return self.kernels.walk(self.tables, slots, opened, logits, max_depth, sampling, rest=rest)
 
     def _rests(self, shape: Shape) -> bool:
-        """The heads do not draft after a plain step: the next one will likely have the same shape."""
+        """Whether the heads do not draft: after a plain step the next step is likely plain too."""
         return self.drafter is not None and shape.num_nodes == 1
 
     def _draft(
         self, slots: Tensor, opened: Opened, walked: Closed, hidden: Tensor | None, sampling: Sampling, shape: Shape
     ) -> None:
-        """The heads' nodes for the next tree, from the last accepted node alone."""
+        """Draft the heads' nodes for the next tree, from the last accepted node."""
         drafter = self.drafter
         if drafter is None or hidden is None or self._rests(shape):
             return
@@ -123,7 +123,7 @@ class Step:
 
 
 def _roots(tables: SlotTables, slots: Tensor, length: Tensor, complete: Tensor) -> Opened:
-    """Trees of one node each, the last token of a prompt."""
+    """Trees with one node each: the last token of the prompt."""
     tables.length[slots] = torch.where(length >= 0, length, tables.length[slots])
     length, none = tables.length[slots], torch.zeros_like(slots)
     at = length[:, None]

@@ -1,5 +1,5 @@
-"""What a step must know of each sequence, in per-slot tables on the device. Static shapes: the step can be captured as
-it is.
+"""What a step must know about each sequence, in tables on the device, one row per slot. Their shapes never change, so
+a step can be captured.
 
 Invariant: everything that survives a step on the device is indexed by slot; the host never supplies draft tokens.
 """
@@ -18,11 +18,11 @@ from .sampling.accept import Limits, Walk
 from .sampling.filters import Sampling
 from .sampling.penalties import Penalties
 
-FACTS = 5  # of a row of a pass, before its tokens and their nodes: as of step.Step
+FACTS = 5  # numbers in a row of results before the tokens and their nodes; see step.py
 
 
 class Admission(NamedTuple):
-    """A new sequence of a slot; `num_cached` tokens of its prompt are in the KV cache already."""
+    """A new sequence for a slot; the KV cache already holds `num_cached` tokens of its prompt."""
 
     slot: int
     prompt: Sequence[int]
@@ -32,7 +32,7 @@ class Admission(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What any row of a pass asks for beyond the likeliest token. The host knows; a pass pays for nothing else."""
+    """What some row of a pass asks for beyond the likeliest token. The host knows it, and a pass computes only that."""
 
     sampled: bool = False
     filtered: bool = False
@@ -46,8 +46,8 @@ PLAIN = Needs()
 class Opened(NamedTuple):
     """The trees of B rows before the pass.
 
-    tokens, parents, positions, columns (B, N) · bits (B, N): of a node's ancestors and itself · length (B) · active
-    (B) bool · drafted (B): nodes that are not empty, the root not counted
+    tokens, parents, positions, columns (B, N) · bits (B, N): the node and its ancestors · length (B) · active (B)
+    bool · drafted (B): number of nodes that are not empty, without the root
     """
 
     tokens: torch.Tensor
@@ -61,8 +61,8 @@ class Opened(NamedTuple):
 
 
 class Closed(NamedTuple):
-    """After the walk. facts (B, 5 + 2 (D + 1)): as of step.Step · nodes (B, D + 1) the path, a view of them ·
-    last (B) the last accepted node · length, pending (B): the tables' new ones"""
+    """After the walk. facts (B, 5 + 2 (D + 1)): the results that Step returns · nodes (B, D + 1) the path, a view of
+    facts · last (B) the last accepted node · length, pending (B): the tables' new values"""
 
     facts: torch.Tensor
     nodes: torch.Tensor
@@ -72,7 +72,7 @@ class Closed(NamedTuple):
 
 
 class SlotTables:
-    """S slots of C columns. The pending token of a slot stands in history[slot, length[slot]]."""
+    """S slots of C columns. history[slot, length[slot]] is the pending token of a slot."""
 
     def __init__(
         self,
@@ -99,31 +99,31 @@ class SlotTables:
         self.repetition, self.presence, self.frequency = (reals(slots) for _ in range(3))
         self.bias_ids, self.bias = ints(slots, MAX_BIASES), reals(slots, MAX_BIASES)
         self._cold = reals(slots)
-        self._biased: set[int] = set()  # slots whose row of `bias` is not all zeros
+        self._biased: set[int] = set()  # slots with a row of `bias` that is not all zeros
         self._eos_ids = tuple(eos_ids)
         self._needs = [PLAIN] * slots
         self._num_logprobs: list[int | None] = [None] * slots
 
     def note(self, slot: int, params: SamplingParams) -> None:
-        """The host's part of an admission: what kind of step the slot asks for."""
+        """The host's part of an admission: the kind of step that the slot needs."""
         hot = params.temperature > 0
         filtered = hot and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0)
         self._needs[slot] = Needs(hot, filtered, params.penalised, params.logprobs is not None)
         self._num_logprobs[slot] = params.logprobs
 
     def admit(self, rows: Sequence[Admission]) -> None:
-        """Fill the slots' rows for new sequences: three transfers, however many they are; two more with biases."""
+        """Fill the slots' rows for new sequences, in three transfers for any number of them, five with biases."""
         device, longest = self.history.device, max(len(row.prompt) for row in rows)
         history = torch.zeros(len(rows), longest, dtype=torch.int64)
-        whole, real = [], []
+        integers, real = [], []
         for number, (slot, prompt, params, total, num_cached) in enumerate(rows):
             history[number, : len(prompt)] = torch.tensor(prompt)
             limit = torch.iinfo(torch.int64).max if params.speculation else 1
             eos = [-1 if params.ignore_eos else token for token in self._eos_ids or (-1,)]
-            whole.append([slot, num_cached, total, limit, params.top_k, params.seed or 0, len(prompt), *eos])
+            integers.append([slot, num_cached, total, limit, params.top_k, params.seed or 0, len(prompt), *eos])
             penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
             real.append([params.temperature, params.top_p, params.min_p, *penalties])
-        columns = to_device(torch.tensor(whole, dtype=torch.int64), device)
+        columns = to_device(torch.tensor(integers, dtype=torch.int64), device)
         slots = columns[:, 0]
         tables = (self.length, self.total, self.node_limit, self.top_k, self.seed, self.num_prompt)
         for number, table in enumerate(tables, 1):
@@ -154,12 +154,12 @@ class SlotTables:
         self.bias[slots] = to_device(values, slots.device)
 
     def needs(self, host_slots: Sequence[int]) -> Needs:
-        """What these rows ask for between them."""
+        """What at least one of these rows asks for."""
         kinds = {self._needs[slot] for slot in host_slots}
         return kinds.pop() if len(kinds) == 1 else Needs(*(any(column) for column in zip(*kinds, strict=True)))
 
     def num_logprobs(self, slot: int) -> int | None:
-        """As in the SamplingParams of the slot's sequence."""
+        """`logprobs` of the SamplingParams of the slot's sequence."""
         return self._num_logprobs[slot]
 
     def sampling(self, slots: torch.Tensor, needs: Needs) -> Sampling:
@@ -179,7 +179,7 @@ class SlotTables:
         )
 
     def _greedy(self, rows: int) -> Sampling:
-        """Of `rows` rows that ask for nothing; only the temperature is ever read."""
+        """For `rows` rows that ask for nothing; only the temperature is ever read."""
         top_k, top_p, min_p, seed = (table[:rows] for table in (self.top_k, self.top_p, self.min_p, self.seed))
         return Sampling(self._cold[:rows], top_k, top_p, min_p, seed, False, False)
 
@@ -194,7 +194,7 @@ class SlotTables:
         return HeadNodes(*(table[slots] for table in self.heads))
 
     def keep_heads(self, slots: torch.Tensor, active: torch.Tensor, heads: HeadNodes) -> None:
-        """The next step's nodes of the active rows; after the given ones there are none."""
+        """Store the active rows' nodes for the next step; the columns after them become empty."""
         for table, rows, nothing in zip(self.heads, heads, (-1, 0, 0), strict=True):
             rows = torch.nn.functional.pad(rows, (0, table.shape[1] - rows.shape[1]), value=nothing)
             table[slots] = torch.where(active[:, None], rows, table[slots])
@@ -204,7 +204,7 @@ class SlotTables:
         return self.history[slots, self.length[slots]]
 
     def advance(self, slots: torch.Tensor, active: torch.Tensor, walk: Walk) -> torch.Tensor:
-        """Append what the walk emitted; → (B) tokens kept. Inactive rows and bad logits keep what they had."""
+        """Append the emitted tokens; → (B) tokens kept. Inactive rows and rows with bad logits stay as they were."""
         count = torch.where(active & walk.finite, walk.num_emitted, 0)
         length = self.length[slots]
         steps = torch.arange(walk.tokens.shape[1], device=slots.device)

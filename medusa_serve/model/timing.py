@@ -1,4 +1,4 @@
-"""t(B, N): what a decode step of B rows with trees of N nodes takes on this machine, measured once and kept."""
+"""How long a decode step of B rows with trees of N nodes takes on this machine, measured once and kept."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
-SMALL = 30_000_000  # weights up to which a model is fast enough to stay exact
-TRIES = 5  # captures that something else breaks, until times are done without
-ROWS = {"cpu": (1, 4, 8), "cuda": (1, 8, 64, 256)}  # between and past them, times lie on lines
-REPEATS = 3  # of a cell
-MOST = {"cpu": 32, "cuda": 2048}  # rows x nodes of a step that is measured
+SMALL = 30_000_000  # weights up to which a CPU model is fast enough without timed steps
+TRIES = 5  # failed captures, until the step times are given up
+ROWS = {"cpu": (1, 4, 8), "cuda": (1, 8, 64, 256)}  # for other B, see `interpolated`
+REPEATS = 3  # of each cell
+MOST = {"cpu": 32, "cuda": 2048}  # the most rows x nodes of a step that is measured
 Times = Mapping[tuple[int, int], float]  # milliseconds by (B, N)
 
 
 class Timed(Protocol):
-    """A runner whose steps are measured; its slots are free."""
+    """The runner of the measured steps; its slots are free."""
 
     device: torch.device
     num_slots: int
@@ -39,12 +39,12 @@ class Timed(Protocol):
 
 @dataclass(frozen=True)
 class Timing:
-    """What is known of a runner's step times, and what its idle engine still has to do about them. Never changed: the
-    next one takes its place.
+    """The known step times of a runner, and the work on them that its idle engine still has to do. Never changed, only
+    replaced.
 
-    step_ms: of its steps; empty: not measured · later_ms: of its steps after `faster`, where an earlier start measured
-    them · faster: work that makes steps faster and takes seconds, in parts; it gives the next Timing · timer: what
-    measures the steps, one by one, after that
+    step_ms: step times now; empty: not measured · later_ms: step times after `faster`, if an earlier start measured
+    them · faster: work of seconds, in parts, that makes steps faster; it returns the next Timing · timer: measures the
+    steps, one by one, after that
     """
 
     step_ms: Times = field(default_factory=dict)
@@ -54,14 +54,14 @@ class Timing:
 
 
 def worth_timing(runner: Timed, weights: int) -> bool:
-    """Whether there is a choice of N that a measurement could make better."""
+    """Whether step times would improve the choice of N."""
     return len(runner.node_choices) > 2 and (runner.device.type == "cuda" or weights > SMALL)
 
 
 def time_steps(runner: Timed, what: str, cache: Path, *, proven: bool = False) -> tuple[Timing, str]:
-    """The step times, from the cache where this machine measured `what` before, and a note. All slots must be free.
-    Where steps are captured they are measured while the engine idles (their kernels take a new machine a minute to
-    compile), but for the largest: it shows whether the memory is enough, unless that is `proven`."""
+    """The step times, and a note. They come from the cache if this machine measured `what` before. All slots must be
+    free. Captured steps are measured later, while the engine idles (a new machine compiles their kernels for a minute),
+    except the largest: it shows whether the memory is enough, unless that is `proven`."""
     known = known_times(runner, what, cache)
     if known:
         return Timing(known), "steps were timed at an earlier start"
@@ -70,16 +70,16 @@ def time_steps(runner: Timed, what: str, cache: Path, *, proven: bool = False) -
         if not proven:
             timer.tried(_largest(runner))
         return Timing(timer=timer), "steps are timed while the engine idles"
-    for _ in range(REPEATS):  # in rounds: a busy neighbour comes and goes within the seconds that they take
+    for _ in range(REPEATS):  # in rounds: a second of another busy process then spoils one repeat of a cell
         for cell in _cells(runner):
             timer.tried(cell, repeats=1)
-    timer.turn()  # nothing is missing
+    timer.turn()  # no cell is missing
     one = ", ".join(f"{n}: {timer.times[1, n]:.1f}" for n in runner.node_choices)
     return Timing(timer.times), f"steps timed (one row, ms by nodes: {one})"
 
 
 def known_times(runner: Timed, what: str, cache: Path) -> dict[tuple[int, int], float]:
-    """Those that this machine measured before; empty where it did not."""
+    """The step times that this machine measured before; empty if it did not."""
     known, cells = recall(cache, _key(runner, what)), _cells(runner)
     if not isinstance(known, dict) or set(known) != {f"{b}x{n}" for b, n in cells}:
         return {}
@@ -87,7 +87,7 @@ def known_times(runner: Timed, what: str, cache: Path) -> dict[tuple[int, int], 
 
 
 def try_largest(runner: Timed) -> None:
-    """Raises torch.OutOfMemoryError where the memory is not enough for the largest step."""
+    """Raises torch.OutOfMemoryError if the memory is not enough for the largest step."""
     with contextlib.suppress(CaptureFailed):
         runner.time_step(*_largest(runner), repeats=1)
 
@@ -107,7 +107,7 @@ def _key(runner: Timed, what: str) -> str:
 
 
 class StepTimer:
-    """Measures cells (B, N) one by one. times: empty until all are there"""
+    """Measures cells (B, N) one by one. times: empty until all are measured"""
 
     def __init__(self, runner: Timed, cells: list[tuple[int, int]], cache: Path, key: str) -> None:
         self.times: Times = {}
@@ -116,7 +116,7 @@ class StepTimer:
         self._failed = 0
 
     def tried(self, cell: tuple[int, int], repeats: int = REPEATS) -> bool:
-        """Measure a cell, whose least time counts; → whether that could be done. Raises CaptureFailed at the last
+        """Measure a cell and keep its shortest time; → whether the capture succeeded. Raises CaptureFailed at the last
         try."""
         try:
             ms = self._runner.time_step(*cell, repeats=repeats)
@@ -129,7 +129,7 @@ class StepTimer:
         return True
 
     def turn(self) -> bool:
-        """Measure the next cell; → whether there are more of them. All slots must be free."""
+        """Measure the next cell; → whether there are more. All slots must be free."""
         missing = [cell for cell in self._cells if cell not in self._ms]
         if missing and (not self.tried(missing[0]) or len(missing) > 1):
             return True
@@ -141,14 +141,14 @@ class StepTimer:
         return False
 
     def _undisturbed(self, cell: tuple[int, int]) -> float:
-        """No step takes longer than one of as many rows and more nodes, unless something came between."""
+        """The least time of all cells with these rows and at least these nodes: a longer time was disturbed."""
         rows, nodes = cell
         return min(ms for (b, n), ms in self._ms.items() if b == rows and n >= nodes)
 
 
 def interpolated(known: list[tuple[int, float]], rows: int) -> float:
-    """Milliseconds of `rows` rows, on the line between the two measured neighbours; past the last one, through it and
-    the one before. known: (rows, ms), ascending, at least one."""
+    """Milliseconds for `rows` rows, on the line through the two measured neighbours; past the last one, on the line
+    through the last two. known: (rows, ms), ascending, at least one."""
     at = bisect_right(known, (rows, float("inf")))
     if at == 0 or len(known) == 1:
         return known[0][1]

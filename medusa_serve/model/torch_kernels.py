@@ -1,5 +1,5 @@
-"""The operations of a step by torch alone: what a GPU without Triton kernels (a T4) runs, and what the other
-implementations are compared with. Each is a function of its room; here they are joined."""
+"""The operations of a step by torch alone. A GPU without Triton kernels (a T4) runs them, and the other implementations
+are compared with them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .drafting.heads import rms_norm
 from .drafting.lookup import lookup
-from .drafting.pool import Children, Pool, top_children
+from .drafting.pool import Pool, top_children
 from .drafting.tree import HeadNodes, assemble
 from .forward.attention import attend
-from .forward.view import View, ancestor_bits
+from .forward.view import ancestor_bits
 from .sampling.accept import Limits, Pick, accept, ended
 from .sampling.filters import Sampling, pick
 from .shapes import Shape
@@ -28,6 +28,11 @@ class TorchKernels:
     """Implements kernels.Kernels."""
 
     name = "torch"
+    attend = staticmethod(attend)
+    lookup = staticmethod(lookup)
+    top_children = staticmethod(top_children)
+    new_pool = staticmethod(Pool)
+    rms_norm = staticmethod(rms_norm)
 
     def reads_lengths(self, widest: int) -> bool:
         return False
@@ -44,20 +49,6 @@ class TorchKernels:
         at = slots[:, None]
         slab[:, at, target] = slab[:, at, source]
 
-    def attend(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        view: View,
-        scaling: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-        exact: bool = False,
-    ) -> Tensor:
-        return attend(query, keys, values, view, scaling, window, softcap, sinks, exact)
-
     def open_step(self, tables: SlotTables, slots: Tensor, active: Tensor, shape: Shape) -> Opened:
         limits, pending = tables.limits(slots), tables.pending(slots)
         heads, found = tables.head_nodes(slots), tables.lookup[slots]
@@ -65,7 +56,7 @@ class TorchKernels:
         columns = limits.length[:, None] + torch.arange(shape.num_nodes, device=slots.device)
         drafted = (draft.tokens[:, 1:] >= 0).sum(dim=1)
         positions, bits = limits.length[:, None] + draft.depths, ancestor_bits(draft.mask)
-        on = active & ~ended(pending, limits)  # the host, a step behind, may not know yet
+        on = active & ~ended(pending, limits)  # the host reads one step late: it may not know yet
         return Opened(draft.tokens, draft.parents, positions, columns, bits, limits.length, on, drafted)
 
     def walk(
@@ -81,7 +72,7 @@ class TorchKernels:
     ) -> Closed:
         every = None
         if logits.is_cuda and sampling.penalties is None and not sampling.sampled:
-            best = logits.max(dim=-1)  # one launch; on a CPU, a walk that ends early costs less
+            best = logits.max(dim=-1)  # one launch; on a CPU it is cheaper to look only at the walked nodes
             every = best.indices, best.values
         return walk_by_depth(tables, slots, opened, logits, max_depth, sampling, rest=rest, every=every)
 
@@ -91,27 +82,6 @@ class TorchKernels:
         tables.keep_heads(slots, active, heads)
         some = (heads.tokens >= 0).any(dim=1)
         facts[:, 4] = torch.maximum(facts[:, 4], some * ready)
-
-    def lookup(self, history: Tensor, length: Tensor, num_tokens: int) -> Tensor:
-        return lookup(history, length, num_tokens)
-
-    def top_children(
-        self,
-        logits: Tensor,
-        depth: int | None,
-        length: Tensor,
-        tau: Tensor,
-        token_map: Tensor | None,
-        sampling: Sampling,
-        num_ranks: int,
-    ) -> Children:
-        return top_children(logits, depth, length, tau, token_map, sampling, num_ranks)
-
-    def new_pool(self, rows: int, size: int, device: torch.device) -> Pool:
-        return Pool(rows, size, device)
-
-    def rms_norm(self, x: Tensor) -> Tensor:
-        return rms_norm(x)
 
     def search_at_once(self, heads: Any, tau: Tensor, num_ranks: int) -> None:
         return None
@@ -133,7 +103,7 @@ def walk_by_depth(
     every: tuple[Tensor, Tensor] | None = None,
     lookup: Lookup = lookup,
 ) -> Closed:
-    """Kernels.walk depth by depth, as penalties and log-probabilities need it. pick, every: as of `accept`"""
+    """Kernels.walk depth by depth: penalties and log-probabilities need that. pick, every: see `accept`"""
     limits = Limits(opened.length, tables.total[slots], tables.eos[slots])
     walk = accept(logits, opened.tokens, opened.parents, max_depth, sampling, limits, pick=pick, every=every)
     count = tables.advance(slots, opened.active, walk)
@@ -144,8 +114,8 @@ def walk_by_depth(
     else:
         found = lookup(tables.history[slots], length, num_lookup)
     tables.lookup[slots] = torch.where(opened.active[:, None], found, tables.lookup[slots])
-    facts = torch.stack([count, walk.finished, walk.finite, opened.drafted, (found >= 0).sum(dim=1)], dim=1)
+    results = torch.stack([count, walk.finished, walk.finite, opened.drafted, (found >= 0).sum(dim=1)], dim=1)
     asked = [] if walk.logprobs is None else [walk.logprobs.flatten(1)]
     last = walk.nodes.gather(1, (walk.num_emitted - 1).clamp(min=0)[:, None])[:, 0]
-    facts = torch.cat([facts, walk.tokens, walk.nodes, *asked], dim=1)
-    return Closed(facts, walk.nodes, last, length, tables.pending(slots))
+    results = torch.cat([results, walk.tokens, walk.nodes, *asked], dim=1)
+    return Closed(results, walk.nodes, last, length, tables.pending(slots))

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from ..drafting.lookup import MAX_NGRAM, MIN_NGRAM
 from ..drafting.pool import NEVER, STEP_COST, Children, Pool
-from ..drafting.tree import HeadNodes
 from ..forward.view import View
 from ..sampling.filters import Sampling
-from ..shapes import Shape
 from ..tables import Closed, Opened, SlotTables
 from ..torch_kernels import TorchKernels, walk_by_depth
 from . import attention, layer_ops, search, step
@@ -25,6 +23,9 @@ class CpuKernels:
     """Implements kernels.Kernels. Slabs, logits and attention have kernels only for bfloat16."""
 
     name = "numba"
+    open_step = staticmethod(step.open_step)
+    keep_drafts = staticmethod(step.keep_heads)
+    new_pool = staticmethod(Pool)
 
     def __init__(self) -> None:
         self._torch = TorchKernels()
@@ -63,9 +64,6 @@ class CpuKernels:
             return attention.canonical_attention(query, keys, values, view, scaling, window)
         return self._torch.attend(query, keys, values, view, scaling, window, softcap, sinks, exact)
 
-    def open_step(self, tables: SlotTables, slots: Tensor, active: Tensor, shape: Shape) -> Opened:
-        return step.open_step(tables, slots, active, shape)
-
     def walk(
         self,
         tables: SlotTables,
@@ -87,11 +85,6 @@ class CpuKernels:
             best, picked = logits.max(dim=-1)
         return step.close_step(tables, slots, opened, picked, best, max_depth, rest=rest)
 
-    def keep_drafts(
-        self, tables: SlotTables, slots: Tensor, active: Tensor, heads: HeadNodes, facts: Tensor, ready: int
-    ) -> None:
-        step.keep_heads(tables, slots, active, heads, facts, ready)
-
     def lookup(self, history: Tensor, length: Tensor, num_tokens: int) -> Tensor:
         return search.continuation(history.contiguous(), length, num_tokens, MAX_NGRAM, MIN_NGRAM)
 
@@ -110,9 +103,6 @@ class CpuKernels:
         greedy_tau = tau[0, : logits.shape[1]] if depth is None else tau[0, depth : depth + 1]
         ids, logp = search.best_children(logits, greedy_tau, num_ranks)
         return Children(ids if token_map is None else token_map[ids], logp)
-
-    def new_pool(self, rows: int, size: int, device: torch.device) -> Pool:
-        return self._torch.new_pool(rows, size, device)
 
     def rms_norm(self, x: Tensor) -> Tensor:
         if not _has_kernel(x):

@@ -1,10 +1,10 @@
 """Attention over slots by torch's operations: each row sees its sequence's history and, among the new tokens, itself
 and its ancestors.
 
-Registered with transformers' AttentionInterface, so that models run unmodified. No mask function is registered under
-the name, hence transformers builds no mask. Keys and values arrive as the slab's layer (from SlotCache.write through
-the model's cache object), the rest as a `View`. GQA groups are packed into the query length (q: kv_heads, group × N),
-so keys and values are read once.
+TreeForward registers it with transformers' AttentionInterface, so that models run unmodified. No mask function has the
+same name, so transformers builds no mask. Keys and values arrive as the slab's layer (from SlotCache.write through the
+model's cache object), the rest as a `View`. GQA groups are packed into the query length (q: kv_heads, group × N), so
+keys and values are read once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def attend(
 ) -> torch.Tensor:
     """query (B, heads, N, dim) · keys, values: the slab's layer (S, C, kv_heads, dim) → (B, N, heads, value dim)
 
-    exact: on a CPU, a token's result depends only on the tokens that it sees, bit for bit: sums in float64"""
+    exact: on a CPU, a token's result depends only on the tokens that it sees, bit for bit: it sums in float64"""
     if exact or softcap is not None or sinks is not None:
         wide = torch.float64 if exact else torch.float32
         return reference_attention(query, keys, values, view, scaling, window, softcap, sinks, wide)
@@ -38,7 +38,7 @@ def attend(
 
 
 def _by_row(query, keys, values, view, scaling, window):
-    """Each row over its own length: nothing is padded, and no row's sums depend on its batch-mates."""
+    """Each row over its own length: nothing is padded, and no row's sums depend on the other rows of the batch."""
     rows, heads, new, dim = query.shape
     kv_heads = keys.shape[2]
     group = heads // kv_heads
@@ -54,7 +54,7 @@ def _by_row(query, keys, values, view, scaling, window):
 
 
 def _by_batch(query, keys, values, view, scaling, window):
-    """All rows at once over the longest row's length (GPU; `enable_gqa` would fall to the slow path on a T4)."""
+    """All rows at once over the longest row's length (GPU; with `enable_gqa` a T4 would take the slow path)."""
     rows, heads, new, dim = query.shape
     kv_heads = keys.shape[2]
     group = heads // kv_heads
@@ -66,7 +66,7 @@ def _by_batch(query, keys, values, view, scaling, window):
 
 
 def _gathered(keys: torch.Tensor, values: torch.Tensor, view: View) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows' part of the slab, (B, T, kv_heads, dim): a view when the slots are neighbours, else a copy."""
+    """The rows' part of the slab, (B, T, kv_heads, dim): a view if the slots are neighbours, else a copy."""
     first, rows, width = view.host_slots[0], len(view.host_slots), view.width
     if view.host_slots == list(range(first, first + rows)):
         return keys[first : first + rows, :width], values[first : first + rows, :width]
@@ -74,9 +74,9 @@ def _gathered(keys: torch.Tensor, values: torch.Tensor, view: View) -> tuple[tor
 
 
 def reference_attention(query, keys, values, view, scaling, window=None, softcap=None, sinks=None, wide=torch.float32):
-    """The slow, plain form: matrix products in at least `wide` over everything. What every fast path is compared with,
-    and the path of models with a soft cap (Gemma 2) or attention sinks (gpt-oss). In float64 sums in another order
-    differ far behind what bfloat16 keeps of them."""
+    """The slow, plain form: matrix products in at least `wide` over everything. Every fast path is compared with it.
+    Models with a soft cap (Gemma 2) or attention sinks (gpt-oss) use it. In float64, sums in another order differ in
+    digits far below those that bfloat16 keeps."""
     rows, heads, new, _ = query.shape
     k, v = _gathered(keys, values, view)
     group = heads // k.shape[2]

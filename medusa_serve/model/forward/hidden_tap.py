@@ -1,4 +1,4 @@
-"""What the heads read of a pass: the hidden states between the decoder layers, and where those layers are."""
+"""The hidden states that the heads read of a pass, and the decoder layers between which they are."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ...errors import LoadError
 
 
 class HiddenTap:
-    """Keeps the hidden states of a pass that the heads read, while the model still applies its own post-processing of
-    the logits (soft caps, scales).
+    """Keeps the hidden states of a pass that the heads read. The model itself still post-processes its logits (soft
+    caps, scales).
 
-    indexes, as of transformers' `hidden_states`: 0 and up the input of the decoder layer with this number, -1 the input
-    of the output layer, after the final norm. Raises LoadError where the model has no such layer.
+    indexes, as in transformers' `hidden_states`: 0 and up the input of the decoder layer with this number, -1 the input
+    of the output layer, after the final norm. Raises LoadError if the model has no such layer.
     """
 
     def __init__(self, model: Any, indexes: Sequence[int] = (-1,)) -> None:
         self._kept: dict[int, torch.Tensor] = {}
-        self.layers: tuple[int, ...] = ()  # by number, whose input is kept
+        self.layers: tuple[int, ...] = ()  # numbers of the layers with a kept input
         self._handles: list[Any] = []
         output = model.get_output_embeddings()
         if output is None:
@@ -40,12 +40,12 @@ class HiddenTap:
         self.keep(index, args[0] if args else kwargs["hidden_states"])
 
     def keep(self, index: int, hidden: torch.Tensor) -> None:
-        """By whoever runs the layers without their modules."""
+        """For code that runs the layers without their modules."""
         self._kept[index] = hidden
 
     def take(self, at: torch.Tensor | None = None) -> torch.Tensor | None:
-        """What the last pass left, side by side in the order of the indexes: (B, N, M·H), where N are the positions
-        that the output layer saw: `at`, or the last ones."""
+        """The hidden states of the last pass, side by side in the order of the indexes: (B, N, M·H). N: the positions
+        that the output layer saw, `at` or the last ones."""
         kept, self._kept = self._kept, {}
         if -1 not in kept:
             return None
@@ -64,15 +64,15 @@ class HiddenTap:
 
 
 def _normal(index: int, layers: int) -> int:
-    """An index of `hidden_states` as HiddenTap knows it."""
+    """An index of `hidden_states` as one of HiddenTap: -1, or the number of a layer."""
     if not -layers - 1 <= index <= layers:
         raise LoadError(f"The heads read hidden state {index}, the model has only {layers} layers.")
     return -1 if index in (-1, layers) else index % (layers + 1)
 
 
 def decoder_layers(model: Any) -> torch.nn.ModuleList:
-    """The list of the model's decoder layers, whatever it is called: the outermost one that is as long as the config
-    says. Raises LoadError where there is none."""
+    """The model's list of decoder layers, under any name: the outermost list with as many layers as the config says.
+    Raises LoadError if there is none."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:

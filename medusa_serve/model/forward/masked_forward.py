@@ -2,7 +2,7 @@
 (as in SpecInfer, Miao et al., 2305.09781), over the slots' keys and values gathered for the pass.
 
 Slower than attention over the slab (keys and values are copied in every layer, no step is captured), but rows share
-passes and trees are verified. The self-test decides whether a model heeds the mask.
+passes and trees are verified. The self-test shows whether a model follows the mask.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .view import View
 
 
 class GatheringCache(SlabCache):
-    """`update` writes into the slab, and returns what the pass's rows hold: (B, kv_heads, T, dim)."""
+    """`update` writes into the slab, and returns the keys and values of the pass's rows: (B, kv_heads, T, dim)."""
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         parts = super().update(key_states, value_states, layer_idx)
@@ -23,7 +23,7 @@ class GatheringCache(SlabCache):
 
 
 class MaskedForward(TreeForward):
-    """A TreeForward whose model attends by itself. Raises PlugInError where it takes no mask."""
+    """A TreeForward with the model's own attention. Raises PlugInError if the model takes no mask."""
 
     attends = False
     cache_kind = GatheringCache
@@ -37,4 +37,4 @@ class MaskedForward(TreeForward):
         return {"attention_mask": view.bias(None, None, 1, self.model.dtype)}
 
     def detach(self) -> None:
-        """The model is as it was."""
+        """Nothing: the model was not changed."""

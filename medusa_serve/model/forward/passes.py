@@ -1,4 +1,4 @@
-"""A pass of the model as a value: which code runs it. One is built complete, and `TreeForward.use` swaps it in."""
+"""A pass of the model as a value: the code that runs it. It is built completely, then `TreeForward.use` swaps it in."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from .attention import View
 
-SMALL = 4096  # multiplications up to which torch takes another kernel for a product
+SMALL = 4096  # torch takes another kernel for products of up to this many multiplications
 
 
 class Pass(Protocol):
-    """forwards: what runs in place of modules' own code while this pass is in use · packs: whether all passes are to
-    see their rows as one · layers: None where the decoder layers run their own code"""
+    """forwards: what modules run in place of their own code while this pass is in use · packs: whether all passes see
+    their rows as one · layers: None if the decoder layers run their own code"""
 
     @property
     def forwards(self) -> Mapping[nn.Module, Callable[..., Any]]: ...
@@ -27,7 +27,7 @@ class Pass(Protocol):
     def layers(self) -> Any: ...
 
     def run(self, tokens: Tensor, positions: Tensor, view: View, keep: int | Tensor | None) -> Tensor:
-        """tokens, positions (B, N), keep: the last so many tokens, or their places (R); None: all → logits (B, R, V)"""
+        """tokens, positions (B, N) · keep: R, for the last R tokens, or places (R); None: all → logits (B, R, V)"""
 
     def close(self) -> None: ...
 
@@ -37,8 +37,8 @@ class HfPass:
     """The model's own code around its layers. The layers run eagerly, or as `layers` has traced them: FusedLayers on a
     GPU, NativeLayers on a CPU.
 
-    cache: what the model believes to be its cache, a SlabCache · takes: its arguments · options: of a view, what else
-    the model is called with
+    cache: a SlabCache, which the model takes for its cache · takes: the names of the model's arguments · options: of a
+    view, more arguments for the model
     """
 
     model: Any
@@ -68,8 +68,8 @@ class HfPass:
 
 
 def padded_products(model: Any) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
-    """Of an exact pass, what runs in place of the linear layers' forward: a product of few rows takes the kernel of
-    many."""
+    """For an exact pass, what runs in place of the linear layers' forward, so that a product of few rows takes the same
+    kernel as one of many."""
     return {module: _Padded(module) for module in model.modules() if type(module) is nn.Linear}
 
 

@@ -18,7 +18,7 @@ class PlainForward:
     passes."""
 
     supports_trees = False
-    can_capture = False  # of its steps no CUDA graph can be made
+    can_capture = False  # no CUDA graph can hold its steps
 
     def __init__(
         self,
@@ -27,8 +27,8 @@ class PlainForward:
         history: Callable[[int, int], torch.Tensor],
         hidden_inputs: Sequence[int] = (-1,),
     ) -> None:
-        """history(slot, length): the slot's first `length` token ids, to rebuild a cache that a failed pass left
-        half-written · hidden_inputs: as HiddenTap's indexes"""
+        """history(slot, length): the slot's first `length` token ids, to rebuild a cache after a failed pass left it
+        half-written · hidden_inputs: HiddenTap's indexes"""
         self.model, self._history = model, history
         self._takes = set(inspect.signature(model.forward).parameters)
         self._cache_name = cache_argument(self._takes)
@@ -55,7 +55,7 @@ class PlainForward:
         cache = self._caches[slot] if known else None
         if not known and length > 0:
             tokens = torch.cat([self._history(slot, length)[None], tokens], dim=1)
-        self._seen[slot] = -1  # half-written until the pass is through
+        self._seen[slot] = -1  # half-written until the pass ends
         end = length + tokens.shape[1] if known else tokens.shape[1]
         one_by_one = cache is not None and not holds_only_keys_and_values(
             cache
@@ -68,7 +68,7 @@ class PlainForward:
         return out
 
     def commit(self, view: View, nodes: torch.Tensor) -> None:
-        """The model's own cache has appended the row already."""
+        """Nothing: the model's own cache has already appended the row."""
 
     def zero(self, slot: int) -> None:
         self._caches[slot], self._seen[slot] = None, 0

@@ -1,8 +1,8 @@
-"""Prompts cut into blocks, so that a prefill pass has the form of a decode step: a GPU's prefill.
+"""Prompts cut into blocks, so that a prefill pass on a GPU has the form of a decode step.
 
-A block is a chain of 16 new tokens behind `start` tokens of its slot, and several blocks of one prompt may stand in one
-pass: every layer writes the keys of all blocks before any of them looks. Nothing is padded to the longest prompt, one
-captured graph serves all passes of a size, and the tree's attention kernel serves them as it is.
+A block is a chain of 16 new tokens after `start` tokens of its slot. One pass may hold several blocks of one prompt,
+since every layer writes the keys of all blocks before any block reads them. Nothing is padded to the longest prompt,
+one captured graph serves all passes of a size, and the attention kernel of trees serves them too.
 
     slot 3: tokens 5 … 20 (5 are cached)     block 0: slot 3, start 5
     slot 1: tokens 0 … 19                    block 1: slot 1, start 0      block 2: slot 1, start 16, 4 tokens of 16
@@ -20,11 +20,11 @@ from .view import View
 
 BLOCK = 16
 MIN_BLOCKS = 8
-FEW = 8  # prompts of a pass that drafts for the largest tree: of more, each waits for a draft that few will use
+FEW = 8  # prompts of a pass that drafts for the largest tree; with more, all wait for drafts that few of them use
 
 
 class Run(NamedTuple):
-    """Tokens of one prompt to put behind `start`; `whole`: the prompt is complete with them."""
+    """Tokens of one prompt to write from column `start` on; `whole`: they complete the prompt."""
 
     slot: int
     start: int
@@ -35,9 +35,9 @@ class Run(NamedTuple):
 class Packed(NamedTuple):
     """The numbers of a pass of P blocks and R rows (prompts), views of one flat int64 tensor.
 
-    tokens (P, 16) · slots, starts (P), start -1: an empty block · last (R): where a row's last token stands among the
-    P·16 · rows (R): its slot · lengths (R): tokens in the cache after the pass without a root, -1: an empty row ·
-    whole (R) 0 or 1
+    tokens (P, 16) · slots, starts (P), start -1: an empty block · last (R): place of a row's last token among the P·16
+    · rows (R): its slot · lengths (R): tokens in the cache after the pass, without the root; -1: an empty row · whole
+    (R) 0 or 1
     """
 
     flat: torch.Tensor
@@ -57,7 +57,7 @@ def views(flat: torch.Tensor, blocks: int, rows: int) -> Packed:
 
 
 def rows_for(prompts: int, most: int) -> int:
-    """Rows of a pass of so many prompts, `most` at most: one of two numbers, as passes are captured for each."""
+    """Rows of a pass for `prompts` prompts, `most` at most: one of two numbers, since each needs captured passes."""
     return min(FEW, most) if prompts <= FEW else most
 
 
@@ -66,12 +66,12 @@ def flat_size(blocks: int, rows: int) -> int:
 
 
 def pack(runs: Sequence[Run], rows: int, num_slots: int, least: int = MIN_BLOCKS) -> Packed:
-    """At most `rows` runs, on the host, in a power of two of blocks, `least` or more. Empty rows name slots of their
-    own, which they leave as they are."""
+    """Put at most `rows` runs, on the host, into blocks: a power of two of them, `least` or more. Each empty row names
+    another free slot, and does not change it."""
     counts = [-(-len(run.tokens) // BLOCK) for run in runs]
     blocks = max(least, 1 << max(0, sum(counts) - 1).bit_length())
     packed = views(torch.zeros(flat_size(blocks, rows), dtype=torch.int64), blocks, rows)
-    # through NumPy, whose slices are cheaper than torch's
+    # through NumPy, since its slices are cheaper than torch's
     tokens, slots, starts, last, named, lengths, whole = (part.numpy() for part in packed[1:])
     starts.fill(-1)
     lengths.fill(-1)
@@ -92,7 +92,7 @@ def pack(runs: Sequence[Run], rows: int, num_slots: int, least: int = MIN_BLOCKS
 
 
 def block_view(packed: Packed, columns: int, host_slots: list[int], host_length: list[int], width: int) -> View:
-    """columns: of a slot; empty blocks write behind its context · host_slots, host_length (P), width: as of a View"""
+    """columns: of a slot; empty blocks write after its context · host_slots, host_length (P), width: see View"""
     steps = torch.arange(BLOCK, device=packed.flat.device)
     start = packed.starts.clamp(min=0)
     at = torch.where(packed.starts[:, None] < 0, columns - BLOCK, packed.starts[:, None]) + steps

@@ -1,4 +1,4 @@
-"""The one way in which attributes of objects, a module's `forward` above all, give way to others for a while."""
+"""The only place that replaces attributes of objects for a while, above all the `forward` of modules."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ MISSING = object()
 
 
 def replace_attributes(changes: Iterable[tuple[Any, str, Any]]) -> Callable[[], None]:
-    """Put values in the place of attributes: (object, name, value) each. → what gives every object back as it was; a
-    second call of it does nothing. What is replaced first is given back last."""
+    """Replace attributes, each given as (object, name, value). → a function that restores them in reverse order; its
+    second call does nothing."""
     before: list[tuple[dict[str, Any], str, Any]] = []
     for owner, name, value in changes:
         own = vars(owner)
         before.append((own, name, own.get(name, MISSING)))
-        own[name] = value  # not by setattr: nn.Module's looks for parameters
+        own[name] = value  # not by setattr: that of nn.Module looks for parameters
 
     def undo() -> None:
         while before:

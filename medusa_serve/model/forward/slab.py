@@ -1,6 +1,6 @@
 """The KV slab: one tensor each for keys and values of all layers, addressed by slot.
 
-Invariant: between steps, columns 0 … length-1 of a slot hold the tokens of its sequence but the pending one. A pass
+Invariant: between steps, columns 0 … length-1 of a slot hold the tokens of its sequence except the pending one. A pass
 over N tree nodes writes columns length … length+N-1, and only `commit` keeps some of them.
 """
 
@@ -13,11 +13,11 @@ import torch
 
 from ..kernels import Kernels, choose
 
-LINE = 64  # bytes of a cache's line, where a slab begins
+LINE = 64  # bytes of a cache line; a slab begins at one
 
 
 class SlotCache:
-    """keys, values: (L, S, C, kv_heads, dim), zero-filled. C holds the context and the tree behind a full slot."""
+    """keys, values: (L, S, C, kv_heads, dim), zero-filled. C is the context plus room for a tree after it."""
 
     def __init__(
         self,
@@ -28,8 +28,8 @@ class SlotCache:
         device: torch.device,
         kernels: Kernels | None = None,
     ) -> None:
-        """layers: (kv_heads, key dim, value dim) of each layer; all must agree (LoadError is the caller's) · kernels:
-        None: the machine's own"""
+        """layers: (kv_heads, key dim, value dim) of each layer; the caller checks that all agree · kernels: None: those
+        of the machine"""
         kv_heads, key_dim, value_dim = layers[0]
         shape = (len(layers), slots, columns, kv_heads)
         self.keys = _zeros((*shape, key_dim), dtype, device)
@@ -37,7 +37,7 @@ class SlotCache:
         self._kernels = kernels or choose(device)
 
     def like(self, slots: int, columns: int) -> SlotCache:
-        """An empty one of the same layers."""
+        """An empty cache for the same layers."""
         layers = [(self.keys.shape[3], self.keys.shape[4], self.values.shape[4])] * len(self.keys)
         return SlotCache(layers, slots, columns, self.keys.dtype, self.keys.device, self._kernels)
 
@@ -55,8 +55,8 @@ class SlotCache:
     def commit(self, slots: torch.Tensor, length: torch.Tensor, nodes: torch.Tensor) -> None:
         """Move the accepted nodes' rows to the end of their sequences, for all layers at once.
 
-        slots (B) · length (B) · nodes (B, A): the path, the root first; entries behind its end may be anything, since
-        what lies behind a sequence's new length is never read.
+        slots (B) · length (B) · nodes (B, A): the path, the root first; entries after its end may be anything, since
+        columns after a sequence's new length are never read.
 
         Example, length 7, nodes 0 1 3 of a tree of 6:   columns  7 8 9 10 11 12      7 8 9
                                                          hold     r a b  c  d  e  →   r a c
@@ -67,13 +67,13 @@ class SlotCache:
         self._kernels.commit_rows(self.values, slots, length, nodes)
 
     def zero(self, slot: int) -> None:
-        """Wipe a slot whose numbers went bad: masked NaN rows of V would still give NaN."""
+        """Wipe a slot that holds NaN: even masked rows of V with NaN give NaN."""
         self.keys[:, slot].zero_()
         self.values[:, slot].zero_()
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """On a CPU pages that are taken when they are first written: torch.zeros writes them all, a second of a start."""
+    """On a CPU, pages are taken at their first write. torch.zeros would write them all and take a second."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize

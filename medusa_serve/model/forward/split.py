@@ -1,8 +1,8 @@
-"""A model too large for one GPU: its decoder layers over all visible GPUs, everything else on the first (the home).
+"""A model too large for one GPU: its decoder layers are on all visible GPUs, everything else on the first (the home).
 
-accelerate's hooks move the hidden states from GPU to GPU; the KV rows of a layer live where the layer does. A pass goes
-through the GPUs one after the other, so this makes room, not speed, and its steps are launched one by one (no CUDA
-graph spans GPUs). Where a model fits on one GPU, replicas are what makes several of them faster.
+accelerate's hooks move the hidden states from GPU to GPU; the KV rows of a layer are on the GPU of the layer. A pass
+goes through the GPUs one after the other, so this makes room, not speed, and its steps are launched one by one (no CUDA
+graph spans GPUs). If a model fits on one GPU, replicas use several GPUs faster.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .slab import SlotCache
 
 
 def device_map(model: Any, devices: Sequence[Any], shares: Sequence[float]) -> dict[str, Any]:
-    """accelerate's device_map: the layers in order, by `shares` of them for each device; all else on the first. The
-    model may be on the meta device. Raises LoadError where it has no list of decoder layers."""
+    """accelerate's device_map: each device gets its share of the layers, in order; the first gets all the rest. The
+    model may be on the meta device. Raises LoadError if it has no list of decoder layers."""
     layers = decoder_layers(model)
     bounds = [round(sum(shares[: i + 1]) / sum(shares) * len(layers)) for i in range(len(devices))]
     place = {id(layer): devices[_first_above(bounds, index)] for index, layer in enumerate(layers)}
@@ -46,10 +46,10 @@ def _first_above(bounds: Sequence[int], index: int) -> int:
 
 
 def gpu_shares(weights: int, layer_bytes: int) -> tuple[list[torch.device], list[float]]:
-    """The visible GPUs and what part of the layers each should hold: by free memory, less what the home holds besides.
+    """The visible GPUs and each one's share of the layers: by free memory, on the home less the rest of the weights.
 
-    weights: bytes of the whole model · layer_bytes: of its decoder layers together. Raises LoadError where the weights
-    fit even together on no choice of GPUs."""
+    weights: bytes of the model · layer_bytes: of all its decoder layers. Raises LoadError if there is only one GPU, or
+    if all GPUs together have too little memory for the weights."""
     count = torch.cuda.device_count()
     if count < 2:
         raise LoadError(f"device split needs two GPUs or more, and this machine has {count or 'none'}; use auto.")
@@ -62,12 +62,12 @@ def gpu_shares(weights: int, layer_bytes: int) -> tuple[list[torch.device], list
 
 
 def sizes(model: Any) -> tuple[int, int]:
-    """Bytes of the whole model and of its decoder layers."""
+    """Bytes of the model and of its decoder layers."""
     return sum(p.nbytes for p in model.parameters()), sum(p.nbytes for p in decoder_layers(model).parameters())
 
 
 def split_plan(hf_config: Any, dtype: torch.dtype) -> tuple[dict[str, Any], str]:
-    """(device_map for from_pretrained, a note), from the config alone. Raises LoadError."""
+    """(device_map for from_pretrained, a note), from the config alone. Raises LoadError, also without accelerate."""
     from transformers import AutoModelForCausalLM
 
     require_accelerate()
@@ -89,7 +89,7 @@ def require_accelerate() -> None:
 
 
 def layer_devices(model: Any) -> list[torch.device]:
-    """Where each decoder layer is; empty where they are all in one place, or not to be found."""
+    """The device of each decoder layer; empty if all are on one device, or if no layers are found."""
     try:
         found = [next(layer.parameters()).device for layer in decoder_layers(model)]
     except (LoadError, StopIteration):
@@ -98,7 +98,7 @@ def layer_devices(model: Any) -> list[torch.device]:
 
 
 class SplitCache:
-    """SlotCaches for layers in different places, with the interface of one. groups: a place's name for each layer"""
+    """Several SlotCaches with the interface of one. groups: a name for each layer's cache; None: one per device"""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
-"""A decoder layer as a function of its weights: traced from the model's own code by torch.export, projections of one
-input made one product.
+"""A decoder layer as a function of its weights: torch.export traces the model's own code, and projections of the same
+input become one product.
 
-The attention stays as it is, an operator that tracing does not look into. Layers that differ in anything but weights
-and number get functions of their own.
+Tracing does not look into the attention, which is an operator. Layers share a function only if they differ in nothing
+but weights and number.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from ..drafting.tree import Tree
 from .tree_forward import TreeForward
 from .view import tree_view
 
-SPACE = "medusa_serve"  # of the operators
-EXAMPLE = 37  # tokens of the traced pass: a size that nothing else in a layer has
+SPACE = "medusa_serve"  # namespace of the operators
+EXAMPLE = 37  # tokens of the traced pass: no other dimension in a layer has this size
 LINEAR = torch.ops.aten.linear.default
 
 
 class Operator:
     """Write the layer's keys and values, and attend: `TreeForward.attend_in` as an operator of torch's. Its name is the
-    same in every process, so that what Inductor keeps on disk is found again."""
+    same in every process, so that Inductor finds its files on disk again."""
 
     def __init__(self, forward: TreeForward) -> None:
-        self.layer, self.muted = 0, False  # muted: it attends to nothing, and gives nothing
+        self.layer, self.muted = 0, False  # muted: it does not attend, and its output is empty memory
         self._library = torch.library.Library(SPACE, "FRAGMENT")
         taken = getattr(torch.ops, SPACE)
         name = next(f"attend_{number}" for number in count() if not hasattr(taken, f"attend_{number}"))
         self._library.define(f"{name}(Tensor query, Tensor key, Tensor value, float scaling, int window) -> Tensor")
 
-        me = weakref.ref(self)  # torch keeps what is registered with it for good, and a model with it
+        me = weakref.ref(self)  # torch never drops a registered function, and a strong reference would keep the model
 
         def shape(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:
             return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
@@ -53,7 +53,7 @@ class Operator:
         self.forward = forward
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:
-        """The operator without the dispatcher, where nobody compiles."""
+        """The operator without the dispatcher, for layers that are not compiled."""
         return self.forward.attend_in(self.layer, query, key, value, scaling, window or None)
 
     def tracing(self) -> Any:
@@ -61,11 +61,11 @@ class Operator:
 
     def close(self) -> None:
         self._library._destroy()
-        del self.forward  # export keeps the traced graphs of the process, and they name this operator
+        del self.forward  # export keeps all traced graphs of the process, and they refer to this operator
 
 
 class TracedLayer:
-    """One layer's code as a graph of its weights and of what the model hands it."""
+    """One layer's code as a graph of its weights and of the model's arguments for it."""
 
     def __init__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], attention: Operator, merge: bool
@@ -88,23 +88,23 @@ class TracedLayer:
         self.out_spec = out_specs[-1]
         self.graph = program.graph_module
         kinds = torch.export.graph_signature.InputKind
-        self.inputs: list[str] = []  # of the graph, in order: a weight's name, or "" for what the model hands over
+        self.inputs: list[str] = []  # of the graph, in order: a weight's name, or "" for an argument of the model
         self.constants = {}
         for spec in program.graph_signature.input_specs:
             name = "" if spec.kind == kinds.USER_INPUT else str(spec.target)
             if spec.kind == kinds.CONSTANT_TENSOR:
                 self.constants[name] = program.constants[name]
             self.inputs.append(name.removeprefix("layer."))
-        self.merged: list[list[str]] = []  # names of the linear layers whose products became one
+        self.merged: list[list[str]] = []  # names of the linear layers that became one product
         if merge:
             self._merge()
-        self.graph.graph.set_codegen(torch.fx.graph.CodeGen())  # export's own unpacks its arguments by pytree
+        self.graph.graph.set_codegen(torch.fx.graph.CodeGen())  # export's code unpacks its arguments by pytree
         self.graph.recompile()
         self._compiled: Any = None
 
     def _merge(self) -> None:
-        """Products of one input become one, with their weights below one another: the first one's place in the inputs
-        takes the merged weight, the others' places are read no more."""
+        """Make products of the same input one product, with their weights stacked. The first one's place in the inputs
+        takes the stacked weight; the places of the others are no longer read."""
         graph = self.graph.graph
         name_of = dict(zip((n for n in graph.nodes if n.op == "placeholder"), self.inputs, strict=True))
         groups: dict[Any, list[Any]] = {}
@@ -135,14 +135,14 @@ class TracedLayer:
         graph.lint()
 
     def takes(self, leaves: list[Any], spec: Any) -> bool:
-        """Whether a call is like the one that was traced."""
+        """Whether a call has the form of the traced one."""
         if spec != self._spec or [isinstance(leaf, Tensor) for leaf in leaves] != self._is_tensor:
             return False
         pairs = zip(self._rest, leaves, strict=True)
         return all(kept is None or kept is leaf or kept == leaf for kept, leaf in pairs)
 
     def weights_of(self, layer: nn.Module, merged: dict[str, Tensor]) -> list[Tensor | None]:
-        """A layer's weights in the order of the graph's inputs; None: what the model hands over."""
+        """A layer's weights in the order of the graph's inputs; None: an argument of the model."""
         known = dict(layer.named_parameters(remove_duplicate=False)) | dict(layer.named_buffers(remove_duplicate=False))
         known |= self.constants | merged
         return [known[name] if name else None for name in self.inputs]
@@ -154,7 +154,7 @@ class TracedLayer:
         given = iter(tensors)
         inputs = [next(given) if weight is None else weight for weight in weights]
         if compiled and self._compiled is None:
-            # one row reads each weight once: Inductor makes such products a sum of its own and tunes how it reads
+            # one row reads each weight once: Inductor writes such a product as a sum, and tunes how it reads
             options: Any = {"coordinate_descent_tuning": True} if self.single else {}
             self._compiled = torch.compile(self.graph.forward, fullgraph=True, dynamic=False, options=options)
         out = (self._compiled if compiled else self.graph.forward)(*inputs)
@@ -162,12 +162,12 @@ class TracedLayer:
 
 
 class _Layer(nn.Module):
-    """What is traced: tensors, with the rest of what the model hands over as it was."""
+    """The module that is traced: its inputs are tensors; the model's other arguments are fixed."""
 
     def __init__(
         self, layer: nn.Module, spec: Any, rest: list[Any], is_tensor: list[bool], note: Callable[[Any], None]
     ) -> None:
-        """note: is told the form of what comes out; what tracing sets on a module is set back"""
+        """note: takes the form of the output: export restores attributes, so the module cannot keep it"""
         super().__init__()
         self.layer = layer
         self._call = (spec, rest, is_tensor, note)
@@ -183,7 +183,7 @@ class _Layer(nn.Module):
 
 
 def layer_calls(forward: TreeForward, layers: list[nn.Module], tokens: int) -> list[tuple[Any, dict[str, Any]]]:
-    """What each layer is called with in a packed pass of so many tokens: (args, kwargs)."""
+    """The arguments of each layer in a packed pass of `tokens` tokens: (args, kwargs)."""
     found: list[tuple[Any, dict[str, Any]]] = []
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, kwargs: found.append((args, kwargs)), with_kwargs=True)
@@ -202,7 +202,7 @@ def layer_calls(forward: TreeForward, layers: list[nn.Module], tokens: int) -> l
 
 
 def layer_kind(layer: nn.Module) -> str:
-    """All that a layer's code may depend on but the weights' values and the layer's number."""
+    """Everything that a layer's code may depend on, except the weights' values and the layer's number."""
     plain = (bool, int, float, str, type(None), tuple)
     found = []
     for name, module in layer.named_modules():
@@ -214,15 +214,15 @@ def layer_kind(layer: nn.Module) -> str:
 
 @torch.no_grad()
 def merge_weights(layer: nn.Module, groups: list[list[str]]) -> dict[str, Tensor]:
-    """One tensor for each group, of which the layers' own become views; → by the name of the first one's."""
+    """One tensor for each group, and the layers' weights become views of it; → tensors by the first weight's name."""
     merged: dict[str, Tensor] = {}
     for names in groups:
         modules = [layer.get_submodule(name) for name in names]
         for part in ("weight", "bias"):
             own: list[Any] = [getattr(module, part) for module in modules]
             if own[0] is not None:
-                whole = torch.cat([tensor.detach() for tensor in own])
-                for tensor, rows in zip(own, whole.split([len(tensor) for tensor in own]), strict=True):
+                stacked = torch.cat([tensor.detach() for tensor in own])
+                for tensor, rows in zip(own, stacked.split([len(tensor) for tensor in own]), strict=True):
                     tensor.data = rows
-                merged[f"{names[0]}.{part}"] = nn.Parameter(whole, requires_grad=False)  # its sizes are fixed ones
+                merged[f"{names[0]}.{part}"] = nn.Parameter(stacked, requires_grad=False)  # of fixed sizes
     return merged

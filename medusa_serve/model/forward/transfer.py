@@ -1,4 +1,4 @@
-"""Between host and device without waiting: small inputs go out pinned, results come back when they are asked for."""
+"""Between host and device without waiting: small inputs are sent from pinned memory, results are read on request."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Output = TypeVar("Output")
 
 
 def to_device(values: Sequence[Any] | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Numbers as a tensor on the device. From pageable memory, CUDA would first wait for all that is under way."""
+    """Numbers as a tensor on the device. From pageable memory, CUDA would first wait for all running work."""
     tensor = values if isinstance(values, torch.Tensor) else torch.tensor(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def bits_of(values: torch.Tensor) -> torch.Tensor:
-    """float32 as int64 that holds its bits: facts of both kinds travel together."""
+    """float32 as int64 with the same bits, so that results of both kinds need one transfer."""
     return values.contiguous().view(torch.int32).to(torch.int64)
 
 
@@ -28,10 +28,10 @@ def from_bits(bits: int) -> float:
 
 
 class Started(Generic[Output]):
-    """A pass under way on the device; `outputs` waits for it. Implements types.StartedPass."""
+    """A started pass on the device; `outputs` waits for it. Implements types.StartedPass."""
 
     def __init__(self, facts: torch.Tensor, read: Callable[[list[list[int]]], list[Output]]) -> None:
-        """facts (B, …): copied to the host behind the pass, before anything later can overwrite them."""
+        """facts (B, …): the results, copied to the host right after the pass, before later work can overwrite them."""
         self._read = read
         self._facts = facts.to("cpu", non_blocking=True) if facts.is_cuda else facts
         self._done = torch.cuda.Event() if facts.is_cuda else None

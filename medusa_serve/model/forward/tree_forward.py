@@ -1,6 +1,5 @@
-"""The forward pass of an unmodified Hugging Face model over slots: its attention is registered, its cache is ours, so
-that many rows with many nodes share one pass. masked_forward.py and plain_forward.py are for models that cannot have
-that.
+"""The forward pass of an unmodified Hugging Face model over slots. It gets our attention and our cache, so that many
+rows with many nodes share one pass. Other models use masked_forward.py or plain_forward.py.
 """
 
 from __future__ import annotations
@@ -23,19 +22,18 @@ from .slab import SlotCache
 from .split import SplitCache, layer_devices
 from .view import View
 
-ASIDE = 128  # tokens of a pass that is no sequence's
+ASIDE = 128  # tokens of a slot in `TreeForward.aside`
 
 
 class SlabCache(Cache):
-    """What the model believes to be its cache: `update` writes into the slab and hands the layer's slab to the
-    attention."""
+    """The model takes it for its cache: `update` writes into the slab, and gives the attention the layer's slab."""
 
     def __init__(self, slab: SlotCache | SplitCache) -> None:
         super().__init__(layers=[])
         self.slab, self.is_split = slab, isinstance(slab, SplitCache)
         self.view: Any = None  # a View and its columns during a pass
         self.columns: Any = None
-        self.traced = False  # while a layer is traced, its attention writes what it gets
+        self.traced = False  # while a layer is traced, its attention operator writes the keys and values
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         if self.traced:
@@ -69,11 +67,11 @@ class SlabCache(Cache):
 
 
 class TreeForward:
-    """Rows of slots, each with a tree of new tokens. Raises PlugInError where the model's attention cannot be
+    """Rows of slots, each with a tree of new tokens. Raises PlugInError if the model's attention cannot be
     replaced."""
 
     supports_trees = True
-    attends = True  # in place of the model's attention
+    attends = True  # with our attention, in place of the model's
     cache_kind = SlabCache
 
     def __init__(
@@ -85,7 +83,7 @@ class TreeForward:
         hidden_inputs: Sequence[int] = (-1,),
         kernels: Kernels | None = None,
     ) -> None:
-        """hidden_inputs: as HiddenTap's indexes, M of them · kernels: None: the machine's own"""
+        """hidden_inputs: HiddenTap's indexes, M of them · kernels: None: those of the machine"""
         self.kernels = kernels or choose(model.device)
         self.model, self.max_positions, self.hidden_inputs = model, max_positions, tuple(hidden_inputs)
         self._traced_attention: Callable[..., torch.Tensor] | None = None
@@ -108,8 +106,8 @@ class TreeForward:
         self.use(HfPass(model, self._slab_cache, frozenset(self._takes), str(self._cache_name), self._options))
 
     def use(self, other: Pass, *, exact: bool = False) -> None:
-        """From now on passes are run by `other`, and the model's modules by what it has for them. exact: as
-        attention.attend's, and products of few rows are padded."""
+        """From now on, `other` runs the passes, and its `forwards` replace those of the modules. exact: attention as in
+        attention.attend, and products of few rows are padded."""
         self._undo()
         forwards = {**other.forwards, **(padded_products(self.model) if exact else {})}
         self._undo = replace_attributes((module, "forward", run) for module, run in forwards.items())
@@ -117,20 +115,20 @@ class TreeForward:
 
     @property
     def packs(self) -> bool:
-        """Whether all passes see their rows as one: traced layers of a CPU want that."""
+        """Whether all passes see their rows as one: traced layers on a CPU need that."""
         return self.active.packs
 
     def _plug_in(self) -> None:
         model, self._name = self.model, f"medusa_tree_{id(self):x}"
         self._before = model.config._attn_implementation
         AttentionInterface.register(self._name, self._attention)
-        model.set_attn_implementation(self._name)  # only warns when it cannot
+        model.set_attn_implementation(self._name)  # if it cannot, it only warns
         able = "position_ids" in self._takes and self._cache_name is not None
         if model.config._attn_implementation != self._name or not able:
             raise PlugInError("its attention cannot be replaced")
 
     def _options(self, view: View) -> dict[str, Any]:
-        """What else the model is called with."""
+        """More arguments for the model."""
         return {}
 
     def _attention(
@@ -156,7 +154,7 @@ class TreeForward:
             return self._traced_attention(query, key, value, scaling, sliding_window or 0), None
         view = self._slab_cache.view
         if self.is_split:
-            with torch.cuda.device_of(query):  # kernels of our own start on the current GPU
+            with torch.cuda.device_of(query):  # our kernels start on the current GPU
                 view = view.on(query.device)
                 out = self.kernels.attend(view.unpack(query), key, value, view, scaling, sliding_window, softcap, s_aux)
             return view.pack(out), None
@@ -167,7 +165,7 @@ class TreeForward:
 
     @property
     def view(self) -> View | None:
-        """Of the pass under way."""
+        """The view of the running pass."""
         return self._slab_cache.view
 
     def attend_in(
@@ -179,7 +177,7 @@ class TreeForward:
         scaling: float,
         window: int | None,
     ) -> torch.Tensor:
-        """What a layer's cache and attention do in a pass, for a layer that was traced without them."""
+        """The work of cache and attention in a pass, for a layer that was traced without them."""
         cache = self._slab_cache
         keys, values = cache.update(key, value, layer)
         out = self.kernels.attend(cache.view.unpack(query), keys, values, cache.view, scaling, window, exact=self.exact)
@@ -187,7 +185,7 @@ class TreeForward:
 
     @contextlib.contextmanager
     def traced_with(self, attention: Callable[..., torch.Tensor]) -> Iterator[None]:
-        """Meanwhile layers call `attention` (query, key, value, scaling, window or 0) and write no cache."""
+        """Within it, layers call `attention` (query, key, value, scaling, window or 0) and write no cache."""
         self._traced_attention, self._slab_cache.traced = attention, True
         try:
             yield
@@ -196,7 +194,7 @@ class TreeForward:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Meanwhile passes have two short slots of their own (ASIDE tokens), and no sequence's is touched."""
+        """Within it, passes use two separate short slots (ASIDE tokens) and touch no sequence's slot."""
         kept = self.cache
         self.cache = self._slab_cache.slab = kept.like(2, ASIDE)
         try:
@@ -207,7 +205,7 @@ class TreeForward:
     def run(
         self, tokens: torch.Tensor, view: View, last_only: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """tokens (B, N), -1 empty → logits (B, N, V), hidden (B, N, M·H); with last_only of the last token alone."""
+        """tokens (B, N), -1 empty → logits (B, N, V), hidden (B, N, M·H); with last_only only of the last token."""
         if self.packs and not view.packed:
             view = replace(view, packed=True)
             if last_only:
@@ -225,7 +223,7 @@ class TreeForward:
     def run_packed(
         self, tokens: torch.Tensor, view: View, at: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """tokens (P, N) of a packed view, at (R) places among the P·N → logits (R, 1, V), hidden (R, 1, M·H) there."""
+        """tokens (P, N) of a packed view, at (R): places among the P·N → logits (R, 1, V), hidden (R, 1, M·H) there."""
         logits = self._pass(tokens.view(1, -1), view.positions.reshape(1, -1), view, at)
         hidden = self.tap.take(at)
         logits = logits if logits.shape[1] == len(at) else logits[:, at]
@@ -233,7 +231,7 @@ class TreeForward:
 
     def _pass(self, tokens: torch.Tensor, positions: torch.Tensor, view: View, keep: int | torch.Tensor | None) -> Any:
         """The logits."""
-        if self.max_positions is not None:  # nodes behind it are never accepted, but learned positions must exist
+        if self.max_positions is not None:  # later nodes are never accepted, but learned positions must exist
             positions = positions.clamp(max=self.max_positions - 1)
         return self.active.run(tokens.clamp(min=0), positions, view, keep)
 
@@ -244,7 +242,7 @@ class TreeForward:
         self.cache.zero(slot)
 
     def detach(self) -> None:
-        """Give the model back as it was."""
+        """Give the model its attention back."""
         self.model.set_attn_implementation(self._before)
         AttentionInterface._global_mapping.pop(self._name, None)
 
@@ -262,8 +260,8 @@ class PlugInError(Exception):
 
 @torch.no_grad()
 def kv_shapes(model: Any) -> list[tuple[int, int, int]]:
-    """(kv heads, key dim, value dim) of each layer, from a two-token pass. Raises PlugInError where they differ, and
-    where no tree fits into the model's attention."""
+    """(kv heads, key dim, value dim) of each layer, from a two-token pass. Raises PlugInError if they differ, or if
+    the model's attention or cache cannot hold a tree."""
     if uses_alibi(model.config):
         raise PlugInError("its attention adds biases by distance (ALiBi), which a tree of tokens has not")
     ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
@@ -281,12 +279,12 @@ def kv_shapes(model: Any) -> list[tuple[int, int, int]]:
 
 
 def cache_argument(takes: set[str]) -> str | None:
-    """What a model's forward and its outputs call the cache: the first since transformers 5.24."""
+    """The name of the cache in a model's forward and its outputs; the first one is that since transformers 5.24."""
     return next((name for name in ("cache", "past_key_values", "cache_params") if name in takes), None)
 
 
 def uses_alibi(config: Any) -> bool:
-    """Whether positions are biases of the attention (Press et al. 2022): computed from a mask that has no branches."""
+    """Whether positions are biases of the attention (Press et al. 2022), computed from a mask without branches."""
     attention = getattr(config, "attn_config", None)
     kind = getattr(config, "model_type", None)
     return kind == "bloom" or any(getattr(part, "alibi", False) is True for part in (config, attention))

@@ -1,4 +1,4 @@
-"""What one pass sees: which rows, which columns of their slots, and which of the new tokens see each other."""
+"""What one pass sees: its rows, the columns of their slots, and which of the new tokens see each other."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .transfer import to_device
 
 @dataclass
 class View:
-    """What one pass sees: B rows of N new tokens each, of which the keys of the first T columns of a slot are read.
+    """What one pass sees: B rows of N new tokens each. It reads the keys of the first T columns of each slot.
 
-    Built anew for each pass; masks are made on first use and shared by all layers.
+    Each pass has a new one; masks are made at their first use and shared by all layers.
 
     slots, length (B) on the device, and the same as Python ints (a captured pass knows only `slots` and `width`)
     positions (B, N) · columns (B, N): where the new tokens' keys are written
-    tree (B, N, N): new token i sees new token j; None: a causal run, where a token sees all columns up to its position
-    width: T where all rows are read at once
+    tree (B, N, N): new token i sees new token j; None: a causal run: a token sees all columns up to its position
+    width: T, if all rows are read at once
     packed: the model sees all rows side by side as one, (1, B·N)
-    node_bits (B, N) int64: in place of `tree`, the ancestors of each node and itself
+    node_bits (B, N) int64: in place of `tree`, each node and its ancestors as bits
     """
 
     slots: torch.Tensor
@@ -41,7 +41,7 @@ class View:
     _copies: dict[torch.device, View] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> View:
-        """The same view for a layer on another device; made once a pass."""
+        """The same view for a layer on another device; made once per pass."""
         if device == self.slots.device:
             return self
         if device not in self._copies:
@@ -59,13 +59,13 @@ class View:
         return self.positions.shape[1]
 
     def unpack(self, x: torch.Tensor) -> torch.Tensor:
-        """What a layer computed for the rows: (1, heads, B·N, dim) → (B, heads, N, dim) where they are packed."""
+        """A layer's tensor of the rows: if they are packed, (1, heads, B·N, dim) → (B, heads, N, dim)."""
         if not self.packed or self.positions.shape[0] == 1:
             return x
         return x[0].unflatten(1, self.positions.shape).transpose(0, 1)
 
     def pack(self, out: torch.Tensor) -> torch.Tensor:
-        """What attention gave the rows, (B, N, heads, dim), as a layer goes on with it: (1, B·N, heads, dim) where they
+        """The output of the attention, (B, N, heads, dim), as the layer expects it: (1, B·N, heads, dim) if the rows
         are packed."""
         return out.flatten(0, 1)[None] if self.packed and self.positions.shape[0] > 1 else out
 
@@ -88,7 +88,7 @@ class View:
 
     @cached_property
     def sees(self) -> torch.Tensor:
-        """(B, N, N) bool: the tree, however it is given."""
+        """(B, N, N) bool: the tree, given as `tree` or as bits."""
         if self.tree is not None:
             return self.tree
         shifts = torch.arange(self.num_new, device=self.length.device)
@@ -117,8 +117,8 @@ class View:
         return seen
 
     def bias(self, window: int | None, row: int | None, group: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Additive mask packed for `group` query heads a key head: (1, 1, group × N, T of that row), or of all rows
-        (B, 1, …). None where everything is visible (plain decoding of one row).
+        """Additive mask, packed for `group` query heads per key head: (1, 1, group × N, T of that row), or for all rows
+        (B, 1, …). None if everything is visible (plain decoding of one row).
         """
         key = (window, row, group)
         if key not in self._bias:
@@ -142,7 +142,7 @@ def tree_view(
     width: int | None = None,
     packed: bool = False,
 ) -> View:
-    """Rows with a filled tree each."""
+    """The view of rows that have a filled tree each."""
     new = draft.tokens.shape[1]
     columns = length[:, None] + torch.arange(new, device=length.device)
     positions = length[:, None] + draft.depths
@@ -158,9 +158,9 @@ def chain_view(
     scratch: int = 0,
     width: int | None = None,
 ) -> View:
-    """Causal runs of `counts` tokens, at the right end of rows as long as the longest: prefill.
+    """The view of a prefill: causal runs of `counts` tokens, aligned right in rows as long as the longest run.
 
-    What stands to the left of a shorter run is padding: its keys go to the column `scratch`, which nobody reads.
+    A shorter run has padding on its left: its keys go to the column `scratch`, which is never read.
     """
     new = max(counts)
     slots, length, count = to_device([host_slots, host_length, counts], device)
@@ -172,6 +172,6 @@ def chain_view(
 
 
 def ancestor_bits(tree: torch.Tensor) -> torch.Tensor:
-    """(B, N, N) bool → (B, N) int64: bit j of a node is set where it sees node j. N ≤ 64."""
+    """(B, N, N) bool → (B, N) int64: bit j of a node is set if it sees node j. N ≤ 64."""
     shifts = torch.arange(tree.shape[-1], device=tree.device)
     return (tree.to(torch.int64) << shifts).sum(dim=-1)

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ..drafting.heads import rms_norm
+from ..drafting.lookup import lookup
 from ..drafting.pool import Children
-from ..drafting.tree import HeadNodes
 from ..forward.view import View
 from ..sampling.filters import Sampling
-from ..shapes import Shape
 from ..tables import Closed, Opened, SlotTables
 from ..torch_kernels import TorchKernels, walk_by_depth
 from . import attention, search, step
@@ -23,6 +22,11 @@ class GpuKernels:
     """Implements kernels.Kernels."""
 
     name = "triton"
+    open_step = staticmethod(step.open_step)
+    keep_drafts = staticmethod(step.keep_heads)
+    lookup = staticmethod(lookup)
+    new_pool = staticmethod(search.FusedPool)
+    rms_norm = staticmethod(rms_norm)
 
     def __init__(self) -> None:
         self._torch = TorchKernels()
@@ -58,9 +62,6 @@ class GpuKernels:
             return attention.tree_attention(query, keys, values, view, scaling, window)
         return self._torch.attend(query, keys, values, view, scaling, window, softcap, sinks, exact)
 
-    def open_step(self, tables: SlotTables, slots: Tensor, active: Tensor, shape: Shape) -> Opened:
-        return step.open_step(tables, slots, active, shape)
-
     def walk(
         self,
         tables: SlotTables,
@@ -83,14 +84,6 @@ class GpuKernels:
             return walk_by_depth(tables, slots, opened, logits, max_depth, sampling, rest=rest, every=every)
         return step.close_step(tables, slots, opened, picked, best, max_depth, rest=rest)
 
-    def keep_drafts(
-        self, tables: SlotTables, slots: Tensor, active: Tensor, heads: HeadNodes, facts: Tensor, ready: int
-    ) -> None:
-        step.keep_heads(tables, slots, active, heads, facts, ready)
-
-    def lookup(self, history: Tensor, length: Tensor, num_tokens: int) -> Tensor:
-        return self._torch.lookup(history, length, num_tokens)
-
     def top_children(
         self,
         logits: Tensor,
@@ -103,17 +96,11 @@ class GpuKernels:
     ) -> Children:
         return Children(*search.top_children(logits, depth, length, tau, token_map, sampling, num_ranks))
 
-    def new_pool(self, rows: int, size: int, device: torch.device) -> search.FusedPool:
-        return search.FusedPool(rows, size, device)
-
-    def rms_norm(self, x: Tensor) -> Tensor:
-        return self._torch.rms_norm(x)
-
     def search_at_once(self, heads: Any, tau: Tensor, num_ranks: int) -> None:
         return None
 
     def warm_up(self) -> None:
-        """Triton compiles a kernel where it is first called, before a step is captured."""
+        """Nothing: Triton compiles a kernel at its first call, which comes before a step is captured."""
 
 
 def _pick(logits: Tensor, sampling: Sampling, position: Tensor) -> tuple[Tensor, Tensor]:

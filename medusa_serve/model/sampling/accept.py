@@ -1,7 +1,7 @@
-"""Accept by walking: at each depth the request picks its own next token, and the walk goes on where a node holds it.
+"""Accept by walking: at each depth the request picks its own next token, and the walk goes on if a node holds it.
 
-The emitted tokens never look at the tree: each is drawn from the model's distribution after the tokens emitted before
-it. The tree only decides how many of them one pass yields. That is the whole proof of exactness (token matching; for
+The emitted tokens do not depend on the tree: each is drawn from the model's distribution after the tokens emitted
+before it. The tree only decides how many tokens one pass yields. This alone proves exactness (token matching; for
 deterministic drafts no lossless rule accepts more).
 """
 
@@ -18,7 +18,7 @@ from .penalties import Tally
 
 
 class Limits(NamedTuple):
-    """Where the walk of B rows must stop: total (B) tokens of prompt and completion, eos (B, E) ids (-1 unused)."""
+    """Where the walk of B rows must stop: total (B) tokens of prompt and completion; eos (B, E) ids, -1 unused."""
 
     length: torch.Tensor  # (B) tokens in the KV cache; the pending token is not among them
     total: torch.Tensor
@@ -26,9 +26,9 @@ class Limits(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """tokens (B, D+1) emitted, -1 behind the end · nodes (B, D+1) the path, the root first · num_emitted (B) tokens
-    finished (B) EOS or the limit was met · finite (B) False: the row's logits were not usable and nothing counts
-    logprobs (B, D+1, NUM_TOLD) int64, where asked for: as of `logprobs_of`"""
+    """tokens (B, D+1) emitted, -1 after the end · nodes (B, D+1) the path, the root first · num_emitted (B) tokens
+    finished (B) EOS or the limit was met · finite (B) False: the row's logits were not usable, drop its tokens
+    logprobs (B, D+1, NUM_TOLD) int64, if asked for: see `logprobs_of`"""
 
     tokens: torch.Tensor
     nodes: torch.Tensor
@@ -38,7 +38,7 @@ class Walk(NamedTuple):
     logprobs: torch.Tensor | None = None
 
 
-Pick = Callable[[torch.Tensor, Sampling, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # as filters.pick
+Pick = Callable[[torch.Tensor, Sampling, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # see filters.pick
 
 
 def accept(
@@ -54,8 +54,8 @@ def accept(
 ) -> Walk:
     """Walk the verified tree of each row, depth by depth. logits (B, N, V) · tokens, parents (B, N) of the tree
 
-    pick: chooses the next token of each row · every: what each node picks and its largest logit, (B, N) both, where all
-    nodes were asked at once
+    pick: chooses the next token of each row · every: each node's pick and largest logit, (B, N) both, if all nodes have
+    picked already
 
     Example (greedy), tree of Tree's docstring, length 7: node 1 holds 52, node 3 holds 9, argmax at the root is 52, at
     node 1 it is 9, at node 3 it is 30: tokens 52 9 30, nodes 0 1 3, num_emitted 3. Two draft tokens are accepted, 30 is
@@ -91,12 +91,12 @@ def accept(
         alive = alive.gather(1, parents) & (tokens == picked[:, None]) & not_root
         active = active & ~stop & alive.any(dim=1) & finite
         if device.type != "cuda" and not bool(active.any()):
-            break  # asking costs nothing on a CPU; on a GPU every depth runs
+            break  # the test is free on a CPU; on a GPU it would wait, so every depth runs
     made = torch.stack(emitted, dim=1)
     asked = torch.stack(logprobs, dim=1) if logprobs else None
     return Walk(made, torch.stack(nodes, dim=1), (made >= 0).sum(dim=1), finished, finite, asked)
 
 
 def ended(pending: torch.Tensor, limits: Limits) -> torch.Tensor:
-    """(B): rows whose pending token was the last one: EOS, or the limit is met. They must not go on."""
+    """(B): rows with a pending token that was the last one: EOS, or the limit is met. They must not go on."""
     return (limits.eos == pending[:, None]).any(dim=1) | (limits.length + 1 >= limits.total)

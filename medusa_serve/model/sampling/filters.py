@@ -1,7 +1,7 @@
 """A request's own choice of the next token: temperature, top-k, top-p, min-p in transformers' order, then keyed noise.
 
-No full sort: the largest 1,024 logits decide when their mass reaches top-p; otherwise a threshold is searched by
-bisection over the ordered bit patterns of float32, which is exact. Tokens that tie with the last one kept are kept.
+There is no full sort. If the largest 1,024 logits have enough mass for top-p, they decide; otherwise bisection over the
+ordered bit patterns of float32 finds the exact threshold. Tokens that tie with the last kept one are kept.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WINDOW = 1024  # topk(1024) of 49k logits costs a tenth of a sort on a CPU
 
 class Sampling(NamedTuple):
     """The sampling parameters of B rows. `sampled`, `filtered`, `logprobs`: whether any row needs noise, or
-    top-k/top-p/min-p, or log-probabilities · penalties: None where no row has any."""
+    top-k/top-p/min-p, or log-probabilities · penalties: None if no row has any."""
 
     temperature: torch.Tensor  # (B) float32; 0 is greedy
     top_k: torch.Tensor  # (B) int64; 0 is off
@@ -34,7 +34,7 @@ class Sampling(NamedTuple):
 def pick(logits: torch.Tensor, sampling: Sampling, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The token of each row for the given absolute position.
 
-    logits (B, V) · position (B) → token (B) int64, finite (B) bool: False where the logits hold NaN or only infinities
+    logits (B, V) · position (B) → token (B) int64, finite (B) bool: False if the largest logit is NaN or infinite
     """
     best, greedy = logits.max(dim=-1)
     finite = torch.isfinite(best)
@@ -46,7 +46,7 @@ def pick(logits: torch.Tensor, sampling: Sampling, position: torch.Tensor) -> tu
     if sampling.filtered:
         top, ids = x.topk(min(WINDOW, x.shape[-1]), dim=-1)
         threshold = keep_threshold(x, top, sampling)
-        # Where nothing outside the window is kept, noise for the window alone gives the same winner.
+        # If no token outside the window is kept, noise for the window alone gives the same winner.
         if _all(hot.logical_not() | (threshold > top[:, -1]) | (top.shape[-1] == x.shape[-1])):
             scores = top + gumbel(seed, position, ids)
             winner = scores.masked_fill(top < threshold[:, None], -torch.inf).argmax(dim=-1)
@@ -106,10 +106,10 @@ def _search(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torc
 
 
 def _any(flags: torch.Tensor) -> bool:
-    """On a CPU: whether the rare path is needed. On a GPU: always run it, as asking would stall the device."""
+    """On a CPU: whether the rare path is needed. On a GPU: always run it, since asking would stall the device."""
     return True if flags.is_cuda else bool(flags.any())
 
 
 def _all(flags: torch.Tensor) -> bool:
-    """On a CPU: whether the cheap path suffices. On a GPU: never take it, as asking would stall the device."""
+    """On a CPU: whether the cheap path suffices. On a GPU: never take it, since asking would stall the device."""
     return False if flags.is_cuda else bool(flags.all())

@@ -1,6 +1,6 @@
-"""Log-probabilities of emitted tokens: the model's own, before bias, penalties and temperature (as vLLM's default).
+"""Log-probabilities of emitted tokens: the model's own, before bias, penalties and temperature (vLLM's default).
 
-They leave the device among the integer facts of a step, floats as their bits: one transfer a step.
+They leave the device among the integer results of a step, floats as their bits: one transfer per step.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from ...types import LEAST_LOGPROB, MAX_LOGPROBS, TokenLogprob
 from ..forward.transfer import bits_of, from_bits
 
-NUM_TOLD = 1 + 2 * MAX_LOGPROBS  # numbers of each emitted token
+NUM_TOLD = 1 + 2 * MAX_LOGPROBS  # numbers for each emitted token
 
 
 def logprobs_of(logits: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
@@ -26,7 +26,7 @@ def logprobs_of(logits: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
 
 
 def read_logprobs(facts: Sequence[int], count: int, num_top: int) -> tuple[TokenLogprob, ...]:
-    """Of the first `count` tokens, with `num_top` of the likeliest; facts: NUM_TOLD for each token."""
+    """The log-probabilities of the first `count` tokens, with `num_top` of the likeliest. facts: NUM_TOLD per token"""
     out = []
     for at in range(0, count * NUM_TOLD, NUM_TOLD):
         chosen, *pairs = facts[at : at + NUM_TOLD]

@@ -1,8 +1,8 @@
 """Keyed noise: the Gumbel noise of (seed, position, token) is a pure function of these three.
 
-Sampling is `argmax(log p / T + G)`. As G knows nothing of trees, batches or steps, neither does the text: the same seed
-gives the same tokens with speculation on or off, alone or in company. The heads rank their candidates with the same G,
-which is what keeps acceptance high at T > 0 (Gumbel coupling; cf. Daliri, Musco, Suresh, "Coupling without
+Sampling is `argmax(log p / T + G)`. G does not depend on trees, batches or steps, so the text does not either: the same
+seed gives the same tokens with speculation on or off, alone or in a batch. The heads rank their candidates with the
+same G, which keeps acceptance high at T > 0 (Gumbel coupling; cf. Daliri, Musco, Suresh, "Coupling without
 communication").
 """
 
@@ -35,7 +35,7 @@ def hash32(seed: torch.Tensor, position: torch.Tensor, token: torch.Tensor) -> t
     """32 pseudo-random bits (int32) of each (seed int64, position int64, token int64); shapes broadcast."""
     low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
     position = position.to(torch.int32)
-    # Two words of key: with one, some pair among 100,000 (seed, position) would share all of its noise.
+    # Two words of key: with one, some pair among 100,000 (seed, position) would share all its noise.
     first = _mix(_mix(_mix(low + _GOLDEN) ^ high) + position * _GOLDEN)
     second = _mix(_mix(_mix(high + _M1) ^ low) ^ (position * _M2))
     return _mix(_mix(token.to(torch.int32) * _GOLDEN + first) ^ second)
@@ -44,8 +44,8 @@ def hash32(seed: torch.Tensor, position: torch.Tensor, token: torch.Tensor) -> t
 def gumbel(seed: torch.Tensor, position: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise, float32, always finite: from -2.8 to 22.2.
 
-    v = (h + 1) / 2**32 has its fine grain near 0, which is where the large noise comes from: with 24 bits of a plain
-    uniform number, rare tokens (p < 1e-7) would never be drawn. 1 - v is uniform, so -log(-log(1 - v)) is Gumbel.
+    v = (h + 1) / 2**32 is finest near 0, and large noise comes from there: with the 24 bits of a plain uniform
+    number, rare tokens (p < 1e-7) would never be drawn. 1 - v is uniform, so -log(-log(1 - v)) is Gumbel.
     """
     bits = hash32(seed, position, token)
     unsigned = torch.where(bits < 0, 1.0, 0.0) + bits.to(torch.float32) * 2.0**-32
