@@ -1,4 +1,4 @@
-"""Options, as frozen dataclasses that refuse nonsense by field name (InvalidConfig). No torch."""
+"""Options as frozen dataclasses. A wrong value raises InvalidConfig, which names the field. No torch here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Value = TypeVar("Value")
 
 
 class Choice(NamedTuple, Generic[Value]):
-    """What was chosen by the options and the machine, and why; the options stay what the user said."""
+    """A value chosen from the options and the machine, and the reason. The options themselves never change."""
 
     value: Value
     why: str
@@ -28,23 +28,23 @@ class EngineConfig:
 
     model        "smollm2-135m" (from the package index), a hub id, or a local folder
     heads        auto (what ships for the model, else none), none, medusa, sequential, a file, a folder or a hub id
-    device       auto, cpu, cuda, cuda:N, or split: the layers over all visible GPUs, for what is too large for one
-    dtype        auto: what quantize says on a CPU; on a GPU bfloat16, or float16 where that is not native
-    quantize     a CPU's: int8 weights (a changed model), int4 (where they are four-bit numbers already), none, or auto:
-                 none for a small model, and where a dtype is asked for; else float32, bfloat16, int4 or int8,
-                 whichever this CPU was measured to multiply fastest. A GPU's: nf4 (a changed model), none, or auto: nf4
-                 where half precision leaves no room for four sequences
-    slots        sequences that decode together; None: from memory (8 on a CPU, up to 64 on a GPU)
+    device       auto, cpu, cuda, cuda:N, or split: the layers over all visible GPUs, if one is too small
+    dtype        auto: on a CPU as quantize decides; on a GPU bfloat16, or float16 where the GPU has no bfloat16
+    quantize     on a CPU: int8 weights (a changed model), int4 (if the weights are four-bit numbers already), none, or
+                 auto: none for a small model, or if a dtype is asked for; else float32, bfloat16, int4 or int8: the
+                 one that this CPU multiplies fastest by measurement. On a GPU: nf4 (a changed model), none, or auto:
+                 nf4 if half precision leaves no memory for four sequences
+    slots        sequences that decode together; None: 8 on a CPU, up to 64 on a GPU as memory allows
     max_context  tokens of prompt and completion of one sequence; None: min(model's, 2048 on a CPU, 4096 on a GPU)
     tree         auto, off (plain decoding), a number of nodes 2 … 64 with the root, or a JSON file of medusa_choices
     lookup       also draft from n-gram matches in the sequence's own tokens
-    draft_vocab  tokens that tied heads draft from, the first of their list; 0: the whole vocabulary; None: of a longer
-                 list 16384 on a CPU
-    compile      a GPU's: the decoder layers, while it idles, unless it is false; false on either: layers run as they
-                 are, where a CPU else traces them and gives them kernels of Numba's
-    exact        on a CPU in bfloat16, int8 or int4: the same text whatever the tree, the company and the chunks of a
-                 prompt, bit for bit; None: where a test at load shows that it holds
-    prefill_chunk  prompt tokens of one pass at most; smaller while others decode
+    draft_vocab  tied heads draft from this many tokens, the first of their list; 0: from the full vocabulary; None: on
+                 a CPU from 16384 at most
+    compile      a GPU compiles the decoder layers while it idles, and a CPU traces them and gives them Numba kernels;
+                 false: on both the layers run as they are
+    exact        on a CPU in bfloat16, int8 or int4: the same text, bit for bit, for any tree, any batch and any chunks
+                 of the prompt; None: where a test at load shows that this holds
+    prefill_chunk  most prompt tokens in one pass; fewer while others decode
     max_queue    sequences that may wait for a slot; one more is refused (429)
     """
 
@@ -89,7 +89,7 @@ class EngineConfig:
         if not isinstance(self.exact, bool | None):
             raise InvalidConfig(f"exact must be true or false, not {self.exact!r}.", param="exact")
         if self.exact and self.compile:
-            raise InvalidConfig("exact passes are not the compiled ones: choose one of the two.", param="exact")
+            raise InvalidConfig("exact passes cannot be compiled: choose exact or compile.", param="exact")
         check_int(self, "slots", 1, 1024, optional=True)
         check_int(self, "max_context", 8, 2**22, optional=True)
         check_int(self, "draft_vocab", 0, 2**31, optional=True)

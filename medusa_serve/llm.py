@@ -26,8 +26,8 @@ Result = TypeVar("Result")
 
 
 class LLM:
-    """A model with its batch manager running. A context manager: closing ends every sequence and frees the device
-    memory; one that is forgotten, or open when the process ends, closes by itself.
+    """A model with its batch manager running. A context manager closes it at the end. Closing ends every sequence
+    and frees the device memory. Without a reference, or when the process ends, it closes by itself.
 
     LLM("smollm2-135m"), LLM(EngineConfig(...)) or LLM("folder", slots=4): options are EngineConfig's fields, unknown
     ones are errors. Raises InvalidConfig, LoadError.
@@ -43,7 +43,7 @@ class LLM:
         load: Callable[[EngineConfig], Any] | None = None,
         **options: Any,
     ) -> None:
-        """load: makes the LoadedModel from the config, where it is not to be had by name (random weights)"""
+        """load: makes the LoadedModel from the config, for a model that has no name (random weights)"""
         self.config = _config(model, options)
         loaded, heads, built = _elsewhere(lambda: _loaded(self.config, load))
         self.model_name, self.codec = loaded.name, loaded.codec
@@ -52,7 +52,7 @@ class LLM:
         self._notes = (loaded.notes, heads.notes, built.notes)
         self.tree_error = built.tree_error
         self.manager = BatchManager(built.runner, self.codec, self.config, model_name=self.model_name)
-        self._close = weakref.finalize(self, self.manager.close)  # a pass under way would abort a process that ends
+        self._close = weakref.finalize(self, self.manager.close)  # a running pass would abort the process's exit
         self.manager.start()
         runner = built.runner
         self._facts: dict[str, Any] = {
@@ -64,7 +64,7 @@ class LLM:
 
     @property
     def notes(self) -> list[str]:
-        """They change when the engine has done what it left for later."""
+        """The automatic choices with their reasons; they change when the engine has done the work it left for later."""
         return [note for notes in self._notes for note in notes]
 
     @property
@@ -72,7 +72,7 @@ class LLM:
         return _forecast(self._runner)
 
     def describe(self) -> dict[str, Any]:
-        """Plain facts for /health and start-up lines."""
+        """The model, its drafters and its limits as plain data, for /health and start-up lines."""
         drafts = [
             name for name, on in ((self.heads_name, self.heads_name != "none"), ("lookup", self.config.lookup)) if on
         ]
@@ -89,7 +89,7 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
         """Completions in input order; all prompts share passes. A prompt is a string (raw text) or a list of messages
-        (chat template). params: for all of them, or one for each. Raises InvalidRequest for a prompt that cannot be
+        (chat template). params: one for all prompts, or one for each. Raises InvalidRequest for a prompt that cannot be
         served; the others are then cancelled."""
         return self.generate_ids([self.encode(prompt) for prompt in _as_list(prompts)], params)
 
@@ -100,8 +100,8 @@ class LLM:
         *,
         at_once: int | None = None,
     ) -> list[Completion]:
-        """The same for prompts that are token ids already. at_once: how many are open at a time (None: as many as the
-        queue takes)"""
+        """As `generate`, for prompts that are token ids already. at_once: how many may be open at a time (None: as many
+        as the queue takes)"""
         each = _each(params, len(encoded))
         inbox: queue.SimpleQueue[list[tuple[str, Delta]]] = queue.SimpleQueue()
         done: dict[str, Completion] = {}
@@ -115,7 +115,7 @@ class LLM:
                     except QueueFull:
                         if not open_ids:
                             raise
-                        break  # the rest follows as ours finish
+                        break  # the rest follow as ours finish
                     waiting.pop()
                     open_ids.add(ids[-1])
                 for sequence_id, delta in inbox.get():
@@ -132,8 +132,8 @@ class LLM:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, until: threading.Event | None = None
     ) -> Generator[Delta, None, None]:
-        """The Deltas of one prompt as steps finish; the last one carries the Completion. Leaving the loop early
-        cancels; so does setting `until`, from any thread: then no more come, and no Completion."""
+        """The Deltas of one prompt as steps finish; the last one carries the Completion. Leaving the loop early cancels
+        the sequence. So does setting `until`, from any thread: then no Delta follows, and no Completion."""
         inbox: queue.SimpleQueue[list[tuple[str, Delta]]] = queue.SimpleQueue()
         sequence_id = self.submit(prompt, params, inbox.put)
         ended = False
@@ -192,7 +192,7 @@ def _loaded(config: EngineConfig, load: Callable[[EngineConfig], Any] | None) ->
 
 
 def _forecast(runner: Any) -> tuple[int, float, float] | None:
-    """By the step times measured here and the acceptance that the heads were calibrated with."""
+    """(nodes, tokens per step, speed-up), from the measured step times and the acceptance found in calibration."""
     ms = runner.step_ms or runner.later_ms
     if not ms or not runner.has_heads:
         return None
@@ -205,9 +205,9 @@ def _forecast(runner: Any) -> tuple[int, float, float] | None:
 
 
 def _elsewhere(work: Callable[[], Result]) -> Result:
-    """Do it in a thread of its own, which ends. Each thread that computes keeps OpenMP workers; where those of two
-    threads are more than the cores, they sleep after every product instead of waiting for the next one, and the
-    engine's steps take twice as long (measured on two cores). So does the calling thread give up its own."""
+    """Run `work` in a thread that ends with it. Each thread that computes keeps OpenMP workers. When two threads
+    together have more workers than cores, these sleep after every product instead of waiting for the next one, and the
+    engine's steps take twice as long (measured on two cores). The calling thread gives up its workers, too."""
     if "torch" in sys.modules:
         from .model.kernels import give_up_workers
 
@@ -230,7 +230,7 @@ def _elsewhere(work: Callable[[], Result]) -> Result:
 
 
 def _next(inbox: queue.SimpleQueue[Any], until: threading.Event | None) -> list[tuple[str, Delta]]:
-    """What comes next; nothing once `until` is set."""
+    """The next Deltas of the inbox; an empty list once `until` is set."""
     while until is not None and not until.is_set():
         try:
             return inbox.get(timeout=0.05)
@@ -254,7 +254,7 @@ def _checked(params: SamplingParams | None) -> SamplingParams:
 
 
 def _each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    """One for each prompt."""
+    """One SamplingParams for each prompt."""
     if not isinstance(params, Sequence):
         return [_checked(params)] * count
     if len(params) != count:
@@ -263,7 +263,7 @@ def _each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) 
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or many: a list of dicts is one conversation."""
+    """A list of prompts, from one or many; a list of dicts is one conversation."""
     if isinstance(prompts, str) or (
         isinstance(prompts, Sequence) and prompts and all(isinstance(item, dict) for item in prompts)
     ):

@@ -1,6 +1,6 @@
-"""Models by short names, as plain data: what ships with the package, what is published, and what serves without heads.
+"""Models by short names, as plain data: heads ship for some, are published for others, and do not exist for the rest.
 
-A preset's ids are a model hub's; its heads' layouts are the letters of model/checkpoint_layouts.py.
+The ids are a model hub's. model/drafting/layouts.py explains the letters of the heads' layouts.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 
 from .errors import LoadError
 
-FAMILIES = ("sequential", "medusa")  # the better one first: `auto` takes it
+FAMILIES = ("sequential", "medusa")  # the better family first; `auto` takes it
 
-# FastChat's "vicuna_v1.1" conversation, which the published heads were trained on; the models' tokenizers bring none
+# FastChat's "vicuna_v1.1" chat template: the published heads were trained with it, and the tokenizers have none
 VICUNA = (
     "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% set rest = messages[1:] %}{% else %}"
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -26,9 +26,9 @@ VICUNA = (
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """base: the model · heads: K heads of L layers in `layout`; None: it drafts from the lookup until heads are trained
-    (`medusa-serve train`) · joint: base and heads were trained together and lie in one repository, whose base is not
-    the stock one · chat: a template where the tokenizer brings none · tree: as --tree"""
+    """base: the model's id · heads: an id, or None: only the lookup drafts until heads are trained (`medusa-serve
+    train`) · joint: one repository holds base and heads, trained together, and its base differs from the original model
+    · chat: a chat template, where the tokenizer has none · tree: as --tree"""
 
     base: str
     heads: str | None = None
@@ -99,10 +99,9 @@ PRESETS = {
 
 
 def shipped_heads(model: str, heads: str) -> Path | None:
-    """The folder of heads for `model` that ships under the name `heads`, or the best that ships for auto.
+    """The folder of the shipped heads of the family `heads` for `model`; with "auto", of the better family.
 
-    None where auto finds nothing. Raises LoadError where a family is asked for that does not ship for the model.
-    """
+    With "auto", None where no heads ship. Raises LoadError where the family that is asked for does not ship."""
     home = Path(__file__).parent / "heads" / model
     wanted = FAMILIES if heads == "auto" else (heads,)
     found = [home / family for family in wanted if (home / family / "config.json").is_file()]
@@ -112,6 +111,6 @@ def shipped_heads(model: str, heads: str) -> Path | None:
 
 
 def nearest(model: str) -> str:
-    """For the end of a sentence on a name that is unknown: the presets that are spelt like it, or ""."""
+    """The end of an error sentence about an unknown name: the presets that are spelt like it, or ""."""
     found = difflib.get_close_matches(model.lower(), [*PRESETS, "smollm2-135m"], n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(found)}?" if found else ""

@@ -99,7 +99,7 @@ def test_a_jointly_trained_model_brings_its_heads(base: Path, tmp_path: Path, mo
 
 
 def test_jointly_trained_heads_refuse_the_stock_base(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match="is a whole model with heads of its own.*not attached to another one"):
+    with pytest.raises(LoadError, match="is a complete model with heads.*not attached to another one"):
         LLM(str(base), heads=str(joint(base, tmp_path)), **OPTIONS)
 
 
@@ -131,7 +131,7 @@ def test_what_the_hub_refuses_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", no_network)
     with pytest.raises(
-        LoadError, match=r"^FasterDecoding/\S+ could not be had from the model hub \(no route to host\)\.$"
+        LoadError, match=r"^FasterDecoding/\S+ could not be downloaded from the model hub \(no route to host\)\.$"
     ):
         hub.heads_of(PRESETS["vicuna-7b-v1.3"])
 

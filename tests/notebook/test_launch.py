@@ -204,7 +204,7 @@ def test_a_failed_load_leaves_nothing_and_the_cell_runs_again(folder: str, tmp_p
     for model, heads, message in (
         ("./no-such-folder", "none", "There is no folder"),
         (str(tmp_path), "none", "not know as a causal language model"),
-        (folder, str(shipped), "hidden size 576, the base model 32: they are another model's"),
+        (folder, str(shipped), "hidden size 576, the base model 32: they belong to another model"),
         (folder, "sequential", "no sequential heads ship for"),
     ):
         with pytest.raises(LoadError, match=message) as caught:
@@ -228,7 +228,7 @@ def test_a_hub_that_refuses_says_what_to_do_and_the_cell_runs_again(
             ("qwen2.5-0.5", "^There is no model 'qwen2.5-0.5'. Did you mean qwen2.5-0.5b"),
             ("qwen/qwen2.5-0.5b-instuct", "Did you mean Qwen/Qwen2.5-0.5B-Instruct"),
             ("nobody/nothing-like-it", "Check how it is spelt[.]$"),
-            ("some/tiny model", "'some/tiny model' is no name of the model hub"),
+            ("some/tiny model", "'some/tiny model' is not a model hub id"),
             ("some/gguf", "some/gguf has no config.json"),
             ("https://huggingface.co/some/tiny-model", "by its id, not its address: some/tiny-model[.]$"),
             (GATED, f"{GATED} is gated: accept its terms at https://huggingface.co/{GATED}"),

@@ -1,4 +1,4 @@
-"""Whatever drafts, and the trees that drafts fill. Only drafts change by anything in here, never the text.
+"""Drafters, and the trees that they fill. Code in here can change the drafts, never the text.
 
 drafters  trees per context from heads   draft  the protocol of a drafter     pool    the search's candidates
 lookup    n-grams of the sequence        tree   the shape of a draft          choose  which heads draft for a model

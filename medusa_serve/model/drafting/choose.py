@@ -1,4 +1,4 @@
-"""Which heads draft for a loaded model: found, read, and made as small as they may be."""
+"""Find the heads that draft for a loaded model, read them, and make them as small as is useful."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def choose_drafter(config: EngineConfig, loaded: LoadedModel) -> ChosenDrafter:
 
 
 def _find(model: str, heads: str, source: str) -> tuple[Path | None, str]:
-    """(a file or folder or None, its origin for a person). heads: EngineConfig's, but not "none" """
+    """→ (the heads' file or folder, or None; its origin in words). heads: EngineConfig's, but not "none" """
     preset = PRESETS.get(model)
     if heads == "auto" and preset is not None and preset.heads is not None:
         return heads_of(preset), preset.heads
@@ -59,6 +59,6 @@ def _find(model: str, heads: str, source: str) -> tuple[Path | None, str]:
 
 
 def _short(path: str) -> str:
-    """The end of a long path, by which the person who gave it knows it."""
+    """The end of a long path: enough for the user who gave it."""
     parts = Path(path).parts
     return path if len(parts) < 4 else f"…/{parts[-2]}/{parts[-1]}"

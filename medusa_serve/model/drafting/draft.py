@@ -16,10 +16,10 @@ class Drafter(Protocol):
     """Drafts from the last accepted node's hidden state, inside the batch, with static shapes."""
 
     max_nodes: int  # M of HeadNodes, set by `size`
-    max_depth: int  # of its nodes
+    max_depth: int  # of these nodes
 
     def size(self, max_nodes: int, paths: Sequence[RankPath] | None) -> None:
-        """Called once before serving: M at most, and a user's own tree of rank paths, or None. Raises LoadError."""
+        """Called once before serving. max_nodes: M · paths: a tree that the user gives, or None. Raises LoadError."""
 
     def draft(
         self,
@@ -30,8 +30,8 @@ class Drafter(Protocol):
         sampling: Sampling,
         nodes: int | None = None,
     ) -> HeadNodes:
-        """slots (B) · hidden (B, H) · pending (B), the token at position `length` (B), which follows `hidden`'s own ·
-        nodes: so many at most; None: max_nodes."""
+        """slots (B) · hidden (B, H), of position `length` - 1 · pending (B), the token at position `length` (B) ·
+        nodes: draft at most this many; None: max_nodes."""
 
 
 class StaticDrafter:
@@ -57,9 +57,9 @@ class StaticDrafter:
     def draft(self, slots, hidden, pending, length, sampling, nodes=None) -> HeadNodes:
         found = self.candidates(slots, hidden, pending, length, sampling)
         if self._tables is None:
-            device, places = found.device, range(1, self._tree.num_nodes)
+            device, indexes = found.device, range(1, self._tree.num_nodes)
             source = [(len(path) - 1) * found.shape[2] + path[-1] for path in self._tree.paths]
-            lists = (source, [self._tree.parents[i] for i in places], [self._tree.depths[i] for i in places])
+            lists = (source, [self._tree.parents[i] for i in indexes], [self._tree.depths[i] for i in indexes])
             self._tables = tuple(torch.tensor(values, dtype=torch.int64, device=device) for values in lists)
         where, parents, depths = self._tables
         tokens = found.flatten(1)[:, where[:nodes]]
@@ -82,7 +82,7 @@ class MedusaDrafter(StaticDrafter):
 def rank(
     logits: torch.Tensor, token_map: torch.Tensor | None, position: torch.Tensor, sampling: Sampling, num_ranks: int
 ) -> torch.Tensor:
-    """The best `num_ranks` tokens for positions `position` … `position` + K - 1, base ids (B, K, num_ranks).
+    """The best `num_ranks` tokens at positions `position` … `position` + K - 1: base ids (B, K, num_ranks).
 
     logits (B, K, V') · token_map (V') base ids or None · position (B)
     """

@@ -1,5 +1,5 @@
-"""What makes drafting cheap where memory is slow: fewer tokens to rank, and smaller numbers. Only drafts change by
-either, never the text."""
+"""Two ways to make drafting cheap where memory is slow: fewer tokens to rank, and smaller numbers. They can change the
+drafts, never the text."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .heads import Heads, HeadsInfo
 CPU_VOCAB = (
     16384  # the output layer is most of what a draft reads; these tokens are 97 % of the default model's answers
 )
-WORTH_IT = 1 << 20  # numbers of an output layer from which on its time shows
+WORTH_IT = 1 << 20  # numbers in an output layer; a smaller one takes no time worth saving
 
 
 def as_served(heads: Heads, info: HeadsInfo, model: Any, cache: Path, draft_vocab: int | None = None) -> list[str]:
-    """Make heads that hang on `model` what drafts for it: limit_vocabulary and make_fast. → notes. Raises LoadError."""
+    """Prepare heads attached to `model` for drafting: limit_vocabulary, make_fast. → notes. Raises LoadError."""
     output, ordered = model.get_output_embeddings(), info.layout == "native"
     return [
         *limit_vocabulary(heads, output, draft_vocab, ordered=ordered),
@@ -31,8 +31,8 @@ def as_served(heads: Heads, info: HeadsInfo, model: Any, cache: Path, draft_voca
 
 
 def limit_vocabulary(heads: Heads, base_output: Any, wanted: int | None, *, ordered: bool) -> list[str]:
-    """Let tied heads draft from the first `wanted` tokens of their own list, or from the base's whole vocabulary (0);
-    None: from CPU_VOCAB on a CPU, if their list is `ordered` by frequency and longer. → notes. Raises LoadError."""
+    """Let tied heads draft from the first `wanted` tokens of their list, or from the base's full vocabulary (0). None:
+    from CPU_VOCAB tokens on a CPU, if the list is `ordered` by frequency and longer. → notes. Raises LoadError."""
     output, own = heads.output, heads.token_map
     assert output.weight is not None
     have, on_cpu = output.vocab_size, output.weight.device.type == "cpu"
@@ -41,7 +41,7 @@ def limit_vocabulary(heads: Heads, base_output: Any, wanted: int | None, *, orde
         if wanted >= have:
             return []
     if not output.tied:
-        raise LoadError("these heads bring an output layer of their own, so draft_vocab cannot change its size.")
+        raise LoadError("these heads have their own output layer, so draft_vocab cannot change its size.")
     if wanted > have:
         raise LoadError(f"draft_vocab {wanted} is more than the {have} tokens that these heads draft from.")
     if wanted == 0:
@@ -53,14 +53,14 @@ def limit_vocabulary(heads: Heads, base_output: Any, wanted: int | None, *, orde
 
 
 def make_fast(heads: Heads, cache: Path, int4: type[Int4Linear] = Int4Linear) -> list[str]:
-    """Let heads on a CPU draft in what multiplies fastest there, by a measurement of their output layer that is kept in
-    the `cache` folder, or in int8 as the base does. → notes. Text is never drawn from drafts: it stays the base's.
-    int4: whose products such weights get"""
+    """Let heads on a CPU draft in the format that multiplies fastest there, or in int8 as the base does. The products
+    of their output layer are measured once; the `cache` folder keeps the times. → notes. The text stays the base's.
+    int4: the class for int4 weights"""
     output = heads.output
     weight = output.weight
     assert weight is not None
     if output.scale is None:
-        small = ("int8", "int4") if int4 is Int4Linear else ("int4",)  # our own kernels read half the bytes as fast
+        small = ("int8", "int4") if int4 is Int4Linear else ("int4",)  # our int4 kernels read half of int8's bytes
         some = {torch.float32: ("float32", "bfloat16", "int8"), torch.bfloat16: ("bfloat16", *small)}
         formats = some.get(weight.dtype)
         if weight.device.type != "cpu" or formats is None or weight.numel() < WORTH_IT:

@@ -1,13 +1,13 @@
 """Per-context trees: the N most probable nodes of this step, best first, found depth by depth with static shapes.
 
 As in EAGLE-2 (Li et al., 2406.16858), for both families. A node's probability is the product of p_d(token) along its
-path. q, the heads' own distribution, is a soft label and no such probability; the temperatures make it one:
+path. The heads' own distribution q is a soft label, not such a probability; temperatures turn it into one:
 
     greedy   p_d = softmax(log q / tau_d)                      how often a candidate is the base's first choice
     T > 0    p_d = softmax((log q / T + G) / noise_tau_d)      the noise favours a few tokens: p_d is sharper than q
 
-tau and noise_tau are fitted in calibration (1 until then). Within one parent's children they change no order, across
-parents and depths they do.
+tau and noise_tau are fitted in calibration (1 until then). They never reorder the children of one parent; they do
+reorder nodes of different parents and depths.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ State = TypeVar("State")
 
 
 class _ContextDrafter(Generic[State]):
-    """The search that both families share. A family says how a beam's children are found: begin, children, follow."""
+    """The search that both families share. Each family finds a beam's children: begin, children, follow."""
 
     most_ranks: int  # children that one node may have
 
@@ -46,18 +46,18 @@ class _ContextDrafter(Generic[State]):
         ranks: Sequence[Sequence[float]] | None = None,
     ) -> None:
         """heads: attached to the base · tau, noise_tau: per depth, of greedy rows and of rows at T > 0 · num_ranks R ·
-        ranks: as HeadsInfo's, which tell what to expect of a tree"""
+        ranks: HeadsInfo's, from which a tree's acceptance is forecast"""
         self.ranks = ranks
         self.heads, depths = heads, heads.max_depth
         self._num_ranks = min(num_ranks or self.most_ranks, heads.output.vocab_size)
         both = [[*(given or ()), *[1.0] * depths][:depths] for given in (tau, noise_tau)]
         self._kernels: Kernels = TorchKernels()
-        self._at_once: Any = None  # the machine's search in one call, where these heads have one
+        self._at_once: Any = None  # the search in one call, if the machine has it for these heads
         self.tau = torch.tensor(both, dtype=torch.float32, device=heads.output.device)  # (2, D)
         self.size(63, None)
 
     def using(self, kernels: Kernels) -> _ContextDrafter[State]:
-        """The same drafter with the operations of a machine. Its heads must stay as they are."""
+        """A copy of this drafter that uses a machine's kernels. Its heads must not change afterwards."""
         made = copy.copy(self)
         if hasattr(self.heads, "use_norm"):
             self.heads.use_norm(kernels.rms_norm)
@@ -69,17 +69,15 @@ class _ContextDrafter(Generic[State]):
 
     def size(self, max_nodes: int, paths: Sequence[RankPath] | None) -> None:
         if paths is not None:
-            raise LoadError(
-                "a tree file places candidates of parallel heads; these choose a tree of their own each step."
-            )
+            raise LoadError("a tree file is for parallel heads; these heads choose a new tree at each step.")
         self._asked = max_nodes
         widths, pool_size = self._search(max_nodes)
         self.max_depth, self.max_nodes = len(widths), min(max_nodes, pool_size)
 
     def _search(self, nodes: int) -> tuple[list[int], int]:
-        """For a tree of so many nodes: the number of beams after each depth, none after the last, and of all nodes that
-        are looked at."""
-        # of 7 nodes none is likely to stand deeper than 3 or 4, and each depth costs a pass of the output layer
+        """For a tree of `nodes`: the number of beams after each depth (0 after the last), and the number of all nodes
+        that the search finds."""
+        # a tree of 7 nodes is rarely deeper than 3 or 4, and each depth costs a pass of the output layer
         depths, widths, pool, beams = min(self.heads.max_depth, (nodes + 1).bit_length()), [], 0, 1
         for depth in range(1, depths + 1):
             pool += beams * self._num_ranks
@@ -96,11 +94,11 @@ class _ContextDrafter(Generic[State]):
         raise NotImplementedError
 
     def children(self, state: State, depth: int, length: Tensor, sampling: Sampling) -> Children:
-        """depth: of the beams, 0 for the root."""
+        """The best next tokens of each beam. depth: the beams' own, 0 for the root."""
         raise NotImplementedError
 
     def follow(self, state: State, beam: Tensor, tokens: Tensor) -> State:
-        """beam (B, W'): which of the W beams each new one goes on from, by tokens (B, W')."""
+        """The state of W' new beams. beam (B, W'): which of the W beams each continues · tokens (B, W'): by which."""
         raise NotImplementedError
 
     def draft(
@@ -126,7 +124,7 @@ class _ContextDrafter(Generic[State]):
         return pool.best(min(nodes, pool_size))
 
     def _ranked(self, logits: Tensor, depth: int | None, length: Tensor, sampling: Sampling) -> Children:
-        """The best of each place's tokens. logits (B, P, V'), overwritten: of one depth, or (None) of 0 … P - 1"""
+        """The best tokens of P positions. logits (B, P, V'), overwritten: of one depth, or (None) of 0 … P - 1"""
         tau, token_map = self.tau, self.heads.token_map
         return self._kernels.top_children(logits, depth, length, tau, token_map, sampling, self._num_ranks)
 
@@ -137,7 +135,7 @@ class SequentialDrafter(_ContextDrafter[Tensor]):
     most_ranks = 8
 
     def beams(self, max_nodes: int) -> int:
-        # each costs a pass of the cell and V' logits; 16 gain half a percent
+        # each beam costs a pass of the cell and V' logits; 16 beams gain half a percent
         return min(8, max(2, (max_nodes + 1) // 4))
 
     def begin(self, hidden: Tensor, pending: Tensor, length: Tensor, sampling: Sampling) -> Tensor:
@@ -177,8 +175,8 @@ class ParallelDrafter(_ContextDrafter[Children]):
 
 
 def drafter_of(heads: Any, info: HeadsInfo, tree: str) -> Drafter:
-    """A tree of each step's own; but a user's tree file (`tree`: EngineConfig's) places the candidates of parallel
-    heads by rank."""
+    """The drafter of these heads. It chooses a new tree at each step; but a tree file (`tree`: EngineConfig's) fixes
+    the ranks of parallel heads' candidates."""
     if info.family != "medusa":
         return SequentialDrafter(heads, info.tau, info.noise_tau, ranks=info.ranks)
     if tree != "auto" and not tree.isdigit():

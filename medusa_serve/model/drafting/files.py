@@ -1,7 +1,7 @@
 """Heads in files: load (any published layout), inspect (without a base model), save.
 
-Each layout becomes the state_dict of one of our modules (checkpoint_layouts.py); here its sizes are read from the
-tensors, the module is built and fitted to the base. The config is only compared: a warning names both numbers.
+layouts.py turns each layout into the state_dict of one of our modules. Here the sizes are read from the tensors, and
+the module is built and fitted to the base. The config is only compared: a warning names both numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .heads import Heads, HeadsInfo, HydraHeads, MedusaHeads, SequentialHeads, n
 from .layouts import Config, Parsed, is_head, parse, split_names, to_layout
 from .tensors import HEAD_FILES, NATIVE_FILE, read_tensors
 
-PADDING = 1024  # vocabularies may differ by so much: rows that pad one of them, not another vocabulary
+PADDING = 1024  # vocabularies may differ by this much: one of them is then only padded
 DEFAULT_DEPTH = 5
 
 
@@ -38,13 +38,13 @@ def load_heads(
 ) -> tuple[Heads, HeadsInfo]:
     """Heads of any layout, fitted to a base of this hidden size and vocabulary; attached to `base_model` if given.
 
-    base_name: what the base was loaded from. Heads inside a whole model (D, F) are given only to that very model.
+    base_name: what the base was loaded from. Heads inside a complete model (D, F) are only for that model.
     """
     found = read_tensors(path, is_head)
     base = split_names(found.names)[1]
     if base and (base_name is None or Path(base_name).expanduser().resolve() != found.path.resolve()):
         raise LoadError(
-            f"{path} is a whole model with heads of its own ({len(base)} tensors of a base model): they were trained "
+            f"{path} is a complete model with heads ({len(base)} tensors of a base model): the heads were trained "
             "with that base and are not attached to another one. Load the model itself from that folder."
         )
     parsed = parse(found)
@@ -55,7 +55,7 @@ def load_heads(
     named = found.config.get("base_model_name_or_path")
     if base_name and isinstance(named, str) and named not in ("", "N/A") and _stem(named) != _stem(base_name):
         if all("/" in name and not Path(name).is_absolute() and not Path(name).exists() for name in (named, base_name)):
-            # both are names of a hub: they are two models
+            # both are hub ids: these are two models
             raise LoadError(
                 f"The heads in {path} are for {named}, and the model is {base_name}; choose one of the two."
             )
@@ -78,12 +78,12 @@ def inspect_heads(path: str | Path) -> HeadsInfo:
 
 
 def split_full_model(path: str | Path) -> tuple[list[str], list[str]]:
-    """Names of the tensors that are heads, and of those that are a base model's (none: the file holds heads only)."""
+    """Names of the heads' tensors, and of the base model's (none: the file holds heads only)."""
     return split_names(read_tensors(path, lambda name: False).names)
 
 
 def own_heads(folder: str) -> Path | None:
-    """A model's folder, where heads lie within the model that they were trained with (D, F); else None."""
+    """The folder, if it holds a model together with its heads (D, F); else None."""
     if not Path(folder).is_dir() or not folder:
         return None
     try:
@@ -93,7 +93,7 @@ def own_heads(folder: str) -> Path | None:
 
 
 def build(parsed: Parsed, path: str | Path, config: Config) -> Heads:
-    """The module whose sizes are those of the state's tensors, holding them (frozen); no memory is copied."""
+    """The module with the sizes of the state's tensors; it holds these tensors, frozen. No memory is copied."""
     state = parsed.state
 
     def size(name: str, dim: int) -> int:
@@ -138,7 +138,7 @@ def build(parsed: Parsed, path: str | Path, config: Config) -> Heads:
 
 
 def _check_state(heads: nn.Module, parsed: Parsed, path: str | Path) -> None:
-    """Names and shapes of the module and the state agree; only native files can fail here."""
+    """Raise LoadError unless names and shapes of module and state agree; only native files can fail here."""
     expected = {name: tensor.shape for name, tensor in heads.state_dict().items()}
     for name, shape in expected.items():
         if name not in parsed.state:
@@ -152,20 +152,20 @@ def _check_state(heads: nn.Module, parsed: Parsed, path: str | Path) -> None:
 
 
 def _fit(heads: Heads, trained: int, path: str | Path, hidden_size: int, vocab_size: int) -> list[str]:
-    """Compare with the base; cut the padding rows of an own output layer. Returns what is worth a warning.
+    """Compare with the base, and cut the padding rows of the heads' own output layer. → warnings. Raises LoadError.
 
-    trained: the vocabulary of the heads' own base, by their output layer or else by the config; 0 where neither says it
+    trained: the vocabulary that the heads were trained with, from their output layer or else the config; 0: unknown
     """
     if heads.hidden_size != hidden_size:
         raise LoadError(
-            f"The heads in {path} have hidden size {heads.hidden_size}, the base model {hidden_size}: they are another "
-            "model's; take heads that were trained for this one, or none."
+            f"The heads in {path} have hidden size {heads.hidden_size}, the base model {hidden_size}: they belong to "
+            "another model; take heads that were trained for this one, or none."
         )
     if trained and abs(trained - vocab_size) > PADDING:
         raise LoadError(f"The heads in {path} have a vocabulary of {trained}, the base vocabulary has {vocab_size}.")
     output, rows = heads.output, heads.output.vocab_size
     notes, limit, what = [], vocab_size, "the base vocabulary"
-    if trained not in (0, vocab_size) and (output.tied or output.token_map is not None):  # else the rows say it, below
+    if trained not in (0, vocab_size) and (output.tied or output.token_map is not None):  # else see the rows below
         notes = [f"The heads have a vocabulary of {trained}, the base vocabulary has {vocab_size}: taken for padding."]
     if output.token_map is not None:
         top, limit, what = int(output.token_map.max()), output.token_map.numel(), "token_map"
@@ -224,7 +224,7 @@ def _info(heads: Heads, parsed: Parsed, path: str | Path, config: Config) -> Hea
 
 
 def _disagreements(info: HeadsInfo, config: Config) -> list[str]:
-    """One sentence for each number that the config gives otherwise than the tensors."""
+    """One sentence for each number in the config that differs from the tensors."""
     nested = config.get("medusa") if isinstance(config.get("medusa"), dict) else {}
     vllm, full = info.layout == "E", info.layout in ("D", "F")
     claims = [("heads", key, info.num_heads) for key in ("medusa_num_heads", "num_medusa_heads", "hydra_num_heads")]
@@ -240,16 +240,16 @@ def _disagreements(info: HeadsInfo, config: Config) -> list[str]:
         claims += [("vocabulary", "vocab_size", info.vocab_size)]
     out = []
     for what, key, have in claims:
-        for place in (config, nested or {}):
-            claim = _number(place.get(key))
+        for section in (config, nested or {}):
+            claim = _number(section.get(key))
             if claim is not None and claim != have:
                 out.append(f"The config says {what} {claim} ({key}), the tensors say {have}; the tensors are right.")
     version = str(config.get("version", ""))
     if info.layout in "ABC" and version == "2" and not info.tied:
-        out.append("The config says version 2 (tied), the file brings its own output layers; they are used.")
+        out.append("The config says version 2 (tied), the file holds its own output layers; they are used.")
     if info.layout == "C" and config and version != "2":
         out.append("The file has no output layers and the config no version 2; the heads are read as tied.")
-    fc_bias = bool(config.get("medusa_fc_bias", False))  # vLLM's default, with which it drops a bias without a word
+    fc_bias = bool(config.get("medusa_fc_bias", False))  # vLLM's default, with which it drops a bias silently
     if vllm and config and info.num_layers and fc_bias != info.bias:
         out.append(f"The config says medusa_fc_bias {fc_bias}, the blocks have {'a' if info.bias else 'no'} bias.")
     return out
@@ -258,7 +258,7 @@ def _disagreements(info: HeadsInfo, config: Config) -> list[str]:
 def _calibration(
     config: Config, warnings: list[str]
 ) -> tuple[list[list[float]] | None, list[float] | None, list[float] | None]:
-    """(ranks, tau, noise_tau) of the config; what is not lists of numbers in range is left out with a warning."""
+    """(ranks, tau, noise_tau) of the config; a value that is no list of numbers in range is ignored with a warning."""
     stored = config.get("calibration")
     if stored is None:
         return None, None, None
@@ -268,10 +268,10 @@ def _calibration(
     if ranks is not None and not (rows and all(_numbers(row, 0.0, 1.0) for row in rows)):
         warnings.append("The calibration's ranks are not lists of probabilities and were ignored.")
         ranks = None
-    for place, name in enumerate(("tau", "noise_tau")):
-        if taus[place] is not None and not _numbers(taus[place], 1e-3, 1e3):
+    for index, name in enumerate(("tau", "noise_tau")):
+        if taus[index] is not None and not _numbers(taus[index], 1e-3, 1e3):
             warnings.append(f"The calibration's {name} is not a list of positive numbers and was ignored.")
-            taus[place] = None
+            taus[index] = None
     return ranks, taus[0], taus[1]
 
 
@@ -286,7 +286,7 @@ def _number(value: Any) -> int | None:
 
 
 def _depth(config: Config) -> int:
-    """For how many depths a sequential head was trained: nothing in its tensors says it."""
+    """How many depths a sequential head was trained for; its tensors do not say it."""
     depth = _number(config.get("max_depth"))
     return depth if depth is not None and 1 <= depth <= 64 else DEFAULT_DEPTH
 
@@ -307,7 +307,7 @@ def save_heads(
     """Write heads and config.json into the folder `path`; returns the tensor file, which is never half written.
 
     layout  native (every family), or for the Medusa family A (.pt), B (safetensors), C (tied), E (vLLM)
-    A, B and E need output layers: tied heads must be attached, and then bring a copy of the base's.
+    A, B and E need output layers: tied heads must be attached, and the file then holds a copy of the base's.
     """
     state, config = to_layout(heads, info, layout)
     files = {"native": NATIVE_FILE, "A": "medusa_lm_head.pt", "E": "model.safetensors"}
@@ -316,7 +316,7 @@ def save_heads(
     if not overwrite and any((folder / name).exists() for name in (*HEAD_FILES, target.name, "config.json")):
         raise LoadError(f"{folder} already holds a model or heads; choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    # cloned: stacked heads are views of one storage, which safetensors refuses and torch.save would write whole
+    # copied: stacked heads are views of one storage; safetensors refuses these, torch.save would write all of it
     state = {
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else torch.int64, copy=True).contiguous()
         for name, tensor in state.items()

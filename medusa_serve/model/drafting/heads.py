@@ -32,7 +32,7 @@ Norm = Callable[[Tensor], Tensor]  # x (…, H) / rms(x)
 class HeadsInfo:
     """What a file of heads holds, in plain data; all numbers come from its tensors, not from its config.
 
-    layout      A … H and "hydra" as in checkpoint_layouts.py, or "native"
+    layout      A … H and "hydra" as in layouts.py, or "native"
     num_heads   medusa, hydra: K; sequential: the deepest depth it was trained for
     num_layers, bias  residual blocks per head (sequential: per cell), and whether they have a bias
     vocab_size  rows of the heads' own output layer, the base vocabulary when tied (0: not known from the file)
@@ -83,7 +83,7 @@ class MedusaHeads(nn.Module):
         output_bias: bool = False,
         token_map: Tensor | None = None,
     ) -> None:
-        """vocab_size: rows V' of an own output layer, None when tied. shared_output: the own one serves all heads."""
+        """vocab_size: rows V' of the heads' own output layer, None when tied. shared_output: one for all heads."""
         super().__init__()
         self.hidden_size, self.max_depth = hidden_size, num_heads
         self.weight = nn.Parameter(torch.zeros(num_layers, num_heads, hidden_size, hidden_size))  # [L, K, H out, H in]
@@ -94,7 +94,7 @@ class MedusaHeads(nn.Module):
         )
 
     def attach(self, base_output: nn.Module | Tensor, base_embedding: Any = None) -> None:
-        """Join the base model; the embedding is not used (same form as the sequential families)."""
+        """Borrow the base's output layer (when tied). The embedding is for the sequential families only."""
         self.output.attach(base_output)
 
     def features(self, hidden: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class GatedBlock(nn.Module):
         nn.init.normal_(self.w_out.weight, std=0.3 * inner**-0.5)  # small: the residual stream dominates at first
 
     def forward(self, parts: list[Tensor], constant: Tensor) -> Tensor:
-        """parts: tensors [R, w] with Σ w = width_in, each normalised on its own, for the larger would drown the other;
+        """parts: tensors [R, w] with Σ w = width_in, normalised one by one, or the larger would drown the other;
         constant [R, 2 I] → [R, width_out]."""
         x = torch.cat([self.rms_norm(part) for part in parts], dim=-1) * self.norm
         a, b = (self.w_in(x) + constant).chunk(2, dim=-1)
@@ -161,7 +161,7 @@ def embed(embedding: Any, token: Tensor, dtype: torch.dtype) -> Tensor:
 class SequentialHeads(nn.Module):
     """One shared recurrent cell that sees the tokens drafted so far (ReDrafter's idea, Zhang et al. 2024).
 
-        s_0 = P mix(hidden)                              start: the base's own last hidden state, or M of them mixed
+        s_0 = P mix(hidden)                              start: the base's last hidden state, or M states mixed
         s_d = s_{d-1} + cell([s_{d-1}, E(token_d)])      token_1 is the pending token, then the drafted ones
         logits_d = out(RMSNorm(s_d + readout(s_d)))      of token_{d+1}
 
@@ -189,12 +189,12 @@ class SequentialHeads(nn.Module):
         vocab_size: int | None = None,
         token_map: Tensor | None = None,
     ) -> None:
-        """vocab_size: rows V' of an own output layer, None when tied. embed_size: E where it is not H."""
+        """vocab_size: rows V' of the heads' own output layer, None when tied. embed_size: E where it is not H."""
         super().__init__()
         width, embed_size = width or hidden_size, embed_size or hidden_size
         self.hidden_size, self.width, self.embed_size = hidden_size, width, embed_size
         self.hidden_inputs, self.max_depth = hidden_inputs, max_depth
-        self.hidden_indexes: tuple[int, ...] = (-1,)  # which ones, for the runner; whoever knows sets it
+        self.hidden_indexes: tuple[int, ...] = (-1,)  # HeadsInfo's hidden_inputs, for the runner; the loader sets it
         self._splits = [width, *[2 * inner] * layers, 2 * readout]
         self.mix = nn.Linear(hidden_inputs * hidden_size, hidden_size) if hidden_inputs > 1 else None
         self.start_proj = nn.Linear(hidden_size, sum(self._splits))
@@ -204,7 +204,7 @@ class SequentialHeads(nn.Module):
         self.to_hidden = None if width == hidden_size else nn.Linear(width, hidden_size, bias=False)
         self.norm = nn.Parameter(torch.ones(hidden_size))
         self.output = OutputLayer(hidden_size, vocab_size=vocab_size, token_map=token_map)
-        self._embedding: tuple[Any, ...] = (None,)  # a tuple hides it: never saved or moved with the heads
+        self._embedding: tuple[Any, ...] = (None,)  # a tuple hides it from torch: never saved or moved with the heads
         for linear, rows, std in ((self.start_proj, width, 0.5), (self.mix, hidden_size, 0.1)):
             if linear is not None:
                 nn.init.normal_(linear.weight, std=std * hidden_size**-0.5)
@@ -217,12 +217,12 @@ class SequentialHeads(nn.Module):
         self._embedding = (check_embedding(base_embedding, self.embed_size),)
 
     def use_norm(self, norm: Norm) -> None:
-        """Norms go through a machine's kernel from now on."""
+        """Compute the norms with a machine's kernel from now on."""
         for module in (self, *self.cell, self.readout):
             module.rms_norm = norm
 
     def match_scale(self, hidden: Tensor) -> None:
-        """Before training: gain of the norm = rms of the base's hidden states [R, H]; logits as sharp as the base's."""
+        """Before training: norm gain = rms of the base's hidden states [R, H], for logits as sharp as the base's."""
         nn.init.constant_(self.norm, float(hidden.float().square().mean().sqrt()))
 
     def start(self, hidden: Tensor, token: Tensor) -> Tensor:
@@ -274,7 +274,7 @@ class HydraHeads(nn.Module):
     """Hydra's MLP heads (Ankner et al. 2024): head h sees the hidden state and h + 1 tokens, pending first.
 
     First block: C x + SiLU(W x + b) from (h + 2)·H to H (C: "res_connection"); then L - 1 residual blocks; own output
-    layer with bias. The state is the head's input itself and grows by H a depth; its width tells which head is meant.
+    layer with bias. The state is the head's input itself and grows by H a depth; its width says which head reads it.
     """
 
     family: Family = "hydra"
@@ -330,5 +330,5 @@ Heads = MedusaHeads | SequentialHeads | HydraHeads
 
 
 def num_parameters(heads: nn.Module) -> int:
-    """Stored numbers, the borrowed output layer and embedding not counted."""
+    """How many numbers the heads store, without the borrowed output layer and embedding."""
     return sum(parameter.numel() for parameter in heads.parameters())

@@ -2,8 +2,8 @@
 
 A, B    {h}.{l}.linear.weight/.bias, {h}.{L}.weight (reference .pt; TGI safetensors)
 C       the same without {h}.{L}.weight: tied to the base's output layer
-D, F    medusa_head. (reference v1.0) or medusa_heads. (ModelOpt) before A's names, beside a whole base model
-G, H    medusa_head_{h}. (NxDI) or medusa_head. (MLC) before them, without one
+D, F    medusa_head. (reference v1.0) or medusa_heads. (ModelOpt) before A's names, beside a complete base model
+G, H    medusa_head_{h}. (NxDI) or medusa_head. (MLC) before A's names, without a base model
 E       blocks.{h}.layers.{l}.weight, lm_heads.{h}.weight or one lm_head.weight, token_map (vLLM)
 hydra   hydra_mlp.{h}.…, hydra_lm_head.{h}.…
 native  our own state_dicts under medusa. / sequential. / hydra.
@@ -48,7 +48,7 @@ _NATIVE = re.compile(r"(?P<family>medusa|sequential|hydra)\.(?P<rest>[a-z].*)$")
 _BASE = re.compile(
     r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in)\.weight$|(?:^|\.)(?:layers|h)\.\d+\.\w*(?:attn|attention|mlp)\b"
 )
-# tensors that stand beside heads and mean nothing to us: Hydra's copy of the base embedding, activation scales
+# tensors found beside heads that are not needed: Hydra's copy of the base embedding, activation scales
 _BORROWED = re.compile(r"(?:^|\.)input_embed_fn\.|(?:input|output|weight)_scale(?:_inv)?$")
 
 
@@ -65,7 +65,7 @@ class Parsed:
 
 @dataclass
 class _Table:
-    """Names of the tensors of parallel heads; the two functions make the name that a missing one would have."""
+    """Names of the tensors of parallel heads; the two functions name a tensor that is missing."""
 
     block_name: Callable[[int, int, str], str]
     out_name: Callable[[int, str], str]
@@ -81,7 +81,7 @@ def is_head(name: str) -> bool:
 
 
 def split_names(names: list[str]) -> tuple[list[str], list[str]]:
-    """(heads, base): base is empty unless the tensors of a whole model stand beside embedded heads (D, F)."""
+    """(names of heads, names of the base): the latter is empty unless a complete model holds the heads (D, F)."""
     heads = [name for name in names if (m := _PARALLEL.match(name.removesuffix("_scale"))) and m["kind"]]
     if not heads or not any(_BASE.search(name) for name in names):
         return [name for name in names if is_head(name)], []
@@ -95,7 +95,7 @@ def parse(found: TensorFiles) -> Parsed:
     if any(_HYDRA_PREFIX.match(name) for name in found.names):
         raise LoadError(
             f"{found.path} holds Hydra heads of the kind prefix-mlp: they need an attention layer over all earlier "
-            "hidden states with a KV cache of its own (prefix_embeding_layer.*), which is not offered. The kind mlp is."
+            "hidden states, with its own KV cache (prefix_embeding_layer.*); only the kind mlp can be read."
         )
     base = split_names(found.names)[1]
     if any(_NATIVE.match(name) for name in names):
@@ -131,7 +131,7 @@ def _parallel(found: TensorFiles, embedded: bool) -> Parsed:
     lead, kind = name[: match.start("head")], match["kind"]
     out_layers = {int(m["layer"]): name for name, m in matches.items() if not m["linear"]}
     if len(out_layers) > 1:
-        raise LoadError(f"{found.path} holds output layers at different places: {', '.join(out_layers.values())}.")
+        raise LoadError(f"{found.path} holds output layers with different numbers: {', '.join(out_layers.values())}.")
     layers = next(iter(out_layers), None)
     if layers is None:
         layers = 1 + max(int(m["layer"]) for m in matches.values())
@@ -145,7 +145,7 @@ def _parallel(found: TensorFiles, embedded: bool) -> Parsed:
         elif int(m["layer"]) < layers:
             _put(table.blocks, (int(m["head"]), int(m["layer"]), m["leaf"]), name, found)
         else:
-            raise LoadError(f"{name} in {found.path} stands behind the output layer {next(iter(out_layers.values()))}.")
+            raise LoadError(f"{name} in {found.path} comes after the output layer {next(iter(out_layers.values()))}.")
     if embedded:
         layout = "D" if kind == "medusa_head." else "F"
     elif kind:
@@ -228,11 +228,11 @@ def _stack(table: _Table, layers: int, found: TensorFiles, warnings: list[str]) 
 
 
 def _hydra(found: TensorFiles) -> Parsed:
-    """Hydra's mlp heads. Grounded ones see drafted tokens; others are Medusa heads whose output layer has a bias."""
+    """Hydra's mlp heads. Grounded ones see drafted tokens; others are Medusa heads with a bias in the output layer."""
     matches = {name: m for name in found.tensors if (m := _HYDRA.match(name))}
-    places = [int(m["layer"]) for m in matches.values() if m["part"]]
-    step = 2 if places and min(places) == 1 else 1  # a Dropout before each block moves them to the odd places
-    layers = 0 if not places else (max(places) + 1) // step
+    indexes = [int(m["layer"]) for m in matches.values() if m["part"]]
+    step = 2 if indexes and min(indexes) == 1 else 1  # a Dropout before each block moves it to an odd index
+    layers = 0 if not indexes else (max(indexes) + 1) // step
     lead = re.split(r"hydra_mlp\.|hydra_lm_head\.", next(iter(matches)))[0]
     dropout = ".1" if any(f"{lead}hydra_lm_head.0.1.{leaf}" in matches for leaf in ("weight", "bias")) else ""
 
@@ -262,7 +262,7 @@ def _hydra(found: TensorFiles) -> Parsed:
         for leaf, shape in (("weight", (hidden, (head + 2) * hidden)), ("bias", (hidden,))):
             parts = [checked(found, name_of(head, 0, leaf, part), shape) for part in ("linear", "res_connection")]
             parsed.state[f"first.{head}.{leaf}"] = torch.cat(parts)
-    # what follows the first block are Medusa's blocks, one layer further
+    # after the first block come Medusa's blocks, numbered one layer higher
     table.blocks = {(head, at - 1, leaf): name for (head, at, leaf), name in table.blocks.items() if at}
     table.block_name = lambda head, layer, leaf: name_of(head, layer + 1, leaf)
     parsed.state |= _stack(table, layers - 1, found, parsed.warnings)
@@ -287,7 +287,7 @@ def _native(found: TensorFiles) -> Parsed:
 
 
 def to_layout(heads: Heads, info: HeadsInfo, layout: str) -> tuple[State, Config]:
-    """The way back: (tensors by the layout's names, config.json). LoadError where it cannot hold these heads."""
+    """The reverse of `parse`: (tensors by the layout's names, config.json). LoadError where it cannot hold them."""
     if layout == "native":
         return _native_state(heads, info)
     writers = {"A": _reference_state, "B": _reference_state, "C": _tied_state, "E": _vllm_state}

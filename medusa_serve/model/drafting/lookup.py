@@ -1,7 +1,7 @@
-"""Prompt lookup: draft what followed the last tokens when they stood in the sequence before (Saxena, "Prompt lookup
-decoding").
+"""Prompt lookup: where the last tokens occurred earlier in the sequence, draft the tokens that followed (Saxena,
+"Prompt lookup decoding").
 
-Needs no training and no host: the tokens of a sequence lie in its slot's row on the device.
+It needs no training and no host: the tokens of a sequence are in its slot's row on the device.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ MAX_NGRAM, MIN_NGRAM = 4, 2
 
 
 def lookup(history: torch.Tensor, length: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """The continuation of the longest n-gram (4 down to 2 tokens) that ended here before; the latest one among equals.
+    """The tokens after the longest earlier match of the last 4, 3 or 2 tokens; the latest match among equals.
 
-    history (B, C) token ids, valid up to and with column `length` (the pending token) · length (B) → (B, num_tokens),
+    history (B, C) token ids, valid up to the pending token in column `length` · length (B) → (B, num_tokens),
     -1 unused
 
     Example: history 5 6 7 8 5 6 with the last 6 pending (length 5), 3 tokens → 7 8 5.

@@ -15,17 +15,17 @@ from ..weights.int8 import WIDTH, Int8Linear, int8_product, quantized
 
 
 class OutputLayer(nn.Module):
-    """Features to logits of the (draft) vocabulary: the base's output layer (tied), or weights the heads bring.
+    """Features to logits of the (draft) vocabulary: the base's output layer (tied), or the heads' own.
 
-    Tied, the weight is no parameter and in no state_dict: `attach` borrows the base's rows, or copies the rows of the
-    token map once, contiguous, so that each step reads V' rows instead of gathering among V.
+    A tied weight is no parameter and in no state_dict: `attach` borrows the base's rows. With a token map it copies the
+    map's rows once, contiguous, so that each step reads V' rows instead of gathering among V.
     """
 
-    weight: Tensor | None  # float, or int8 with the scale of each row
+    weight: Tensor | None  # float, or int8 with a scale for each row
     scale: Tensor | None
     bias: Tensor | None
     token_map: Tensor | None
-    small: Int4Linear | None  # in place of the weight
+    small: Int4Linear | None  # replaces the weight
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class OutputLayer(nn.Module):
         bias: bool = False,
         token_map: Tensor | None = None,
     ) -> None:
-        """vocab_size None: tied. num_heads None: one own weight [V', H] for all heads, else [K, V', H]."""
+        """vocab_size None: tied. num_heads None: one weight [V', H] for all heads, else [K, V', H]."""
         super().__init__()
         self.hidden_size = hidden_size
         self.tied = vocab_size is None
@@ -78,7 +78,7 @@ class OutputLayer(nn.Module):
             raise LoadError(f"The heads have hidden size {self.hidden_size}, the base model's output layer {hidden}.")
         if token_map is not None:
             if not self.tied:
-                raise LoadError("Heads with an output layer of their own keep their own token map.")
+                raise LoadError("Heads with their own output layer keep their own token map.")
             self.token_map = token_map.to(weight.device, torch.long)
         top = -1 if self.token_map is None else int(self.token_map.max())
         if top >= vocab:
@@ -89,7 +89,7 @@ class OutputLayer(nn.Module):
             self.scale = None if scale is None else scale[rows]
 
     def keep_first(self, count: int) -> None:
-        """The first `count` tokens of the draft vocabulary alone. Tied and attached."""
+        """Keep only the first `count` tokens of the draft vocabulary. The layer must be tied and attached."""
         assert self.weight is not None
         self.token_map = (
             torch.arange(count, device=self.weight.device) if self.token_map is None else self.token_map[:count]
@@ -99,7 +99,7 @@ class OutputLayer(nn.Module):
         self.scale = None if self.scale is None else self.scale[:count]
 
     def to_int8(self) -> None:
-        """A shared weight of its own size in int8, which the base's output layer does not see."""
+        """Round a weight that serves all heads to int8; the base's output layer stays as it is."""
         assert self.weight is not None
         if self.scale is None and self.weight.dim() == 2 and self.hidden_size % WIDTH == 0:
             weight, scale = quantized(self.weight.detach())
@@ -108,7 +108,7 @@ class OutputLayer(nn.Module):
             self.scale = scale
 
     def to_int4(self, kind: type[Int4Linear] = Int4Linear) -> None:
-        """The same in int4, rounded: for drafts alone."""
+        """The same in int4: for drafts only."""
         assert self.weight is not None
         if self.scale is None and self.weight.dim() == 2:
             self.small = kind.rounded(self.weight.detach())

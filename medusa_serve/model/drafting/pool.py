@@ -1,5 +1,5 @@
-"""What the tree search of all drafters does at each depth, by torch's operations: a place's best children, and the pool
-of all nodes that were found."""
+"""One depth of the tree search, for all drafters, in torch: the best children of a node, and the pool of all nodes
+found so far."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..sampling.filters import Sampling
 from .draft import noisy
 from .tree import HeadNodes
 
-STEP_COST = 1e-4  # a child's log-probability is lower than its parent's by this at least, so that they never tie
-NEVER = -1e9  # log-probability of what the heads give none (infinite or NaN logits): finite, so that it still orders
+STEP_COST = 1e-4  # a child's log-probability is at least this much below its parent's, so that they never tie
+NEVER = -1e9  # log-probability for infinite or NaN logits: finite, so that it can be sorted
 
 
 class Children(NamedTuple):
@@ -27,7 +27,7 @@ class Children(NamedTuple):
 
 
 class Pool:
-    """All nodes found so far, and which of them are beams, to get children of their own.
+    """All nodes found so far, and which of them are beams: those get children next.
 
     tokens, parents (index in the pool + 1; 0 is the root), depths (B, size) int64 · scores (B, size): log-probabilities
     """
@@ -39,11 +39,11 @@ class Pool:
         self._above = torch.zeros(rows, 1, dtype=torch.int64, device=device)
 
     def grow(self, tokens: Tensor, logp: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """The beams' children (B, W or 1, R) join; the best `width` of them become the beams: → which beam each goes on
-        from, and its token, (B, width) both.
+        """Add the beams' children (B, W or 1, R); the best `width` of them become the beams. → the old beam that each
+        new one continues, and its token, (B, width) both.
 
-        A child's score is below its parent's also where rounding would swallow the difference: what holds a child, and
-        each prefix of it, then holds the parent.
+        A child's score is below its parent's even where rounding would hide the difference. So if a child is among the
+        best nodes, its parent is too.
         """
         parent = self._beams[:, :, None]
         logp = torch.nan_to_num(logp, nan=NEVER, neginf=NEVER)
@@ -66,9 +66,9 @@ class Pool:
     def best(self, max_nodes: int) -> HeadNodes:
         """The M most probable nodes of the pool, best first. A child scores below its parent, so they form a tree."""
         best = self.scores.topk(max_nodes, dim=1).indices
-        place = torch.zeros(best.shape[0], self.scores.shape[1] + 1, dtype=torch.int64, device=best.device)
-        place.scatter_(1, best + 1, torch.arange(1, max_nodes + 1, device=best.device).expand_as(best))
-        parents = place.gather(1, self.parents.gather(1, best))
+        index = torch.zeros(best.shape[0], self.scores.shape[1] + 1, dtype=torch.int64, device=best.device)
+        index.scatter_(1, best + 1, torch.arange(1, max_nodes + 1, device=best.device).expand_as(best))
+        parents = index.gather(1, self.parents.gather(1, best))
         return HeadNodes(self.tokens.gather(1, best), parents, self.depths.gather(1, best))
 
 
@@ -81,9 +81,9 @@ def top_children(
     sampling: Sampling,
     num_ranks: int,
 ) -> Children:
-    """The best R tokens of each place.
+    """The best R tokens at each of P positions.
 
-    logits (B, P, V'), overwritten: of places at one depth, or (None) at depths 0 … P - 1 · length (B) · tau (2, D)
+    logits (B, P, V'), overwritten: all at one depth, or (None) at depths 0 … P - 1 · length (B) · tau (2, D)
     float32: of greedy rows, of rows with noise · token_map (V') base ids or None
     """
     depths = slice(logits.shape[1]) if depth is None else slice(depth, depth + 1)

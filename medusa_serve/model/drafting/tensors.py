@@ -1,6 +1,6 @@
-"""Tensor files of unknown origin → checked tensors by name. No code in them is ever run, no number is believed.
+"""Tensor files of unknown origin → checked tensors by name. No code in them is ever run, and no number is trusted.
 
-safetensors first; pickles (.pt, .bin) only with torch.load(weights_only=True). What a key means: checkpoints.py.
+safetensors first; pickles (.pt, .bin) only with torch.load(weights_only=True). layouts.py says what a name means.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class TensorFiles:
 
 
 def read_tensors(path: str | Path, wanted: Callable[[str], bool]) -> TensorFiles:
-    """The tensors of a file or folder whose names are `wanted`; LoadError where something cannot be read."""
+    """The tensors with a `wanted` name in a file or folder. Raises LoadError where something cannot be read."""
     path = Path(path).expanduser()
     found = TensorFiles(path, find_files(path))
     _read_config(found)
@@ -62,14 +62,14 @@ def read_tensors(path: str | Path, wanted: Callable[[str], bool]) -> TensorFiles
         found.names += names
         found.tensors |= tensors
         for name, kept in aliases.items():
-            # safetensors cannot hold one tensor under two names; its save_model notes which name stands for which
+            # safetensors cannot hold one tensor under two names; its save_model notes which name was dropped for which
             if name not in names and kept in found.tensors and wanted(name):
                 found.tensors[name] = found.tensors[kept]
     return found
 
 
 def find_files(path: Path) -> list[Path]:
-    """The file itself, or the files of a folder that hold heads or a whole model."""
+    """The file itself, or the files of a folder that hold heads or a complete model."""
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -124,7 +124,7 @@ def _read_safetensors(file: Path, wanted: Callable[[str], bool]) -> tuple[list[s
 
 def _read_pickle(file: Path, wanted: Callable[[str], bool]) -> tuple[list[str], dict[str, Tensor]]:
     try:
-        # mmap: of a whole model only the heads' pages are read
+        # mmap: only the heads' pages are read, even of a complete model
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # the unpickler meets arbitrary bytes: any exception means "not plain tensors"
         raise LoadError(
@@ -176,7 +176,7 @@ def checked_ids(found: TensorFiles, name: str) -> Tensor:
 
 
 def _check_dense(found: TensorFiles, name: str, tensor: Tensor) -> None:
-    """Before anything computes on it: a sparse, quantised, meta or stride-0 tensor can claim any size."""
+    """Checked before any computation: a sparse, quantised, meta or stride-0 tensor can claim any size."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         raise LoadError(f"{name} in {found.path} is not a dense tensor ({tensor.layout}).")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():

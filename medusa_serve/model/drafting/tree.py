@@ -1,4 +1,4 @@
-"""The shape of a draft: which candidate of which head stands at which node, and who is whose ancestor.
+"""The shape of a draft: which candidate of which head is at which node, and which nodes are its ancestors.
 
 A tree is written as paths of candidate ranks, as in the published `medusa_choices` lists (FasterDecoding/Medusa): `(0,
 2)` is the third candidate of head 1 below the first candidate of head 0. Paths are ranks, so one tree serves every
@@ -46,7 +46,7 @@ class Tree:
             if path[:-1] not in known:
                 raise LoadError(f"tree path {list(path)} comes without, or before, its parent {list(path[:-1])}.")
             if path in known:
-                raise LoadError(f"tree path {list(path)} stands twice.")
+                raise LoadError(f"tree path {list(path)} occurs twice.")
             known.add(path)
         if self.num_nodes > MAX_NODES:
             raise LoadError(f"the tree has {self.num_nodes} nodes with its root; {MAX_NODES} is the most.")
@@ -110,7 +110,7 @@ class Draft(NamedTuple):
 
 
 class HeadNodes(NamedTuple):
-    """The heads' part of a tree, best node first, so that any first part of it is a tree as well.
+    """The heads' part of a tree, best node first, so that its first nodes, however many, are a tree.
 
     tokens (B, M), -1 empty · parents (B, M): 0 is the root, i + 1 is node i of this part · depths (B, M) from 1
     """
@@ -149,7 +149,7 @@ def assemble(
 
 def ancestors(parents: torch.Tensor, max_depth: int) -> torch.Tensor:
     """parents (B, N) → (B, N, N) bool: each node sees itself and all its ancestors, up to `max_depth` of them; the
-    distance that is seen doubles each round."""
+    number that is seen doubles each round."""
     nodes = parents.shape[1]
     index = torch.arange(nodes, device=parents.device)
     mask = (index == index[:, None]) | (index == parents[:, :, None])

@@ -1,6 +1,6 @@
 """From a name to a model on its device with its tokenizer. Nothing here runs a pass for a request.
 
-load           the steps in order            source        what a name stands for      hub   downloads
+load           the steps in order            source        what a name means           hub   downloads
 choose         device and numbers            room · slots  how many slots, how long a context
 gpu_facts      the GPU and its free memory   gpu_memory    what a model will take of it
 default_model  the model from a package      gguf          a GGUF file as a folder

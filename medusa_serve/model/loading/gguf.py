@@ -1,4 +1,4 @@
-"""A GGUF file of a Llama as a model folder that transformers reads: safetensors, config, tokenizer, chat template."""
+"""From a Llama's GGUF file to a folder that transformers reads: safetensors, config, tokenizer, chat template."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def write_model(gguf: Path, folder: Path) -> None:
-    """Config, weights and tokenizer in Hugging Face's form.
+    """Write config, weights and tokenizer in Hugging Face's form.
 
-    Not by transformers' own GGUF reader: it needs accelerate, its tokenizer loses a step (see _tokenizer), and heads
-    trained for these weights should not depend on how a later release dequantises. The values are the same, bit by bit.
+    transformers' GGUF reader is not used: it needs accelerate, its tokenizer loses a step (see _tokenizer), and heads
+    trained for these weights must not depend on how a later release dequantises. The values are the same, bit for bit.
     """
     from gguf import GGUFReader
     from safetensors.numpy import save_file
@@ -90,7 +90,7 @@ def _tokenizer(meta: dict[str, Any]) -> Any:
     """The byte-level BPE tokenizer of the GGUF, with chat template.
 
     Pre-tokenizer "smollm" cuts out every digit before the byte-level rule sees the text. transformers' GGUF reader
-    drops that step, and then splits line breaks before a digit ("\\n\\n1.", any list) unlike the model was trained.
+    drops that step, and then splits line breaks before a digit ("\\n\\n1.", any list) unlike in training.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -115,6 +115,3 @@ def _tokenizer(meta: dict[str, Any]) -> Any:
         model_max_length=meta["llama.context_length"],
         clean_up_tokenization_spaces=False,
     )
-
-
-# ---- small things ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The GPU's facts for a person, and its memory: what is there, what is free, and giving back what nobody holds."""
+"""The GPU's name, capability and memory, whether this PyTorch can use it, and how to free unused memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def gpu_facts(index: int = 0) -> Gpu | None:
 
 
 def why_unusable(device: torch.device) -> str | None:
-    """A sentence where this PyTorch holds no code for the GPU, which CUDA itself says only at the first kernel."""
+    """A sentence where this PyTorch has no code for the GPU, or None. CUDA says so only at the first kernel."""
     major, minor = torch.cuda.get_device_capability(device)
     known = [_capability(arch) for arch in torch.cuda.get_arch_list()]
     runs = any(kind == "sm" and its[0] == major and its[1] <= minor for kind, its in known)  # binary: same major
@@ -42,28 +42,28 @@ def why_unusable(device: torch.device) -> str | None:
 
 
 def _capability(arch: str) -> tuple[str, tuple[int, int]]:
-    """sm_75 → ("sm", (7, 5)); letters behind the number name variants of one."""
+    """sm_75 → ("sm", (7, 5)); letters after the number name variants."""
     kind, _, number = arch.partition("_")
     digits = "".join(filter(str.isdigit, number))
     return kind, (int(digits[:-1] or 0), int(digits[-1:] or 0))
 
 
 def free_bytes() -> int | None:
-    """Of all GPUs together, as the driver counts them; None without one."""
+    """Of all GPUs together, as the driver counts them; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     return sum(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
 
 
 def release() -> None:
-    """Give the device what no tensor holds any more, objects that only hold each other included."""
+    """Free the device memory that no live tensor uses, also that of objects that only refer to each other."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def memory() -> dict[str, Any]:
-    """For a line that a person reads: what this process holds on the GPU, or in the machine's memory without one."""
+    """For a line that a person reads: bytes in use on the GPU or, without one, by this process in RAM; and in all."""
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return {"kind": "GPU", "used": total - free, "total": total}
@@ -71,7 +71,7 @@ def memory() -> dict[str, Any]:
 
 
 def _resident() -> int:
-    """Bytes of this process; 0 where the system does not tell."""
+    """Bytes of this process; 0 where the system does not say."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             pages = int(file.read().split()[1])

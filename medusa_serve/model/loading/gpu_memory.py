@@ -1,4 +1,4 @@
-"""What a model will take of a GPU, before any of it is loaded: from its config alone.
+"""How much GPU memory a model will take: from its config alone, before anything is loaded.
 
 memory = context (CUDA's own) + weights + heads + slots × columns of keys and values + rest (graphs, activations,
 logits, what the allocator keeps) + what is left. The same numbers choose the quantisation and the slots at start.
@@ -19,17 +19,17 @@ from ..forward.hidden_tap import decoder_layers
 from .slots import GPU_CONTEXT, GPU_SLOTS, LEAST_REST, for_slots
 
 SLACK = 64  # columns after the end of a full slot, for the largest tree
-CONTEXT = 450 * 2**20  # bytes that CUDA and its libraries take of every process
-NF4_BYTES = 0.5 + 4 / 64  # of a weight: four bits, and a float32 for each 64 of them
-WANTED_SLOTS = 4  # fewer than these for want of memory: `auto` quantises
+CONTEXT = 450 * 2**20  # bytes that CUDA and its libraries take in every process
+NF4_BYTES = 0.5 + 4 / 64  # of a weight: four bits, and a float32 for every 64 weights
+WANTED_SLOTS = 4  # where memory allows fewer, `auto` quantises
 LEAST_CONTEXT = 512
 GiB = 2**30
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of a model: in the linear weights of its decoder layers, in the largest of them, elsewhere, and of keys
-    and values for one token."""
+    """How many numbers a model has: in the linear weights of its decoder layers, in the largest of these, in all other
+    weights, and in the keys and values of one token (column)."""
 
     linear: int
     largest: int
@@ -44,13 +44,13 @@ class Sizes:
         return int(self.linear * per) + self.other * itemsize
 
     def spread_bytes(self, quantize: str, itemsize: int) -> int:
-        """Of four-bit weights in half precision: a pass of many tokens makes one after the other of them."""
+        """Of four-bit weights in half precision: a pass of many tokens converts them one after the other."""
         return self.largest * itemsize if quantize == "nf4" else 0
 
 
 @dataclass(frozen=True)
 class HeadSizes:
-    """K heads of L layers; tied ones borrow the base's output layer. known: their numbers, where they are counted"""
+    """K heads of L layers; tied ones borrow the base's output layer. known: their numbers, where those were counted"""
 
     num_heads: int = 0
     num_layers: int = 1
@@ -66,7 +66,7 @@ class HeadSizes:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of each part. slots 0: it does not fit, and `advice` says what would."""
+    """Bytes of each part. slots 0: it does not fit, and `advice` says which options would."""
 
     memory: int
     quantize: str
@@ -87,7 +87,7 @@ class MemoryPlan:
 
     @property
     def expected(self) -> int:
-        """What PyTorch will hold; of `rest` only what graphs and activations are known to take."""
+        """Bytes that PyTorch will hold; of `rest` only what graphs and activations are known to take."""
         return self.weights + self.heads + self.slots * self.slot + LEAST_REST + self.spread
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,12 +109,12 @@ class MemoryPlan:
     def verdict(self) -> list[str]:
         if self.slots:
             return ["it fits"]
-        told = [f"it does not fit: {self.asked} of {self.context} tokens"]
-        return told + ([f"it would with {way}" for way in self.advice] or ["no option makes it fit: a smaller model"])
+        lines = [f"it does not fit: {self.asked} of {self.context} tokens"]
+        return lines + ([f"it would with {way}" for way in self.advice] or ["no option helps: choose a smaller model"])
 
 
 def sizes_of(hf_config: Any) -> Sizes:
-    """From a model of this config on the meta device, which takes no memory."""
+    """Counted on a model of this config on the meta device, which takes no memory."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -147,22 +147,22 @@ def plan_memory(sizes: Sizes, memory: int, itemsize: int, config: EngineConfig) 
         weights, head_bytes = sizes.weight_bytes(quantize, itemsize), heads.numbers(sizes) * itemsize
         free = memory - CONTEXT - weights - head_bytes
         slot = (context + SLACK) * sizes.column * itemsize
-        room = for_slots(max(0, free))
-        fits = min(room // slot, slots or GPU_SLOTS)
+        for_kv = for_slots(max(0, free))
+        fits = min(for_kv // slot, slots or GPU_SLOTS)
         fits = 0 if slots is not None and fits < slots else fits
         asked = f"{slots} slots" if slots and slots > 1 else "not one slot"
-        rest, spread = max(0, free) - room, sizes.spread_bytes(quantize, itemsize)
+        rest, spread = max(0, free) - for_kv, sizes.spread_bytes(quantize, itemsize)
         return MemoryPlan(memory, quantize, why, weights, head_bytes, fits, context, slot, rest, spread, asked)
 
     if quantize == "auto":
-        whole = at("none", "it fits as it is", slots, wanted, heads)
-        if whole.slots >= min(WANTED_SLOTS, slots or WANTED_SLOTS):
-            return whole
-        have = f"{whole.slots} slots" if whole.slots else "no slot"
+        plain = at("none", "it fits as it is", slots, wanted, heads)
+        if plain.slots >= min(WANTED_SLOTS, slots or WANTED_SLOTS):
+            return plain
+        have = f"{plain.slots} slots" if plain.slots else "no slot"
         small = at("nf4", f"in half precision {have} of {wanted} tokens would fit", slots, wanted, heads)
-        if small.slots > whole.slots:
+        if small.slots > plain.slots:
             return small
-        plan, quantize = (whole, "none") if whole.slots else (small, "nf4")
+        plan, quantize = (plain, "none") if plain.slots else (small, "nf4")
     else:
         plan = at(quantize, "as asked", slots, wanted, heads)
     return plan if plan.slots else _advised(plan, at, quantize, slots, wanted, heads)
@@ -205,7 +205,7 @@ def _halves(context: int) -> list[int]:
 
 
 def head_sizes(config: EngineConfig) -> HeadSizes:
-    """Of the heads that this config will load, from the preset or the size of their file."""
+    """Sizes of the heads that this config will load, from the preset or the size of their file."""
     if config.heads == "none" or config.tree == "off":
         return HeadSizes()
     if config.heads not in ("auto", *FAMILIES):

@@ -1,4 +1,4 @@
-"""What comes from a model hub: heads and jointly trained models as local folders, and a sentence where it refuses."""
+"""Downloads from a model hub: heads and jointly trained models as local folders, and a sentence for each refusal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEADS_ONLY = ["config.json", *HEAD_FILES, "model*.safetensors*", "pytorch_model*
 
 
 def base_of(preset: Preset) -> str:
-    """What from_pretrained gets: the base's id; of a jointly trained one a folder, as its heads are read from there."""
+    """The argument of from_pretrained: the base's id; or a folder, if the heads are read from there too (joint)."""
     return str(folder_of(preset.base, None)) if preset.joint else preset.base
 
 
@@ -26,7 +26,7 @@ def heads_of(preset: Preset) -> Path:
 
 
 def heads_at(place: str) -> Path:
-    """A file or folder of heads as it is, or that of a hub id. Raises LoadError."""
+    """The file or folder of heads, or the local folder of a hub id. Raises LoadError."""
     path = Path(place).expanduser()
     if path.exists():
         return path
@@ -36,8 +36,8 @@ def heads_at(place: str) -> Path:
 
 
 def folder_of(repo: str, patterns: list[str] | None) -> Path:
-    """A local folder as it is; a hub id once its files (of these patterns alone) are in the hub's own cache. Of two
-    formats of the same weights the one that holds no code is taken. Raises LoadError."""
+    """A local folder itself; for a hub id, the folder in the hub's cache once its files (of these patterns only) are
+    there. Of two formats of the same weights, the one without code is taken. Raises LoadError."""
     if Path(repo).is_dir():
         return Path(repo)
     from huggingface_hub import HfApi, snapshot_download
@@ -46,14 +46,14 @@ def folder_of(repo: str, patterns: list[str] | None) -> Path:
         names = HfApi().list_repo_files(repo)
         ignore = ["*.bin", "*.pt"] if any(name.endswith(".safetensors") for name in names) else None
         return Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=ignore))
-    except Exception as error:  # the hub's client raises types of its own, httpx's and the operating system's
-        said = refusal(repo, error) or f"{repo} could not be had from the model hub ({reason_of(error)})."
+    except Exception as error:  # the hub's client raises its own types, httpx's and the operating system's
+        said = refusal(repo, error) or f"{repo} could not be downloaded from the model hub ({reason_of(error)})."
         raise LoadError(said) from error
 
 
 def refusal(repo: str, error: BaseException) -> str | None:
-    """What to do where the hub answers that it will not give `repo`; None for any other error. transformers wraps what
-    the hub's client raises, so causes count."""
+    """A sentence that says what to do where the hub refuses `repo`; None for any other error. transformers wraps the
+    errors of the hub's client, so causes are searched too."""
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     causes: list[BaseException | None] = [error]
@@ -71,12 +71,12 @@ def refusal(repo: str, error: BaseException) -> str | None:
         what_to_do = f"Did you mean {' or '.join(others)}?" if others else "Check how it is spelt."
         return f"The model hub has no {repo}, or it is private (then HF_TOKEN must hold a token). {what_to_do}"
     if any(isinstance(cause, HFValidationError) for cause in causes):
-        return f"{repo!r} is no name of the model hub: these look like Qwen/Qwen2.5-0.5B-Instruct."
+        return f"{repo!r} is not a model hub id: these look like Qwen/Qwen2.5-0.5B-Instruct."
     return None
 
 
 def _spelt_alike(repo: str) -> list[str]:
-    """Names of the hub, the likeliest first: of the presets, of the same owner, and the same name elsewhere."""
+    """Hub ids spelt like `repo`, the likeliest first: of the presets, of the same owner, or of the same name."""
     from huggingface_hub import HfApi
 
     owner, _, name = repo.rpartition("/")

@@ -33,8 +33,8 @@ class LoadedModel:
     """A model in eval mode without gradients, on `device`, and how to talk to it.
 
     name           short: "smollm2-135m", the folder's name, or the last part of a hub id
-    dtype          that it computes in · weights  of its linear layers: "int8" (a changed model), "int4" (its own
-                   numbers, see int4.py) or "" where they are of the dtype
+    dtype          that it computes in · weights  format of its linear layers: "int8" or "nf4" (a changed model), "int4"
+                   (its own numbers, see weights/int4.py), or "" for the dtype
     eos_ids        ids that end a text; model.generation_config has the same
     max_positions  the model's own context; None where its config names none
     source         what from_pretrained was given
@@ -55,7 +55,7 @@ class LoadedModel:
 
     @property
     def numbers(self) -> str:
-        """For a person: the dtype, int8 or int4."""
+        """For a person: the dtype, int8, int4 or nf4."""
         return self.weights or str(self.dtype).removeprefix("torch.")
 
 
@@ -70,13 +70,13 @@ def load_model(config: EngineConfig, *, progress: bool = True) -> LoadedModel:
 
 
 def load_to_answer(config: EngineConfig) -> LoadedModel:
-    """The same model for what only answers: with int4 weights where it would be loaded as it is on a CPU and its own
-    are such numbers already, which answer several times as fast; elsewhere as load_model does. Raises LoadError."""
+    """The same model, only for answers. Where load_model would load weights that are four-bit numbers as they are on a
+    CPU, this loads them as int4, several times as fast. Elsewhere the two are the same. Raises LoadError."""
     device = choose_device(config.device)
     source, name = source_of(config.model, True)
     plain = config.quantize == "none" and config.dtype in ("auto", "bfloat16") and device.value.type == "cpu"
     if plain and stored_in_few_bits(Path(source)):
-        with contextlib.suppress(LoadError):  # its first rows were, the others are not
+        with contextlib.suppress(LoadError):  # its first rows are such numbers, others are not
             return _load(replace(config, quantize="int4"), device, source, name)
     return _load(config, device, source, name)
 
@@ -94,8 +94,8 @@ def _load(config: EngineConfig, chosen: Choice[torch.device], source: str, name:
         if config.model in PRESETS and not tokenizer.chat_template:
             tokenizer.chat_template = PRESETS[config.model].chat
         if config.device == "split":
-            places, note = split_plan(hf_config, numbers.dtype)
-            model = _from_pretrained(source, hf_config, numbers.dtype, device_map=places)
+            device_map, note = split_plan(hf_config, numbers.dtype)
+            model = _from_pretrained(source, hf_config, numbers.dtype, device_map=device_map)
             notes += [*numbers.notes, note]
         else:
             model = _load_weights(source, hf_config, device, numbers)
@@ -110,9 +110,9 @@ def _load(config: EngineConfig, chosen: Choice[torch.device], source: str, name:
 
 
 def give_weights(model: Any, weights: str, asked: str, own: FewBitKernels) -> tuple[str, list[str]]:
-    """Give the linear layers the `weights` that were chosen; → what they have now, and notes. asked: EngineConfig's
-    quantize. Raises LoadError where such weights are asked for and cannot be had."""
-    if weights in ("", "nf4"):  # the latter are quantised as they are read
+    """Convert the linear layers to the chosen `weights`. → the format that they have now, and notes. asked:
+    EngineConfig's quantize. Raises LoadError where the model cannot have the weights that are asked for."""
+    if weights in ("", "nf4"):  # nf4 weights are quantised as they are read
         return weights, []
     kind = int4_kind(cache_folder(), own.linear) if weights == "int4" else Int4Linear
     share = use_few_bits(model, kind, own.find) if weights == "int4" else linear_share(model)
@@ -153,7 +153,7 @@ def _from_pretrained(source: str, hf_config: Any, dtype: torch.dtype, **options:
 
     load: Any = AutoModelForCausalLM.from_pretrained
     options |= {"config": hf_config, "dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
-    with TURN:  # loading changes torch's default dtype, which is the process's
+    with TURN:  # loading changes torch's default dtype, which all threads share
         model, info = load(source, **options)
     # transformers fills what is missing with random numbers and only warns
     wrong = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
@@ -165,9 +165,9 @@ def _from_pretrained(source: str, hf_config: Any, dtype: torch.dtype, **options:
 
 
 def _own_the_memory(model: Any) -> None:
-    """Copy weights that are views of the mapped file into memory of their own, one at a time.
+    """Copy weights that are views of the mapped file into new memory, one at a time.
 
-    Its tensors lie at any multiple of 8 bytes, and MKL's products of a few rows are 5 to 40 times slower on these.
+    In the file, tensors start at any multiple of 8 bytes; MKL's products of a few rows are then 5 to 40 times slower.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.data_ptr() % 64:
@@ -191,7 +191,7 @@ def _end_ids(model: Any, tokenizer: Any, notes: list[str]) -> frozenset[int]:
 
 
 def _settle_generation_config(model: Any, eos_ids: frozenset[int]) -> None:
-    """`generate` ends where the engine ends, and a checkpoint's sampling advice cannot warn or change comparisons."""
+    """Make `generate` end where the engine ends; drop a checkpoint's sampling defaults, which warn and change text."""
     from transformers import GenerationConfig
 
     old = model.generation_config

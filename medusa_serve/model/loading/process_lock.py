@@ -1,4 +1,4 @@
-"""One turn at a time: what captures, traces or compiles passes changes state of the whole process."""
+"""One turn at a time: capturing, tracing and compiling passes change state that the process shares."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import threading
 
 import torch
 
-TURN = threading.RLock()  # torch's capturing is the process's, whichever engine asks, and so is its default dtype:
-# compiled passes are compiled again under another one, which must not be within a capture
+TURN = threading.RLock()  # all engines of a process share torch's capture and its default dtype;
+# another default dtype makes compiled passes compile again, which must not happen within a capture
 
 
 def settle(device: torch.device) -> None:
@@ -17,6 +17,6 @@ def settle(device: torch.device) -> None:
 
 
 def give_back() -> None:
-    """Cached memory to the driver, but not while something is captured."""
+    """Return cached memory to the driver, but not while something is captured."""
     with TURN:
         torch.cuda.empty_cache()

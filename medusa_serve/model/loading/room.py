@@ -37,25 +37,25 @@ class Room:
         if context >= LEAST_CONTEXT:
             return Room(1, ASKED, context, ASKED), f"a context of {context} tokens {full} {self.context}"
         raise LoadError(
-            f"Not one sequence of {self.context} tokens fits beside the model; quantise it, or take a smaller."
+            f"Not one sequence of {self.context} tokens fits beside the model; quantise it, or take a smaller one."
         )
 
     def plain(self) -> Room:
-        """For plain decoding: memory does not say how many slots there are."""
+        """The room for plain decoding, where slots are not planned from memory."""
         return self if self.slots_why == ASKED else replace(self, slots=PLAIN_SLOTS, slots_why=PLAIN_WHY)
 
 
 @torch.no_grad()
 def plan_room(model: Any, config: EngineConfig, max_positions: int | None) -> Room:
-    """Raises LoadError when it cannot be met."""
+    """The slots and the context that options and memory allow. Raises LoadError when these cannot be met."""
     context, why = plan_context(config, max_positions, model.device)
     try:
         shapes = kv_shapes(model)
     except PlugInError:
         return Room(config.slots or PLAIN_SLOTS, ASKED if config.slots else PLAIN_WHY, context, why)
     per_column: Counter[torch.device] = Counter()
-    for place, (kv, key, value) in zip(layer_devices(model) or [model.device] * len(shapes), shapes, strict=True):
-        per_column[place] += kv * (key + value) * model.dtype.itemsize
+    for device, (kv, key, value) in zip(layer_devices(model) or [model.device] * len(shapes), shapes, strict=True):
+        per_column[device] += kv * (key + value) * model.dtype.itemsize
     columns = context + SLACK
-    slots, slots_why = min(plan_slots(config, size, columns, place) for place, size in per_column.items())
+    slots, slots_why = min(plan_slots(config, size, columns, device) for device, size in per_column.items())
     return Room(slots, slots_why, context, why)

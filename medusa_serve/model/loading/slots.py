@@ -1,4 +1,4 @@
-"""How many sequences decode together, and how long one may be: from what is asked for and from the memory."""
+"""How many sequences decode together, and how long one may be: from the options and the memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LEAST_REST = 768 * 2**20  # which take this much of a small GPU too
 
 
 def for_slots(free: int) -> int:
-    """Bytes for keys and values, of those that are free once weights and heads are loaded."""
+    """Bytes for keys and values, out of the bytes that are free after weights and heads are loaded."""
     return max(0, min(int(free * GPU_SHARE), free - LEAST_REST))
 
 

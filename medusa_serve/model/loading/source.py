@@ -1,5 +1,5 @@
-"""Where a model comes from: what its name stands for, its config (refused where it could run code), and in a sentence
-what went wrong while it was read."""
+"""Where a model comes from: what its name means, its config (refused where it could run code), and loading errors as
+sentences."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TOO_LARGE = "{} does not fit into the memory; choose a smaller model or a dtype
 
 
 def source_of(model: str, progress: bool) -> tuple[str, str]:
-    """(what from_pretrained gets, short name)."""
+    """→ (the argument of from_pretrained, the short name). Raises LoadError."""
     if model == DEFAULT_MODEL:
         return str(ensure_default_model(progress=progress)), DEFAULT_MODEL
     if model in PRESETS:
@@ -45,7 +45,7 @@ def source_of(model: str, progress: bool) -> tuple[str, str]:
 
 
 def checked_config(source: str, asked: str) -> Any:
-    """The model's config, refused where it could name code to run (CVE-2026-4372) or is no causal language model's."""
+    """The model's config. LoadError if it could name code to run (CVE-2026-4372) or is no causal language model's."""
     from transformers import AutoConfig, PretrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -82,7 +82,7 @@ def hf_config_of(model: str) -> Any:
 
 @contextlib.contextmanager
 def memory_as_load_error(asked: str) -> Iterator[None]:
-    """That the memory is full, as a sentence that says what to do."""
+    """Turn an error of full memory into a LoadError that says what to do."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -91,7 +91,7 @@ def memory_as_load_error(asked: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_load_error(asked: str) -> Iterator[None]:
-    """What transformers and torch raise while loading, as one or two sentences."""
+    """Turn what transformers and torch raise while loading into a LoadError of one or two sentences."""
     try:
         yield
     except LoadError:
@@ -104,10 +104,10 @@ def as_load_error(asked: str) -> Iterator[None]:
         if (said := refusal(asked, error)) is not None:
             raise LoadError(said) from error
         raise LoadError(
-            f"{asked!r} is neither a local folder nor a model that could be had from the hub ({reason_of(error)}). "
+            f"{asked!r} is neither a local folder nor a model that the hub could provide ({reason_of(error)}). "
             f"Check the name and the network; {DEFAULT_MODEL!r} needs no hub."
         ) from error
-    except Exception as error:  # safetensors, tokenizers and transformers raise types of their own for damaged files
+    except Exception as error:  # safetensors, tokenizers and transformers have their own types for damaged files
         if "out of memory" in str(error) or "can't allocate memory" in str(error):
             raise LoadError(_TOO_LARGE.format(asked)) from error
         raise LoadError(f"The model {asked} cannot be loaded: {type(error).__name__}: {reason_of(error)}.") from error
@@ -115,8 +115,8 @@ def as_load_error(asked: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Advice and bars of transformers off while loading (what matters of them is checked here), but the hub's download
-    bars as they are. Restored afterwards."""
+    """Turn off transformers' advice and progress bars while loading (what matters is checked here), but not the hub's
+    download bars. Restored afterwards."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging

@@ -41,7 +41,7 @@ class Codec:
             raise InvalidRequest("This model has no chat template; send `prompt`, not `messages`.", param="messages")
         try:
             text = self._render(messages)
-        except Exception as error:  # a template is a program of its own: whatever it raises, these messages are refused
+        except Exception as error:  # a template is a program: whatever it raises, these messages are refused
             message = f"The model's chat template refuses these messages ({reason_of(error)})."
             raise InvalidRequest(message, param="messages") from error
         return self._ids(text, special=False, param="messages")  # the template wrote the special tokens itself
@@ -108,30 +108,30 @@ class Codec:
 
 
 class Pieces(dict[int, bytes]):
-    """Ids that are none, behind the vocabulary, are no text."""
+    """The bytes of each id. Ids beyond the vocabulary have no text."""
 
     def __missing__(self, id: int) -> bytes:
         return b""
 
 
 def byte_pieces(rust: Any) -> Pieces | None:
-    """The bytes of each id of a Rust tokenizer, without special tokens; None where its decoder is more than bytes one
-    behind the other."""
+    """The bytes of each id of a Rust tokenizer, without special tokens; None where its decoder does more than join
+    bytes."""
     if not isinstance(rust.decoder, ByteLevel):
         return None
     byte_of = {char: byte for byte, char in bytes_to_unicode().items()}.__getitem__
-    pieces = Pieces()
+    texts = Pieces()
     for token, id in rust.get_vocab(with_added_tokens=True).items():
         try:
-            pieces[id] = bytes(map(byte_of, token))
-        except KeyError:  # a token that somebody added may have other characters
-            pieces[id] = token.encode()
+            texts[id] = bytes(map(byte_of, token))
+        except KeyError:  # an added token may have other characters
+            texts[id] = token.encode()
     for id, token in rust.get_added_tokens_decoder().items():
         if token.special:
-            pieces[id] = b""
-    ids = sorted(pieces)
-    text = b"".join(pieces[id] for id in ids).decode("utf-8", "replace")
-    return pieces if rust.decode(ids, skip_special_tokens=True) == text else None
+            texts[id] = b""
+    ids = sorted(texts)
+    text = b"".join(texts[id] for id in ids).decode("utf-8", "replace")
+    return texts if rust.decode(ids, skip_special_tokens=True) == text else None
 
 
 def _decodes_in_rust(tokenizer: Any) -> bool:

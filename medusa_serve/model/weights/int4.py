@@ -1,11 +1,11 @@
-"""Weights that are few-bit numbers already, as a dequantised GGUF's are: products read the small numbers again.
+"""Layers for weights that are few-bit numbers already, as in a dequantised GGUF: products read the small numbers again.
 
-A group of 32 weights of a row on 16 equal steps (Q4_1) is a scale, a zero and 4-bit steps. A group on the steps
--127 … 127 (Q8_0) is two such parts, the high and the low four bits. Only scale and zero are rounded, to bfloat16: the
-default model's text then differs from float32's as rarely as bfloat16's does.
+32 weights of a row are a group. A group on 16 equal steps (Q4_1) is kept as a scale, a zero and 4-bit steps. A group on
+the steps -127 … 127 (Q8_0) is kept as two such parts, the high and the low four bits. Only scale and zero are rounded,
+to bfloat16, so the default model's text differs from float32's as rarely as bfloat16's does.
 
-Products go through torch's own `_weight_int4pack_mm_for_cpu` (bfloat16 in and out, float32 sums), or through a subclass
-of this machine's own where that is faster. Each row's result is bitwise the same, whatever the other rows are.
+Products go through torch's `_weight_int4pack_mm_for_cpu` (bfloat16 in and out, float32 sums), or through this machine's
+subclass where that is faster. Each row's result has the same bits, whatever the other rows are.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from .int8 import MAX_ROWS, Int8Linear
 
 GROUP = 32  # weights of a row that share a scale
 BLOCK = 64  # output rows of a block in the kernel's own order
-ROW_MULTIPLE = 16  # the kernel packs that many output rows together
-OFF_GRID = 1e-5  # of a tensor's largest weight: how far from its step float32 may put a weight
-PEEK_ROWS = 64  # of a file's tensor that are looked at before anything is loaded
-ROWS_AT_ONCE = 1024  # of a weight that is looked at: an output layer's temporaries would be gigabytes
+ROW_MULTIPLE = 16  # the kernel packs this many output rows together
+OFF_GRID = 1e-5  # how far float32 may put a weight from its step, as a share of the tensor's largest weight
+PEEK_ROWS = 64  # rows of a file's tensor that are checked before anything is loaded
+ROWS_AT_ONCE = 1024  # rows that are checked at a time: a full output layer's temporaries would be gigabytes
 
 Parts = list[tuple[Tensor, Tensor]]
 
 
 class Int4Linear(nn.Module):
-    """packed (P, out, in / 2) uint8 in the kernel's own order · scales (P, in / 32, out, 2) bfloat16: scale and zero, a
+    """packed (P, out, in / 2) uint8 in the kernel's own order · scales (P, in / 32, out, 2) bfloat16: scale and zero; a
     weight is the sum over the P parts of (step - 8) × scale + zero · bias (out) or None"""
 
     packed: Tensor
     scales: Tensor
     bias: Tensor | None
-    note = ""  # a mark of this class in the names of step times
+    note = ""  # marks this class in the names of kept times
 
     def __init__(self, packed: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Int4Linear(nn.Module):
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
         self.out_features, self.in_features = self.shape
-        self._parts: Parts | None = None  # views, each of which costs as much as a kernel's call
+        self._parts: Parts | None = None  # views: making one costs as much as a kernel call
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,12 +57,12 @@ class Int4Linear(nn.Module):
 
     @staticmethod
     def arranged(steps: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """A part as few_bit_parts gives it, as the kernel reads it."""
+        """A part from few_bit_parts, in the kernel's order."""
         return torch._convert_weight_to_int4pack_for_cpu(steps.int(), 2), scales.transpose(0, 1)
 
     @classmethod
     def of(cls, linear: nn.Linear, find: Callable[[Tensor], Parts | None] | None = None) -> Self | None:
-        """None where the layer's weights are no such numbers. find: few_bit_parts, or what gives the same faster"""
+        """None where the weights are not few-bit numbers. find: few_bit_parts, or a faster one with the same result"""
         shape, dtype = linear.weight.shape, linear.weight.dtype
         if type(linear) is not nn.Linear or dtype != torch.float32 or shape[1] % GROUP or shape[0] % ROW_MULTIPLE:
             return None
@@ -82,8 +82,8 @@ class Int4Linear(nn.Module):
 
     @classmethod
     def rounded(cls, weight: Tensor) -> Self:
-        """weight (out, in) float → the nearest of 16 steps between each group's ends: for drafts, which need not be
-        exact."""
+        """weight (out, in) float → rounded to 16 steps from each group's least to its largest: for drafts, which need
+        not be exact."""
         groups = weight.float().unflatten(1, (-1, GROUP))
         low = groups.amin(dim=2)
         scale = (groups.amax(dim=2) - low) / 15
@@ -91,26 +91,26 @@ class Int4Linear(nn.Module):
 
     @classmethod
     def random(cls, out_features: int, in_features: int) -> Self:
-        """Of one part, to time products."""
+        """A layer of one part with random weights, to time products."""
         steps = torch.randint(0, 16, (out_features, in_features), dtype=torch.uint8)
         return cls._made([(steps, torch.rand(out_features, in_features // GROUP, 2).bfloat16())])
 
     @staticmethod
     def can_merge(layers: list[Any]) -> bool:
-        """Whether these may become one: in the kernel's order whole blocks of rows follow each other."""
+        """Whether these can become one: the kernel's order is a row of complete blocks."""
         inputs = {(layer.in_features, layer.packed.shape[0]) for layer in layers}
         return len(inputs) == 1 and all(layer.bias is None and layer.out_features % BLOCK == 0 for layer in layers)
 
     @classmethod
     def merged(cls, layers: list[Any]) -> Self:
-        """One layer with the outputs of all, whose weights the layers share."""
+        """One layer with the outputs of all; the layers then share its weights."""
         sizes = [layer.out_features for layer in layers]
-        whole = cls(
+        merged = cls(
             torch.cat([layer.packed for layer in layers], dim=1), torch.cat([layer.scales for layer in layers], dim=2)
         )
-        for layer, rows in zip(layers, whole.packed.split(sizes, dim=1), strict=True):
+        for layer, rows in zip(layers, merged.packed.split(sizes, dim=1), strict=True):
             layer.packed, layer._parts = rows, None
-        return whole
+        return merged
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3 and x.shape[0] == 1 and x.shape[1] <= MAX_ROWS and x.dtype == torch.bfloat16:
@@ -137,21 +137,21 @@ class Int4Linear(nn.Module):
         return torch._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales)
 
     def dense(self) -> Tensor:
-        """The weights, (out, in) bfloat16: what the kernel makes of the unit vectors, for its order is its own."""
+        """The weights, (out, in) bfloat16: products with unit vectors, as only the kernel knows its order."""
         return self._product(torch.eye(self.in_features, dtype=torch.bfloat16)).T.contiguous()
 
 
 def int4_kind_of(model: Any) -> type[Int4Linear]:
-    """The class of its int4 layers; torch's where it has none."""
+    """The class of the model's int4 layers; Int4Linear where it has none."""
     return next((type(module) for module in model.modules() if isinstance(module, Int4Linear)), Int4Linear)
 
 
 class FewBitKernels(NamedTuple):
-    """What a CPU has of its own for such weights; by default only torch's ways.
+    """A CPU's own functions for such weights; the defaults use torch only.
 
-    find     few_bit_parts, or what gives the same faster
-    linear   layers that may be faster than Int4Linear
-    warm_up  begins to compile, in a thread, what the first step of such layers needs
+    find     few_bit_parts, or a faster one with the same result
+    linear   a layer class that may be faster than Int4Linear
+    warm_up  starts a thread that compiles the kernels for these layers' first step
     """
 
     find: Callable[[Tensor], Parts | None] | None = None
@@ -160,8 +160,8 @@ class FewBitKernels(NamedTuple):
 
 
 def few_bit_parts(weight: Tensor) -> Parts | None:
-    """weight (out, in) float32 → of each part steps (out, in) uint8 from 0 to 15, and scales (out, in / 32, 2)
-    bfloat16; None where the weights lie on no such steps."""
+    """weight (out, in) float32 → for each part steps (out, in) uint8 from 0 to 15, and scales (out, in / 32, 2)
+    bfloat16; None where the weights are not on such steps."""
     groups = weight.unflatten(1, (-1, GROUP))
     near = OFF_GRID * float(weight.abs().max())
     low, high = groups.amin(dim=2), groups.amax(dim=2)
@@ -177,7 +177,7 @@ def few_bit_parts(weight: Tensor) -> Parts | None:
 
 
 def two_parts(steps: Tensor, scale: Tensor) -> Parts:
-    """16 × high + low bits - 128: the kernel takes 8 from each part's steps."""
+    """16 × high + low bits - 128: the kernel subtracts 8 from each part's steps."""
     return [part_of(steps >> 4, 16 * scale, torch.zeros_like(scale)), part_of(steps & 15, scale, 8 * scale)]
 
 
@@ -194,7 +194,7 @@ def part_of(steps: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]
 
 
 def stored_in_few_bits(folder: Path) -> bool:
-    """Whether the first matrix of a folder's safetensors lies on such steps, by its first rows."""
+    """Whether a folder's safetensors hold few-bit numbers, judged by the first rows of the first matrix."""
     from safetensors import SafetensorError, safe_open
 
     for file in sorted(folder.glob("*.safetensors"))[:1]:
@@ -215,11 +215,11 @@ def stored_in_few_bits(folder: Path) -> bool:
 def use_few_bits(
     model: Any, kind: type[Int4Linear] = Int4Linear, find: Callable[[Tensor], Parts | None] | None = None
 ) -> float:
-    """Every linear layer on such steps becomes one of this kind, every other weight bfloat16; → the share of the linear
-    layers' weights that did. find: as Int4Linear.of's"""
+    """Replace each linear layer of few-bit weights by one of this kind, and make every other weight bfloat16. → the
+    share of the linear layers' weights that were replaced. find: as in Int4Linear.of"""
     done = every = 0
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a thousand short operations: beside a busy neighbour two threads wait ten times as long
+    torch.set_num_threads(1)  # a thousand short operations: beside a busy process two threads wait ten times as long
     try:
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):

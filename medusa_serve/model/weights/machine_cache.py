@@ -1,4 +1,4 @@
-"""What was measured on this machine once, kept in the cache folder: a choice must not change with a busy neighbour."""
+"""Measurements of this machine, kept in the cache folder: a choice must not change when another process is busy."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 FILE = "measured.json"
-KERNELS = 3  # of our own for a CPU: one more whenever they become faster or slower
+KERNELS = 3  # the version of our CPU kernels: add one whenever they become faster or slower
 
 
 def recall(cache: Path, key: str) -> Any | None:
-    """What `remember` kept under this key; None where nothing is, or nothing that can be read."""
+    """The value that `remember` kept under this key; None where there is none, or it cannot be read."""
     return _read(cache).get(key)
 
 
@@ -26,7 +26,7 @@ def remember(cache: Path, key: str, value: Any) -> str | None:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(part, cache / FILE)  # whole or not at all; of two that write at once, the last one's stays
+        os.replace(part, cache / FILE)  # a complete file or none; of two writers at once, the last one wins
     except OSError as error:
         return f"{cache} cannot be written ({error.strerror or error})"
     return None
@@ -35,7 +35,7 @@ def remember(cache: Path, key: str, value: Any) -> str | None:
 def measured_once(
     cache: Path, key: str, names: set[str], measure: Callable[[], dict[str, float]]
 ) -> tuple[dict[str, float], str | None]:
-    """(times of at least these names, as kept or measured now; why they could not be kept, or None)"""
+    """→ (times of at least these names, kept or measured now; why they could not be kept, or None)"""
     times = recall(cache, key)
     if isinstance(times, dict) and names <= set(times):
         return times, None
@@ -53,8 +53,8 @@ def _read(cache: Path) -> dict[str, Any]:
 
 @lru_cache
 def machine_key(device: str) -> str:
-    """Times hold for one processor, its threads, one torch and one state of our own kernels."""
-    import torch  # not at the top: engine/ imports timing.py, and no torch
+    """Names what times are valid for: a processor, its threads, a torch and a version of our own kernels."""
+    import torch  # not at the top: engine/ imports model/timing.py, and no torch
 
     if device.startswith("cuda"):
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
@@ -62,8 +62,8 @@ def machine_key(device: str) -> str:
 
 
 def cpu_name() -> str:
-    """As the kernel names it (platform.processor() is empty on most Linux machines), with the instructions that torch
-    takes: processors of very different speed call themselves AMD EPYC."""
+    """The processor's name in Linux (where platform.processor() is mostly empty), with the instruction set that torch
+    uses: processors of very different speed call themselves AMD EPYC."""
     import torch
 
     try:

@@ -1,8 +1,8 @@
 """NF4 weights on a GPU through bitsandbytes (extra `quant`): four bits a weight in the decoder layers (Dettmers et al.
 2023). The embedding, the output layer and the heads stay in half precision.
 
-From 0.50 on bitsandbytes multiplies several rows by four-bit weights in one kernel, on a T4 too; before, it made
-half-precision weights of them first, which is slower than not quantising at all.
+Since 0.50 bitsandbytes multiplies several rows by four-bit weights in one kernel, on a T4 too. Older versions first
+convert the weights to half precision, which is slower than not quantising at all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LEAST = (0, 50)
 
 
 def require_nf4(device: torch.device) -> None:
-    """Raises LoadError where NF4 weights cannot be had: no GPU, no bitsandbytes, an old one."""
+    """Raise LoadError where NF4 weights cannot work: no GPU, no bitsandbytes, or an old one."""
     if device.type != "cuda":
         raise LoadError("nf4 weights are for a GPU; on a CPU quantize is auto, none, int8 or int4.")
     for package, least, text in (("bitsandbytes", LEAST, "0.50"), ("accelerate", (1, 1), "1.1")):
@@ -32,7 +32,7 @@ def require_nf4(device: torch.device) -> None:
 
 
 def loading_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """For from_pretrained: each weight is quantised as it is read, so the full half-precision model never exists."""
+    """Options for from_pretrained: weights are quantised as they are read; the half-precision model never exists."""
     from transformers import BitsAndBytesConfig
 
     chosen = BitsAndBytesConfig(
@@ -42,6 +42,6 @@ def loading_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def scales_of(parameter: Any) -> list[torch.Tensor]:
-    """What bitsandbytes keeps beside a four-bit weight; nothing for another."""
+    """The tensors that bitsandbytes keeps beside a four-bit weight; none for other weights."""
     state = getattr(parameter, "quant_state", None)
     return [] if state is None else [state.absmax, state.code]

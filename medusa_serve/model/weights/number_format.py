@@ -1,9 +1,9 @@
-"""In which numbers a CPU computes: float32, bfloat16, or bfloat16 with int4 or int8 weights, by a measurement of this
-machine.
+"""The number format of a CPU: float32, bfloat16, or bfloat16 with int4 or int8 weights. A measurement on this machine
+decides.
 
 Decoding reads every weight once a step, so smaller numbers are faster where the CPU has instructions for them
-(bfloat16: AVX512_BF16 or AMX), and far slower where it emulates them: without instructions of its own a CPU gains with
-few rows, where the bytes count, and loses a prompt's or a training's products, of many rows, eight times over.
+(bfloat16: AVX512_BF16 or AMX). A CPU that emulates them still gains with few rows, where the bytes count; but products
+of many rows, as for a prompt or in training, take eight times as long.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from .int4 import GROUP, ROW_MULTIPLE, Int4Linear
 from .int8 import WIDTH, int8_product, quantized
 from .machine_cache import machine_key, measured_once
 
-ROWS = 4  # of a product: a small tree
-WIDE = 256  # of a prompt's or a training's
-NUMBERS = 1 << 24  # of the weights that are read: more than a cache holds
+ROWS = 4  # rows of a product: a small tree
+WIDE = 256  # rows of a prompt's or a training's product
+NUMBERS = 1 << 24  # weights that a measurement reads: more than a cache holds
 ROUNDS = 7
-INT4_SHAPE = (3072, 576)  # of the weights that two kernels of int4 products are timed with
-GAIN = 0.8  # of the time: what a smaller format must at least save to be chosen
-LOSS = 1.25  # of float32's time with WIDE rows: what bfloat16 may take
+INT4_SHAPE = (3072, 576)  # of the weights with which two int4 kernels are timed
+GAIN = 0.8  # a smaller format is chosen if it takes less than this share of the time
+LOSS = 1.25  # bfloat16 may take this share of float32's time with WIDE rows
 SLOWER = "bfloat16 / float32, many rows"
 
 
 def choose_format(
     config: Any, formats: tuple[str, ...], cache: Path, own: type[Int4Linear] | None = None
 ) -> Choice[str]:
-    """One of `formats`, which are given with the most exact one first. config: transformers' · own: as int4_kind's"""
+    """One of `formats` (the most exact one first), and why. config: transformers' · own: as in int4_kind"""
     text = config.get_text_config()
     hidden = getattr(text, "hidden_size", None)
     layers = getattr(text, "num_hidden_layers", None)
@@ -67,7 +67,7 @@ def choose_format(
 
 
 def best_format(times: dict[str, float], formats: tuple[str, ...]) -> str:
-    """The most exact one, unless a later one saves a fifth of its time."""
+    """The most exact format, unless a later one saves a fifth of the time."""
     best = formats[0]
     for name in formats[1:]:
         if times[name] < GAIN * times[best]:
@@ -76,7 +76,7 @@ def best_format(times: dict[str, float], formats: tuple[str, ...]) -> str:
 
 
 def choice_times(weights: list[Tensor], int4: type[Int4Linear]) -> dict[str, float]:
-    """format_times, and SLOWER of the first weight."""
+    """format_times, and the ratio SLOWER for the first weight."""
     floats = {name: PASSES[name](weights[:1]) for name in ("float32", "bfloat16")}
     wide = _timed(floats, torch.randn(WIDE, weights[0].shape[1]))
     return {**format_times(weights, int4=int4), SLOWER: round(wide["bfloat16"] / wide["float32"], 3)}
@@ -84,7 +84,7 @@ def choice_times(weights: list[Tensor], int4: type[Int4Linear]) -> dict[str, flo
 
 def format_times(weights: list[Tensor], rows: int = ROWS, int4: type[Int4Linear] = Int4Linear) -> dict[str, float]:
     """Milliseconds of the products of `rows` rows with these weights (out, in) float in each format: the median of
-    rounds that take turns."""
+    rounds in which the formats take turns."""
     makers = PASSES | {"int4": partial(_int4, int4)}
     passes = {name: make(weights) for name, make in makers.items() if _fits(name, *weights[0].shape)}
     return _timed(passes, torch.randn(rows, weights[0].shape[1]))
@@ -102,7 +102,7 @@ def _timed(passes: dict[str, Callable[[Tensor], None]], x: Tensor) -> dict[str, 
 
 
 def int4_kind(cache: Path, own: type[Int4Linear] | None) -> type[Int4Linear]:
-    """The layers with the faster products of int4 weights on this machine: torch's, or its `own` where it has some."""
+    """The layer class with the faster int4 products here: torch's, or this machine's `own` where it has one."""
     if own is None:
         return Int4Linear
     key = f"int4 products: {machine_key('cpu')}"

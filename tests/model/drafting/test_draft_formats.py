@@ -62,7 +62,7 @@ def test_refusals():
     with pytest.raises(LoadError, match="more than the 40"):
         limit_vocabulary(heads, layer, 41, ordered=True)
     own = MedusaHeads(HIDDEN, 2, vocab_size=VOCAB)
-    with pytest.raises(LoadError, match="output layer of their own"):
+    with pytest.raises(LoadError, match="their own output layer"):
         limit_vocabulary(own, layer, 10, ordered=True)
 
 

@@ -124,7 +124,7 @@ def test_tau_decides_between_depths():
 
 
 def assert_prefixes_are_trees(nodes, drafter):
-    """Parents come first, depths count the ancestors, and no path stands twice."""
+    """Parents come first, depths count the ancestors, and no path occurs twice."""
     rows, count = nodes.tokens.shape
     assert count == drafter.max_nodes
     assert bool((nodes.parents <= torch.arange(count)).all())

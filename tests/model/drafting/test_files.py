@@ -188,7 +188,7 @@ def test_full_models_are_told_apart(tmp_path, prefix, layout, suffix):
     assert set(heads) == set(state)
     assert set(base) == {*BASE, "medusa_head_scale"}
     for base_name in (None, "lmsys/vicuna-7b"):
-        with pytest.raises(LoadError, match="whole model"):
+        with pytest.raises(LoadError, match="complete model"):
             load(path, base_name=base_name)
     heads, info = load(path, base_name=str(path))
     assert (info.layout, info.num_heads, info.warnings) == (layout, 3, ())
@@ -285,7 +285,7 @@ def test_ungrounded_hydra_heads_are_medusa_heads(tmp_path):
 
 def test_hydra_kinds_that_are_not_offered(tmp_path):
     state = hydra(dropout=True) | {"prefix_embeding_layer.layers.0.self_attn.q_proj.weight": torch.zeros(H, H)}
-    with pytest.raises(LoadError, match="KV cache of its own"):
+    with pytest.raises(LoadError, match="its own KV cache"):
         load(put(tmp_path / "x", state, "hydra_lm_head.pt"))
     state = {"decoder.0.weight": torch.zeros(H, H)}
     with pytest.raises(LoadError, match="eagle-attn"):
@@ -415,8 +415,8 @@ def test_a_partial_file_names_the_tensor(tmp_path, state, missing):
         ("1.1.weight", torch.zeros(V + 1, H), r"\[41, 16\]"),
         ("1.0.linear.bias", "text", "is a str, not a tensor"),
         ("9.1.weight", torch.zeros(V, H), "3.0.linear.weight is missing"),
-        ("0.4.linear.weight", torch.zeros(H, H), "behind the output layer"),
-        ("0.3.weight", torch.zeros(V, H), "different places"),
+        ("0.4.linear.weight", torch.zeros(H, H), "after the output layer"),
+        ("0.3.weight", torch.zeros(V, H), "different numbers"),
         ("medusa_head.0.0.linear.weight", torch.zeros(H, H), "twice"),
     ],
 )

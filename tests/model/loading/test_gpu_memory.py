@@ -117,7 +117,7 @@ def test_half_precision_where_there_is_room_and_nothing_where_there_is_none(vicu
     assert (plan(vicuna, "80GiB").quantize, plan(vicuna, "80GiB").slots) == ("none", 50)
     hopeless = plan(vicuna, "3GiB")
     assert hopeless.slots == 0
-    assert hopeless.lines()[-1] == "no option makes it fit: a smaller model"
+    assert hopeless.lines()[-1] == "no option helps: choose a smaller model"
 
 
 def test_tied_heads_are_small(vicuna: str) -> None:
