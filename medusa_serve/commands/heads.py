@@ -205,7 +205,7 @@ class Agreement:
 
 
 def check(options: argparse.Namespace) -> int:
-    from ..model.drafting.files import load_heads
+    from ..model.drafting.choose import heads_on
     from ..model.loading.load import load_model
     from ..training.calibrate import forecast, top_shares
 
@@ -215,16 +215,7 @@ def check(options: argparse.Namespace) -> int:
         refuse(options, error)
     path = heads_path(options.path, options.model)
     loaded = load_model(engine)
-    model = loaded.model
-    heads, info = load_heads(
-        path,
-        hidden_size=model.config.get_text_config().hidden_size,
-        vocab_size=model.get_input_embeddings().num_embeddings,
-        dtype=loaded.dtype,
-        device=loaded.device,
-        base_model=model,
-        base_name=options.model,
-    )
+    heads, info = heads_on(path, loaded, options.model)
     found = agreement(heads, info.hidden_inputs, loaded, base_answers(loaded))
     top1, top5 = top_shares(found.ranks, 1), top_shares(found.ranks, 5)
     steps = forecast(found.ranks, info.ranks)

@@ -19,7 +19,7 @@ MAX_WAIT_STEPS = 3
 WAIT_SHARE = 0.8  # the share of that wait that is planned; the rest is for errors of the estimate
 RECENT = 8  # prefill passes that the cost estimate uses: few, since prompts and other load change
 GROWTH = 4  # a chunk has at most this many times the tokens of the largest measured one
-NOTED = 8  # rows whose gains are noted per step, on average: more would cost the host more than they are worth
+NOTED = 8  # a step notes the gains of this many rows on average: noting more costs the host more than it helps
 ADMIT_SHARE = 8  # a packed prefill pass waits until 1/8 as many sequences are new as are decoding …
 ADMIT_TURNS = 8  # … but at most this many turns
 

@@ -109,8 +109,9 @@ def build_runner(
     drafter = drafter if len(shapes) > 1 else None
     num_lookup = max(shape.num_lookup for shape in shapes.values())
     most = drafter.max_nodes if drafter else 0
-    tables = SlotTables(room.slots, room.context + SLACK, eos_ids, most, num_lookup, device)
-    notes = [f"{room.slots} slots ({room.slots_why}) of {room.context} tokens ({room.context_why})", *more_notes]
+    (slots, slots_why), (context, context_why) = room.slots, room.context
+    tables = SlotTables(slots, context + SLACK, eos_ids, most, num_lookup, device)
+    notes = [f"{slots} slots ({slots_why}) of {context} tokens ({context_why})", *more_notes]
     if plugged is None:
         notes.append(f"this model decodes plainly, one row at a time, because {plain_because}")
     if isinstance(drafter, SequentialDrafter | ParallelDrafter):
@@ -123,7 +124,7 @@ def build_runner(
         drafter=drafter,
         eos_ids=eos_ids,
         vocab_size=model.get_input_embeddings().num_embeddings,
-        max_context=room.context,
+        max_context=context,
         expected=expected_tokens(sorted(shapes), drafter),
     )
     _speed_up(runner, plugged, config, what, notes, later=later)
@@ -206,7 +207,7 @@ def _plug_in(
 ) -> _Plugged:
     """Raises PlugInError, with the reason, if the model can only decode plainly."""
     prompts, wanted = references(model, model.device)
-    given = (model, room.slots, room.context + SLACK, max_positions, indexes, kernels)
+    given = (model, room.slots.value, room.context.value + SLACK, max_positions, indexes, kernels)
     notes: list[str] = []
     try:
         forward, error = _checked(TreeForward, given, prompts, wanted)
@@ -216,7 +217,7 @@ def _plug_in(
         except Exception as second:  # the model's own code may not know this kind of call: it may raise anything
             raise first from second
         notes.append(f"the tree is a mask for this model's own attention, because {first}; no step is captured")
-    packed = partial(check, forward, prompts, wanted, room.slots, packed=True)
+    packed = partial(check, forward, prompts, wanted, room.slots.value, packed=True)
     if _may_trace(forward, config):
         from .cpu.layers import native_layers
 
@@ -224,7 +225,7 @@ def _plug_in(
             notes.append(native_layers(forward, packed))
     try:
         unasked = config.exact is None and not forward.attends
-        exact = make_exact(forward, False if unasked else config.exact, room.slots)
+        exact = make_exact(forward, False if unasked else config.exact, room.slots.value)
     except LoadError:
         forward.close()
         raise

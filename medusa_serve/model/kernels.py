@@ -131,9 +131,6 @@ class Kernels(Protocol):
     def search_at_once(self, heads: Any, tau: Tensor, num_ranks: int) -> WholeSearch | None:
         """The tree search over these heads as one call; None if this machine has none for them. tau (D)"""
 
-    def warm_up(self) -> None:
-        """Start a thread that compiles the kernels of the first step."""
-
 
 @lru_cache
 def _has_numba() -> bool:

@@ -51,10 +51,8 @@ class Step:
         """
         tables, sampling = self.tables, self.tables.sampling(slots, needs)
         opened = self.kernels.open_step(tables, slots, active, shape)
-        view = View(
-            slots, opened.length, host_slots, host_length, opened.positions, opened.columns, None, width, self.packed,
-            opened.bits,
-        )  # fmt: skip
+        new = opened.positions, opened.columns, opened.bits
+        view = View(slots, opened.length, host_slots, host_length, *new, width, self.packed)
         logits, hidden = self.forward.run(opened.tokens, view)
         walked = self._walk(slots, opened, logits, sampling, shape.max_depth, shape)
         self.forward.commit(view, walked.nodes)

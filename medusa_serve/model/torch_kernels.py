@@ -86,9 +86,6 @@ class TorchKernels:
     def search_at_once(self, heads: Any, tau: Tensor, num_ranks: int) -> None:
         return None
 
-    def warm_up(self) -> None:
-        """Nothing is compiled."""
-
 
 def walk_by_depth(
     tables: SlotTables,

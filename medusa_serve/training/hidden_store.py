@@ -93,7 +93,7 @@ class HiddenStore:
         self.teacher.hidden(ids)
 
     def _keep(self, chosen: np.ndarray) -> np.ndarray:
-        """Keep the states of these sequences, after those that are kept already."""
+        """Append the states of these sequences to the store."""
         self.first[chosen] = self._write(chosen, self.end)
         self.end += int(self.answers.answer_len[chosen].sum())
         return self.first[chosen]

@@ -57,7 +57,7 @@ def view_record(view: View, columns: int, cos: Tensor | None = None, sin: Tensor
     made = PassView(rows=rows, new=new, columns=columns, width=view.width)
     made.slots, made.length = view.slots.data_ptr(), view.length.data_ptr()
     made.positions, made.positions_row = view.positions.data_ptr(), view.positions.stride(0)
-    made.bits = 0 if view.causal else view.bits.data_ptr()
+    made.bits = 0 if view.bits is None else view.bits.data_ptr()
     if cos is not None and sin is not None:
         made.new_columns = view.flat_columns.data_ptr()
         made.cos, made.cos_row, made.sin, made.sin_row = cos.data_ptr(), cos.stride(1), sin.data_ptr(), sin.stride(1)

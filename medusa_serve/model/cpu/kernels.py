@@ -16,7 +16,6 @@ from ..tables import Closed, Opened, SlotTables
 from ..torch_kernels import TorchKernels, walk_by_depth
 from . import attention, layer_ops, search, step
 from .draft import NativeDraft
-from .warm_up import kernels_ahead
 
 
 class CpuKernels:
@@ -76,9 +75,7 @@ class CpuKernels:
         rest: bool,
     ) -> Closed:
         if sampling.sampled or sampling.penalties is not None or sampling.logprobs:
-            return walk_by_depth(
-                tables, slots, opened, logits, max_depth, sampling, rest=rest, lookup=self.lookup
-            )  # fmt: skip
+            return walk_by_depth(tables, slots, opened, logits, max_depth, sampling, rest=rest, lookup=self.lookup)
         if search.fits(logits):
             picked, best = search.largest(logits)
         else:
@@ -98,7 +95,7 @@ class CpuKernels:
         sampling: Sampling,
         num_ranks: int,
     ) -> Children:
-        if sampling.sampled or torch.compiler.is_compiling() or not search.fits(logits):
+        if sampling.sampled or not search.fits(logits):
             return self._torch.top_children(logits, depth, length, tau, token_map, sampling, num_ranks)
         greedy_tau = tau[0, : logits.shape[1]] if depth is None else tau[0, depth : depth + 1]
         ids, logp = search.best_children(logits, greedy_tau, num_ranks)
@@ -111,9 +108,6 @@ class CpuKernels:
 
     def search_at_once(self, heads: Any, tau: Tensor, num_ranks: int) -> NativeDraft | None:
         return NativeDraft(heads, tau, num_ranks, (STEP_COST, NEVER)) if NativeDraft.fits(heads) else None
-
-    def warm_up(self) -> None:
-        kernels_ahead()
 
 
 @lru_cache

@@ -12,6 +12,7 @@ from ..loading.hub import heads_at, heads_of
 from .draft_formats import as_served
 from .drafters import drafter_of
 from .files import load_heads, own_heads
+from .heads import HeadsInfo
 
 if TYPE_CHECKING:
     from ..loading.load import LoadedModel
@@ -32,19 +33,24 @@ def choose_drafter(config: EngineConfig, loaded: LoadedModel) -> ChosenDrafter:
     path, origin = _find(config.model, config.heads, loaded.source)
     if path is None:
         return ChosenDrafter(None, "none", ["no heads (none ship for this model)"])
+    heads, info = heads_on(path, loaded, loaded.source or config.model)
+    notes = [f"{info.family} heads from {_short(origin)}", *info.warnings]
+    notes += as_served(heads, info, loaded.model, cache_folder(), config.draft_vocab)
+    return ChosenDrafter(drafter_of(heads, info, config.tree), info.family, notes)
+
+
+def heads_on(path: str | Path, loaded: LoadedModel, base_name: str) -> tuple[Any, HeadsInfo]:
+    """The heads in a file or folder, attached to the model. base_name: what the user calls it. Raises LoadError."""
     model = loaded.model
-    heads, info = load_heads(
+    return load_heads(
         path,
         hidden_size=model.config.get_text_config().hidden_size,
         vocab_size=model.get_input_embeddings().num_embeddings,
         dtype=model.dtype,
         device=model.device,
         base_model=model,
-        base_name=loaded.source or config.model,
+        base_name=base_name,
     )
-    notes = [f"{info.family} heads from {_short(origin)}", *info.warnings]
-    notes += as_served(heads, info, model, cache_folder(), config.draft_vocab)
-    return ChosenDrafter(drafter_of(heads, info, config.tree), info.family, notes)
 
 
 def _find(model: str, heads: str, source: str) -> tuple[Path | None, str]:

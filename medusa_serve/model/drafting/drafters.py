@@ -57,7 +57,7 @@ class _ContextDrafter(Generic[State]):
         self.size(63, None)
 
     def using(self, kernels: Kernels) -> _ContextDrafter[State]:
-        """A copy of this drafter that uses a machine's kernels. Its heads must not change afterwards."""
+        """A copy that uses a machine's kernels. Both share the heads, which take its norm and must not change then."""
         made = copy.copy(self)
         if hasattr(self.heads, "use_norm"):
             self.heads.use_norm(kernels.rms_norm)

@@ -1,4 +1,4 @@
-"""The pass of a model whose attention cannot be plugged in (recurrent layers, ALiBi, …): one row at a time."""
+"""The pass of a model that cannot take our attention (recurrent layers, ALiBi, …): one row at a time."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .view import View
+from .view import View, ancestor_bits
 
 BLOCK = 16
 MIN_BLOCKS = 8
@@ -98,4 +98,5 @@ def block_view(packed: Packed, columns: int, host_slots: list[int], host_length:
     at = torch.where(packed.starts[:, None] < 0, columns - BLOCK, packed.starts[:, None]) + steps
     chain = (steps[:, None] >= steps).expand(len(start), -1, -1)
     positions = start[:, None] + steps
-    return View(packed.slots, start, host_slots, host_length, positions, at, chain, width, packed=True)
+    bits = ancestor_bits(chain)
+    return View(packed.slots, start, host_slots, host_length, positions, at, bits, width, packed=True)

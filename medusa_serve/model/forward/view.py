@@ -20,10 +20,10 @@ class View:
 
     slots, length (B) on the device, and the same as Python ints (a captured pass knows only `slots` and `width`)
     positions (B, N) · columns (B, N): where the new tokens' keys are written
-    tree (B, N, N): new token i sees new token j; None: a causal run: a token sees all columns up to its position
+    bits (B, N) int64: bit j of a new token is set if it sees new token j; None: a causal run: a token sees all columns
+    up to its position
     width: T, if all rows are read at once
     packed: the model sees all rows side by side as one, (1, B·N)
-    node_bits (B, N) int64: in place of `tree`, each node and its ancestors as bits
     """
 
     slots: torch.Tensor
@@ -32,10 +32,9 @@ class View:
     host_length: list[int]
     positions: torch.Tensor
     columns: torch.Tensor
-    tree: torch.Tensor | None
+    bits: torch.Tensor | None
     width: int
     packed: bool = False
-    node_bits: torch.Tensor | None = None
     _visible: dict[int | None, torch.Tensor] = field(default_factory=dict)
     _bias: dict[tuple[int | None, int | None, int], torch.Tensor | None] = field(default_factory=dict)
     _copies: dict[torch.device, View] = field(default_factory=dict)
@@ -47,11 +46,9 @@ class View:
         if device not in self._copies:
             names = ("slots", "length", "positions", "columns")
             moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
-            for name in ("tree", "node_bits"):
-                given = getattr(self, name)
-                moved[name] = None if given is None else given.to(device)
+            bits = None if self.bits is None else self.bits.to(device)
             fresh: Any = {"_visible": {}, "_bias": {}, "_copies": {}}
-            self._copies[device] = replace(self, **moved, **fresh)
+            self._copies[device] = replace(self, **moved, bits=bits, **fresh)
         return self._copies[device]
 
     @property
@@ -71,15 +68,7 @@ class View:
 
     @property
     def causal(self) -> bool:
-        return self.tree is None and self.node_bits is None
-
-    @cached_property
-    def bits(self) -> torch.Tensor:
-        """(B, N) int64: the tree as ancestor bits."""
-        if self.node_bits is not None:
-            return self.node_bits
-        assert self.tree is not None
-        return ancestor_bits(self.tree)
+        return self.bits is None
 
     @cached_property
     def flat_columns(self) -> torch.Tensor:
@@ -88,9 +77,8 @@ class View:
 
     @cached_property
     def sees(self) -> torch.Tensor:
-        """(B, N, N) bool: the tree, given as `tree` or as bits."""
-        if self.tree is not None:
-            return self.tree
+        """(B, N, N) bool: new token i sees new token j."""
+        assert self.bits is not None
         shifts = torch.arange(self.num_new, device=self.length.device)
         return ((self.bits[:, :, None] >> shifts) & 1) == 1
 
@@ -147,7 +135,7 @@ def tree_view(
     columns = length[:, None] + torch.arange(new, device=length.device)
     positions = length[:, None] + draft.depths
     width = max(host_length) + new if width is None else width
-    return View(slots, length, host_slots, host_length, positions, columns, draft.mask, width, packed)
+    return View(slots, length, host_slots, host_length, positions, columns, ancestor_bits(draft.mask), width, packed)
 
 
 def chain_view(

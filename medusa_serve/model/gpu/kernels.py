@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..drafting.heads import rms_norm
 from ..drafting.lookup import lookup
-from ..drafting.pool import Children
 from ..forward.view import View
 from ..sampling.filters import Sampling
 from ..tables import Closed, Opened, SlotTables
@@ -25,6 +24,7 @@ class GpuKernels:
     open_step = staticmethod(step.open_step)
     keep_drafts = staticmethod(step.keep_heads)
     lookup = staticmethod(lookup)
+    top_children = staticmethod(search.top_children)
     new_pool = staticmethod(search.FusedPool)
     rms_norm = staticmethod(rms_norm)
 
@@ -84,23 +84,8 @@ class GpuKernels:
             return walk_by_depth(tables, slots, opened, logits, max_depth, sampling, rest=rest, every=every)
         return step.close_step(tables, slots, opened, picked, best, max_depth, rest=rest)
 
-    def top_children(
-        self,
-        logits: Tensor,
-        depth: int | None,
-        length: Tensor,
-        tau: Tensor,
-        token_map: Tensor | None,
-        sampling: Sampling,
-        num_ranks: int,
-    ) -> Children:
-        return Children(*search.top_children(logits, depth, length, tau, token_map, sampling, num_ranks))
-
     def search_at_once(self, heads: Any, tau: Tensor, num_ranks: int) -> None:
         return None
-
-    def warm_up(self) -> None:
-        """Nothing: Triton compiles a kernel at its first call, which comes before a step is captured."""
 
 
 def _pick(logits: Tensor, sampling: Sampling, position: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ except ImportError:  # a CPU build of torch has no Triton; kernels.choose then t
     triton = None
 
 TILE = 2048  # logits at once: their loads are under way together
-FEW = 512  # logits at once of those that were set aside
+FEW = 512  # candidates that one tile reads, of those set aside
 WARPS = 8  # of a program
 ASIDE = 4096  # tokens that may be set aside for top-k and top-p
 
@@ -143,7 +143,7 @@ if triton is not None:
         at, ids, count, vocab, temperature, k, p, floor, peak, whole, seed, position,
         MAPPED: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
-        """The token that the noise picks among those that top-k, then top-p keep, and that reach `floor`."""
+        """The token with the largest sum of logit and noise, among those that top-k, top-p and `floor` keep."""
         kept = peak * 0.0 + float("-inf")
         limited, by_mass = (k > 0) & (k < vocab), p < 1.0
         if limited & by_mass:  # top-p sees what top-k keeps

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..drafting.pool import Children
 from ..drafting.tree import HeadNodes
 from ..sampling.filters import Sampling
 
@@ -31,9 +32,8 @@ def top_children(
     token_map: Tensor | None,
     sampling: Sampling,
     num_ranks: int,
-) -> tuple[Tensor, Tensor]:
-    """logits (B, P, V') of places at one depth, or (None) at depths 0 … P - 1 · length (B) · tau (2, D) float32: of
-    greedy rows, of rows with noise → base ids and log-probabilities of the best R, (B, P, R) both"""
+) -> Children:
+    """As drafting/pool.py's."""
     rows, places, vocab = logits.shape
     if logits.stride(2) != 1:
         logits = logits.contiguous()
@@ -56,7 +56,7 @@ def top_children(
         MAPPED=token_map is not None, TILES=tiles, RANKS=num_ranks, TILE_BLOCK=triton.next_power_of_2(tiles),
         BLOCK=triton.next_power_of_2(tiles * num_ranks), num_warps=4,
     )  # fmt: skip
-    return tokens, logp
+    return Children(tokens, logp)
 
 
 class FusedPool:

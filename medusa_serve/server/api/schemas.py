@@ -49,7 +49,7 @@ Seed = Annotated[int, BeforeValidator(_whole), AfterValidator(_seed)]
 
 
 def shown_as(default: Any, /, *, description: str | None = None, **bounds: Any) -> Any:
-    """A field whose bounds are on the OpenAPI page, and are checked elsewhere."""
+    """A field that shows its bounds on the OpenAPI page and does not check them."""
 
     def add(schema: dict[str, Any]) -> None:
         for branch in schema.get("anyOf", [schema]):

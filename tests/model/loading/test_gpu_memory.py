@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from medusa_serve import cli, presets
 from medusa_serve.commands.plan import parse_memory, plan_of
-from medusa_serve.config import EngineConfig
+from medusa_serve.config import Choice, EngineConfig
 from medusa_serve.errors import InvalidConfig, LoadError
 from medusa_serve.llm import LLM
 from medusa_serve.model import build
@@ -184,13 +184,13 @@ def starting(columns: int, monkeypatch: pytest.MonkeyPatch) -> build.Built:
     """Start with 8 slots of 2048 tokens where there is room for so many columns."""
 
     def build_runner(model: Any, config: EngineConfig, *, max_positions: int | None, room: Room) -> build.Built:
-        slots, context = room.slots, room.context
+        slots, context = room.slots.value, room.context.value
         if slots * context > columns:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
         return build.Built(SimpleNamespace(slots=slots, context=context), ["more"])  # type: ignore[arg-type]
 
     monkeypatch.setattr(build, "build_runner", build_runner)
-    monkeypatch.setattr(build, "plan_room", lambda *_: Room(8, "the default", 2048, "the default"))
+    monkeypatch.setattr(build, "plan_room", lambda *_: Room(Choice(8, "the default"), Choice(2048, "the default")))
     monkeypatch.setattr(build.gc, "collect", lambda: 0)  # slow in a process as large as a test's
     return build.build_that_fits(None, EngineConfig(), max_positions=None)
 
